@@ -1,0 +1,32 @@
+# make demo   install, run the whole graph of the active profile, print its main figures
+# make test   what CI runs: linter, formatter, types, tests
+# make clean  remove what the demo computed; the next run starts from nothing
+
+PYTHON ?= python3
+BIN := $(CURDIR)/.venv/bin
+export PATH := $(BIN):$(PATH)
+export OMP_WAIT_POLICY ?= passive
+
+.PHONY: demo test clean
+
+demo: .venv/.installed
+	$(BIN)/dvc repro
+	$(BIN)/terraalign show
+
+test: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+# Installs anew only when the list of packages changed; the stamp is written last, so an interrupted one is repeated.
+.venv/.installed: constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, e.g. make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo 'installing into .venv: some minutes, several gigabytes'
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# Folders by name: pictures that someone keeps below data/ are not ours to remove.
+clean:
+	rm -rf data/demo data/store data/raw data/models .dvc/cache .dvc/tmp

@@ -1,0 +1,1 @@
+"""Frozen models behind two small Protocols: vision encoders and language models."""

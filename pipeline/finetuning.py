@@ -1,0 +1,124 @@
+"""Fine-tuning: adapter and LoRA together on next-token cross-entropy, from cached image tokens (QLoRA with nf4)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.adapters import Adapter, build_adapter, load_adapter
+from pipeline.backbones.llm import load_llm
+from pipeline.errors import UserError
+from pipeline.params import AdapterName, Dataset, FinetuneTask, Params
+from pipeline.store.reader import ImageTokens
+from pipeline.training import Checkpoint, Trainer, total_steps, write_history
+from pipeline.vlm import VLM, add_lora
+
+
+class Examples:
+    """Images with the prompts and answers of a task."""
+
+    def __init__(self, images: ImageTokens, data: Dataset, settings: FinetuneTask, seed: int):
+        self.images, self.prompts = images, settings.prompts
+        column = images.rows["captions"] if data == "captions" else images.rows["label"].map(lambda label: [label])
+        self.answers: list[list[str]] = [list(texts) for texts in column]
+        self.train, val = images.split("train"), images.split("val")
+        if not self.train or not val:
+            raise UserError(f"{data}: {len(self.train)} train and {len(val)} val pictures; both are needed")
+        order = torch.randperm(len(val), generator=torch.Generator().manual_seed(seed)).tolist()
+        self.val = [val[i] for i in order[: settings.validation_images]]
+
+    def draw(self, batch: list[int]) -> tuple[Tensor, list[str], list[str]]:
+        """Training images with a random prompt and one random answer each; random by torch's own state."""
+        positions = [self.train[i] for i in batch]
+        prompts = [self.prompts[int(torch.randint(len(self.prompts), ()))] for _ in positions]
+        answers = [self.answers[p][int(torch.randint(len(self.answers[p]), ()))] for p in positions]
+        return self.images.tokens(positions), prompts, answers
+
+    def fixed(self, positions: list[int]) -> tuple[Tensor, list[str], list[str]]:
+        """The same images with the first prompt and the first answer."""
+        answers = [self.answers[position][0] for position in positions]
+        return self.images.tokens(positions), [self.prompts[0]] * len(positions), answers
+
+
+def finetune(params: Params, name: AdapterName, data: Dataset, pretrained: Path | None, out: Path) -> None:
+    """Fine-tune an adapter with a fresh LoRA on one data set and write weights, history and metrics to `out`.
+
+    Starts from the pre-trained adapter in `pretrained`, or from scratch when that is None.
+    """
+    base = Path("data") / params.profile
+    settings = params.finetune_for(name, data)
+    images = ImageTokens.open(base, data)
+    examples = Examples(images, data, settings, params.seed)
+    torch.manual_seed(params.seed)
+    llm = load_llm(params.llm, params.runtime.device)
+    lora = add_lora(llm, params.finetune.lora)
+    architecture = params.adapters[name].architecture
+    adapter = (
+        load_adapter(pretrained, "last")
+        if pretrained
+        else build_adapter(name, images.shape[1], llm.width, **architecture)
+    )
+    _check_fit(adapter, images.shape[1], llm.width)
+    model = VLM(adapter, llm)
+    inputs = [base / "images" / data / "manifest.json", base / "prepare" / f"{data}.parquet"]
+    inputs += [pretrained / "last.safetensors"] if pretrained else []
+    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in inputs]
+    key = [params.seed, settings.model_dump(), params.finetune.lora, params.llm, architecture, *digests]
+    trainer = _trainer(model, lora, examples, settings, params.seed, Checkpoint.of(base, "-".join(out.parts[-2:]), *key))
+    trainer.name = f"{'fine-tune' if pretrained else 'from scratch'} {name} on {data}"
+    history = trainer.run()
+    _write(out, adapter, lora, trainer)
+    print(f"{trainer.name}: validation loss {history[0]['val_loss']:.3f} -> {history[-1]['val_loss']:.3f}")
+    trainer.checkpoint.remove()
+
+
+def _check_fit(adapter: Adapter, d_in: int, d_out: int) -> None:
+    if (adapter.config["d_in"], adapter.config["d_out"]) != (d_in, d_out):
+        raise UserError(
+            f"the pre-trained adapter maps {adapter.config['d_in']} to {adapter.config['d_out']}, but the image tokens "
+            f"and the LLM need {d_in} to {d_out}; run `dvc repro`"
+        )
+
+
+def _trainer(
+    model: VLM, lora: Any, examples: Examples, settings: FinetuneTask, seed: int, checkpoint: Checkpoint
+) -> Trainer:
+    def loss(batch: list[int]) -> Tensor:
+        total, count = model.loss(*examples.draw(batch))
+        return total / count
+
+    def validate(step: int) -> dict[str, float]:
+        parts = [examples.val[i : i + settings.batch] for i in range(0, len(examples.val), settings.batch)]
+        sums = [model.loss(*examples.fixed(part)) for part in parts]
+        return {"val_loss": sum(total.item() for total, _ in sums) / sum(count for _, count in sums)}
+
+    total = total_steps(settings, len(examples.train))
+    points = {max(1, round(total * i / settings.validations)) for i in range(1, settings.validations + 1)}
+    groups = [
+        {"params": list(model.adapter.parameters()), "lr": settings.adapter_lr},
+        {"params": [p for p in lora.parameters() if p.requires_grad], "lr": settings.lr},
+    ]
+    return Trainer(
+        name="", model=model, groups=groups, settings=settings, examples=len(examples.train), seed=seed,
+        loss=loss, validate=validate, validate_at=points, checkpoint=checkpoint,
+    )  # fmt: skip
+
+
+def _write(out: Path, adapter: Adapter, lora: Any, trainer: Trainer) -> None:
+    adapter.save(out, "adapter")
+    lora.save_pretrained(out / "lora")
+    write_history(out / "history.csv", trainer.history)
+    trained, everything = lora.get_nb_trainable_parameters()
+    metrics = {
+        "val_loss": trainer.history[-1]["val_loss"],
+        "steps": int(trainer.history[-1]["step"]),
+        "parameters_adapter": sum(p.numel() for p in adapter.parameters()),
+        "parameters_lora": trained,
+        "lora_percent": 100 * trained / everything,
+    }
+    (out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")

@@ -1,0 +1,428 @@
+"""Every parameter of every stage: one typed model per section of params.yaml; unknown keys are errors."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from pipeline.errors import UserError
+
+Dataset = Literal["captions", "classes"]
+DATASETS: tuple[Dataset, ...] = ("captions", "classes")
+AdapterName = Literal["linear", "mlp", "self_attention", "query"]
+Positive = Annotated[int, Field(gt=0, strict=True)]
+Rate = Annotated[float, Field(gt=0, le=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Name = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
+Prompt = Annotated[str, StringConstraints(min_length=1)]
+
+# What an architecture may set; the defaults are in pipeline/adapters.py.
+ARCHITECTURES: dict[AdapterName, frozenset[str]] = {
+    "linear": frozenset({"pool", "dropout"}),
+    "mlp": frozenset({"pool", "dropout", "hidden"}),
+    "self_attention": frozenset({"pool", "dropout", "width", "blocks", "heads", "feed_forward"}),
+    "query": frozenset({"pool", "dropout", "width", "blocks", "heads", "feed_forward", "queries"}),
+}
+
+
+def _distinct(names: list[AdapterName]) -> list[AdapterName]:
+    if len(set(names)) != len(names):
+        raise ValueError("each adapter once")
+    return names
+
+
+class Section(BaseModel):
+    """A section of params.yaml: immutable, typed, closed to keys it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_booleans(cls, value: object) -> object:
+        """No parameter is a boolean, and pydantic would take true for 1."""
+        if isinstance(value, bool):
+            raise ValueError("a number or a text is expected here; a text like true or yes needs quotes")
+        return value
+
+
+def _fits_source(value: Path | int | None, info: ValidationInfo) -> Path | int | None:
+    """Rendered pictures need a count, folders need a root."""
+    source = info.data.get("source")
+    if value is not None or source is None:
+        return value
+    if source.startswith("openmoji"):
+        if info.field_name == "count":
+            raise ValueError(f"source {source} needs a count: how many pictures to render")
+    elif info.field_name == "root":
+        key = f"data.{'captions' if source == 'coco' else 'classes'}.root"
+        raise ValueError(
+            f"source {source} needs the folder of the data set; write it here or use "
+            f"`terraalign profile use NAME --set {key}=FOLDER`"
+        )
+    return value
+
+
+class CaptionsData(Section):
+    """Images with captions: rendered scenes, or a folder in the COCO captions layout."""
+
+    source: Literal["openmoji_scenes", "coco"]
+    root: Path | None = Field(None, validate_default=True, description="folder of the data set; not for openmoji")
+    captions: str = Field("captions.json", description="COCO captions JSON, relative to root")
+    images: str = Field("images", description="image folder, relative to root")
+    count: Positive | None = Field(
+        None, validate_default=True, description="scenes to render; with coco: at most this many images"
+    )
+    max_broken: Share = Field(0.01, description="share of unreadable pictures to quarantine before giving up")
+
+    _sources = field_validator("root", "count")(_fits_source)
+
+
+class ClassesData(Section):
+    """Labelled images: rendered food, a Food-101 folder, or a plain folder of class folders."""
+
+    source: Literal["openmoji_food", "food101", "imagefolder"]
+    root: Path | None = Field(None, validate_default=True, description="folder of the data set; not for openmoji")
+    count: Positive | None = Field(
+        None, validate_default=True, description="pictures per class to render; with folders: at most this many"
+    )
+    validation: Annotated[float, Field(gt=0, lt=0.5)] = Field(0.1, description="share carved from train by hash")
+    max_broken: Share = Field(0.01, description="share of unreadable pictures to quarantine before giving up")
+
+    _sources = field_validator("root", "count")(_fits_source)
+
+
+class Data(Section):
+    captions: CaptionsData
+    classes: ClassesData
+
+
+class Vision(Section):
+    """The frozen vision encoder."""
+
+    encoder: Literal["efficientnet_lite0", "open_clip", "timm"]
+    model: str | None = Field(None, description="open_clip or timm model name")
+    pretrained: str | None = Field(None, description="open_clip: tag or file; timm: hub or file; random: untrained")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: bfloat16 where the processor computes in it, else float32"
+    )
+    batch: Positive = 8
+
+    @model_validator(mode="after")
+    def _model_named(self) -> Vision:
+        if self.encoder != "efficientnet_lite0" and not self.model:
+            raise ValueError(f"encoder {self.encoder} needs model: the name of the architecture")
+        if self.encoder != "efficientnet_lite0" and not self.pretrained:
+            raise ValueError(
+                f"encoder {self.encoder} needs pretrained: a tag of open_clip, hub for timm, a weights file, "
+                "or random for an untrained network"
+            )
+        return self
+
+
+class LLM(Section):
+    """The frozen language model."""
+
+    loader: Literal["huggingface", "gguf"]
+    model: Name = Field(description="hub id or folder; gguf: a file, or the name of an installed package holding one")
+    revision: str | None = Field(None, description="commit of the hub repository")
+    quantization: Literal["none", "nf4"] = "none"
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: bfloat16 where the processor computes in it, else float32"
+    )
+    system_prompt: str | None = Field(None, description="null: what the chat template says on its own")
+
+
+class Cache(Section):
+    """The feature store."""
+
+    shards: Positive = 8
+    dtype: Literal["float16", "float32"] = "float16"
+
+
+class Optimisation(Section):
+    """What pre-training and fine-tuning share: AdamW, warm-up then cosine decay, clipping."""
+
+    epochs: Positive
+    batch: Positive
+    lr: Rate
+    max_steps: Positive | None = Field(None, description="stop after this many optimiser steps")
+    accumulate: Positive = 1
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    warmup: Share = Field(0.1, description="share of the steps")
+    clip: Annotated[float, Field(gt=0)] = 1.0
+    validation_images: Positive = 512
+
+
+class Objective(Section):
+    """What pre-training minimises: exact EMD with this ground cost, marginal and start."""
+
+    cost: Literal["euclidean", "sqeuclidean", "cosine"]
+    word_weights: Literal["uniform", "idf"]
+    start: Literal["random", "constant_set"]
+
+
+class Pretrain(Optimisation):
+    objective: Objective
+    candidates: Positive = Field(100, description="captions to choose from in retrieval")
+
+
+class LoRA(Section):
+    r: Positive = 8
+    alpha: Positive = 32
+    dropout: Share = 0.1
+    modules: Annotated[list[Name], Field(min_length=1)] = ["q_proj", "v_proj"]
+
+
+class FinetuneTask(Optimisation):
+    prompts: Annotated[list[Prompt], Field(min_length=1)]
+    adapter_lr: Rate = Field(description="learning rate of the adapter; lr is LoRA's")
+    validations: Positive = Field(8, description="validation points over the run, besides the first")
+
+
+class Finetune(Section):
+    lora: LoRA
+    captions: FinetuneTask
+    classes: FinetuneTask
+
+
+class Evaluate(Section):
+    batch: Positive = 32
+    class_tokens: Positive = 16
+    caption_tokens: Positive = 40
+    captions: Positive = Field(48, description="test pictures to caption")
+    pretrained_prompt: Prompt
+    finetuned_prompt: Prompt
+    class_prompt: Prompt
+
+
+class PCA(Section):
+    images: Positive = 200
+    vocabulary: Positive = Field(5000, description="rows of the vocabulary to draw")
+
+
+class AdapterSection(Section):
+    """One adapter: its architecture and its own values of pretrain.* and finetune.<data set>.*."""
+
+    architecture: dict[str, int | float] = {}
+    pretrain: dict[str, Any] = {}
+    finetune: dict[Dataset, dict[str, Any]] = {}
+
+
+class Run(Section):
+    """Which adapters the graph trains, and which also from scratch."""
+
+    adapters: Annotated[list[AdapterName], Field(min_length=1), AfterValidator(_distinct)]
+    scratch: Annotated[list[AdapterName], Field(min_length=1), AfterValidator(_distinct)]
+
+
+class Runtime(Section):
+    """What does not decide the result; DVC does not track it."""
+
+    device: str = "auto"
+    decode_threads: Positive = 2
+    emd_threads: Positive = 2
+
+
+class Params(Section):
+    """The whole of params.yaml."""
+
+    profile: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+    seed: Annotated[int, Field(ge=0, lt=2**31, strict=True)]
+    run: Run
+    data: Data
+    vision: Vision
+    llm: LLM
+    cache: Cache
+    adapters: dict[AdapterName, AdapterSection]
+    pretrain: Pretrain
+    finetune: Finetune
+    evaluate: Evaluate
+    pca: PCA
+    runtime: Runtime = Runtime()
+
+    @model_validator(mode="after")
+    def _adapters_fit(self) -> Params:
+        for name in {**dict.fromkeys(self.run.adapters), **dict.fromkeys(self.run.scratch)}:
+            if name not in self.adapters:
+                raise _fault_at(("run",), f"names the adapter {name}; add a section adapters.{name}")
+        for name in self.run.scratch:
+            if name not in self.run.adapters:
+                raise _fault_at(("run", "scratch"), f"names {name}, which run.adapters does not train")
+        for name, section in self.adapters.items():
+            _check_architecture(name, section.architecture)
+            self.pretrain_for(name)
+            for dataset in DATASETS:
+                self.finetune_for(name, dataset)
+        return self
+
+    def pretrain_for(self, adapter: AdapterName) -> Pretrain:
+        """The pretrain section with this adapter's overrides."""
+        return _override(self.pretrain, self.adapters[adapter].pretrain, ("adapters", adapter, "pretrain"))
+
+    def finetune_for(self, adapter: AdapterName, dataset: Dataset) -> FinetuneTask:
+        """finetune.<data set> with this adapter's overrides."""
+        section = self.finetune.captions if dataset == "captions" else self.finetune.classes
+        overrides = self.adapters[adapter].finetune.get(dataset, {})
+        return _override(section, overrides, ("adapters", adapter, "finetune", dataset))
+
+
+_S = TypeVar("_S", bound=Section)
+
+
+def _override(section: _S, changes: dict[str, Any], where: tuple[str, ...]) -> _S:
+    if not changes:
+        return section
+    try:
+        return type(section).model_validate({**section.model_dump(), **changes})
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = tuple(str(part) for part in first["loc"])
+        known = sorted(type(section).model_fields)
+        message = _unknown(key[-1], known) if first["type"] == "extra_forbidden" else _message(dict(first))
+        raise _fault_at((*where, *key), message, first["input"]) from None
+
+
+def _check_architecture(name: AdapterName, values: dict[str, int | float]) -> None:
+    """Keys and values that no adapter of this name can have."""
+    where = ("adapters", name, "architecture")
+    for key, value in values.items():
+        if key not in ARCHITECTURES[name]:
+            raise _fault_at((*where, key), _unknown(key, sorted(ARCHITECTURES[name])), value)
+        if key == "dropout":
+            if not 0 <= value < 1:
+                raise _fault_at((*where, key), "Input should be at least 0 and less than 1", value)
+        elif value != int(value) or value < 1:
+            raise _fault_at((*where, key), "Input should be a whole number greater than 0", value)
+    width, heads = values.get("width"), values.get("heads", 4)
+    if width is not None and width % heads:
+        raise _fault_at((*where, "width"), f"Input should be a multiple of heads, {heads}", width)
+
+
+def _fault_at(where: tuple[str, ...], message: str, value: Any = None) -> PydanticCustomError:
+    """A fault of the key `where`, found by a check that sees more than one section."""
+    return PydanticCustomError("elsewhere", "{message}", {"where": where, "message": message, "value": value})
+
+
+def load_params(path: Path = Path("params.yaml")) -> Params:
+    """Read and check a parameter file.
+
+    Raises UserError, one line per fault: file, line, key, the value found and what is allowed.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; run `terraalign profile use demo` in the project folder") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as text: {error}") from None
+    return parse_params(text, str(path))
+
+
+def parse_params(text: str, name: str) -> Params:
+    """Check the text of a parameter file; `name` stands for the file in faults. Raises like load_params."""
+    try:
+        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise UserError(f"{name}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    if tree is None or not isinstance(values, dict):
+        raise UserError(f"{name}: expected a mapping of sections, found {type(values).__name__}")
+    twice = [f"{name}:{line}: {key} is here for the second time; keep one" for key, line in _repeated(tree)]
+    if twice:
+        raise UserError("\n".join(twice))
+    try:
+        return Params.model_validate(values)
+    except ValidationError as error:
+        # What is missing comes last: it is often only a key that an unknown one misspells.
+        found = sorted(error.errors(), key=lambda fault: fault["type"] == "missing")
+        faults = [_fault(name, tree, dict(fault)) for fault in found]
+        raise UserError("\n".join(faults)) from None
+
+
+def _fault(name: str, tree: yaml.Node, fault: dict[str, Any]) -> str:
+    """`params.yaml:12: pretrain.lr is -1: ...` for one pydantic fault."""
+    loc = [part for part in fault["loc"] if part != "[key]"]
+    found, message = fault["input"], _message(fault)
+    if fault["type"] == "missing":
+        message, found = "this key is missing; see profiles/demo.yaml for its use", {}
+    elif fault["type"] == "extra_forbidden":
+        message = _unknown(str(loc[-1]), _known_keys(loc[:-1]))
+    elif fault["type"] == "elsewhere":
+        loc, found = list(fault["ctx"]["where"]), fault["ctx"]["value"]
+        found = {} if found is None else found
+    key = ".".join(map(str, loc)) or "the file"
+    value = "" if isinstance(found, dict) else f" is {_yaml(found)}"
+    return f"{name}:{_line(tree, loc)}: {key}{value}: {message}"
+
+
+def _message(fault: dict[str, Any]) -> str:
+    return str(fault["msg"]).removeprefix("Value error, ").replace("Input should be", "should be")
+
+
+def _unknown(key: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1)
+    guess = f"did you mean {near[0]}? " if near else ""
+    return f"unknown key; {guess}known here: {', '.join(known)}"
+
+
+def _yaml(value: object) -> str:
+    """A value on one line, as the file may have it."""
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True).split("\n")[0]
+
+
+def _repeated(node: yaml.Node, above: str = "") -> Iterator[tuple[str, int]]:
+    """Keys that a mapping has twice, with the line of the second; YAML would keep the last one silently."""
+    if not isinstance(node, yaml.MappingNode):
+        return
+    seen = set()
+    for key_node, value_node in node.value:
+        key = f"{above}{key_node.value}"
+        if key in seen:
+            yield key, key_node.start_mark.line + 1
+        seen.add(key)
+        yield from _repeated(value_node, f"{key}.")
+
+
+def _line(node: yaml.Node, loc: list[Any]) -> int:
+    """The 1-based line of the deepest part of `loc` that the file has."""
+    line = node.start_mark.line
+    for part in loc:
+        child = None
+        if isinstance(node, yaml.MappingNode):
+            for key_node, value_node in node.value:
+                if key_node.value == str(part):
+                    line, child = key_node.start_mark.line, value_node
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            child = node.value[part]
+            line = child.start_mark.line
+        if child is None:
+            break
+        node = child
+    return line + 1
+
+
+def _known_keys(loc: list[Any]) -> list[str]:
+    model: Any = Params
+    for part in loc:
+        field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, Section) else None
+        if field is None:
+            return sorted(AdapterSection.model_fields) if loc[0] == "adapters" else []
+        model = field.annotation
+    return sorted(model.model_fields) if isinstance(model, type) and issubclass(model, Section) else []

@@ -1,0 +1,81 @@
+"""Data sets of every layout, read into one manifest: `prepare` is the whole of it.
+
+A new layout is a module with a `read` function that returns rows, and one entry in READERS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+from rich.progress import Progress
+
+from pipeline.params import Dataset, Params
+from pipeline.sources import coco, food101, imagefolder, manifest, openmoji
+from pipeline.sources.manifest import SCHEMA, Row, write
+
+__all__ = ["READERS", "SCHEMA", "ensure_rendered", "manifest_path", "prepare", "write"]
+
+Reader = Callable[[Params, Progress], list[Row]]
+
+
+def _coco(params: Params, progress: Progress) -> list[Row]:
+    section = params.data.captions
+    root = manifest.existing_folder(section.root, "data.captions.root")
+    return coco.read(root, section.captions, section.images, section.count)
+
+
+def _food101(params: Params, progress: Progress) -> list[Row]:
+    section = params.data.classes
+    root = manifest.existing_folder(section.root, "data.classes.root")
+    return food101.read(root, section.validation, section.count)
+
+
+def _imagefolder(params: Params, progress: Progress) -> list[Row]:
+    section = params.data.classes
+    root = manifest.existing_folder(section.root, "data.classes.root")
+    return imagefolder.read(root, section.validation, section.count)
+
+
+def _openmoji_scenes(params: Params, progress: Progress) -> list[Row]:
+    root = openmoji.render_scenes(params.seed, params.data.captions.count or 0, params.runtime.decode_threads, progress)
+    return coco.read(root, "captions.json", "images", count=None)
+
+
+def _openmoji_food(params: Params, progress: Progress) -> list[Row]:
+    root = openmoji.render_food(params.seed, params.data.classes.count or 0, params.runtime.decode_threads, progress)
+    return food101.read(root, params.data.classes.validation, count=None)
+
+
+READERS: dict[str, Reader] = {
+    "coco": _coco,
+    "food101": _food101,
+    "imagefolder": _imagefolder,
+    "openmoji_scenes": _openmoji_scenes,
+    "openmoji_food": _openmoji_food,
+}
+
+
+def prepare(params: Params, data: Dataset, progress: Progress | None = None) -> pa.Table:
+    """The manifest of a data set (columns: SCHEMA, sorted by id), every picture checked by decoding it.
+
+    Renders the pictures first where the source is a rendered one. Broken pictures are named on stderr and
+    quarantined. Raises UserError for a fault in the data set, or more broken pictures than max_broken allows.
+    """
+    section = params.data.captions if data == "captions" else params.data.classes
+    progress = progress or Progress(disable=True)
+    rows = READERS[section.source](params, progress)
+    return manifest.build(rows, data, section.max_broken, params.runtime.decode_threads, progress)
+
+
+def ensure_rendered(params: Params, data: Dataset, progress: Progress | None = None) -> None:
+    """Render the pictures of a rendered source if they are not there, e.g. after a manifest came from DVC's cache."""
+    section = params.data.captions if data == "captions" else params.data.classes
+    if section.source in ("openmoji_scenes", "openmoji_food"):
+        READERS[section.source](params, progress or Progress(disable=True))
+
+
+def manifest_path(params: Params, data: Dataset) -> Path:
+    """Where stage prepare writes the manifest."""
+    return Path("data") / params.profile / "prepare" / f"{data}.parquet"

@@ -1,0 +1,182 @@
+"""The manifest: one row per picture, whichever source it came from, and the check that every picture decodes."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import sys
+import warnings
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path, PurePosixPath
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image, UnidentifiedImageError
+from rich.progress import Progress
+
+from pipeline.errors import UserError
+
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("image", pa.string()),
+        ("sha256", pa.string()),
+        ("captions", pa.list_(pa.string())),
+        ("label", pa.string()),
+        ("split", pa.string()),
+        ("quarantine", pa.string()),
+    ]
+)
+# A short list on purpose: other PIL plug-ins run programs (EPS) or read formats no encoder here is meant for.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+NAMED = 20  # pictures named one by one on stderr; the manifest names all of them
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a reader says of one picture. `quarantine` is a reason not to use it, known before it is opened."""
+
+    id: str
+    image: Path
+    captions: list[str]
+    label: str | None
+    split: str
+    quarantine: str | None = None
+
+
+def share(key: str) -> float:
+    """A number in [0, 1) that depends on the key alone, so that an inserted picture never moves another one."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
+
+
+def order(key: str) -> float:
+    """The place of a picture where `count` cuts; independent of `share`, or a cut would take one split only."""
+    return share(f"order:{key}")
+
+
+def warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def existing_folder(root: Path | None, parameter: str) -> Path:
+    """`root` if it is a folder. Raises UserError naming the parameter that holds it."""
+    if root is None or not root.is_dir():
+        raise UserError(f"{root}: no such folder; set {parameter} in params.yaml to the folder of the data set")
+    return root
+
+
+def below(folder: Path, name: str, where: str) -> Path:
+    """`folder / name`. Raises UserError if `name`, read from a file of the data set, leads out of the folder."""
+    parts = PurePosixPath(name.replace("\\", "/"))
+    if not name or parts.is_absolute() or ".." in parts.parts or "\0" in name:
+        raise UserError(f"{where}: {name!r} is no file name below {folder}; mend that entry")
+    return folder / name
+
+
+def build(rows: Sequence[Row], data: str, max_broken: float, workers: int, progress: Progress) -> pa.Table:
+    """The manifest of `rows`, sorted by id (columns: SCHEMA), after decoding every picture.
+
+    Pictures that do not decode keep their row, with the reason in `quarantine` and no split. Raises UserError when
+    their share exceeds `max_broken`, when two rows have one id, or when no usable picture is left.
+    """
+    rows = sorted(rows, key=lambda row: row.id)
+    _check_unique(rows, data)
+    checked = check_pictures([row.image for row in rows], workers, progress)
+    broken = [(row.image, reason) for row, (_, reason) in zip(rows, checked, strict=True) if reason]
+    _report_broken(broken, len(rows), data, max_broken)
+    records = [_record(row, sha256, reason) for row, (sha256, reason) in zip(rows, checked, strict=True)]
+    if all(record["quarantine"] for record in records):
+        raise UserError(f"data.{data}: no usable picture among {len(rows)}; check the root and files it names")
+    return pa.Table.from_pylist(records, schema=SCHEMA)
+
+
+def write(table: pa.Table, path: Path) -> None:
+    """Write a manifest as Parquet: to a temporary name first, so that a half-written one never has the real name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    pq.write_table(table, temporary, compression="zstd")
+    temporary.replace(path)
+
+
+def check_pictures(paths: Sequence[Path], workers: int, progress: Progress) -> list[tuple[str | None, str | None]]:
+    """(SHA-256 of the bytes or None, reason it can't be used or None) for each picture, in order."""
+    Image.init()  # loads PIL's plug-ins; left to the first picture, the threads would race for it
+    with warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool:  # decoders release the GIL: threads scale
+        warnings.simplefilter("ignore")  # PIL's remarks on odd metadata; what matters comes back as a reason
+        done: Iterable[tuple[str | None, str | None]] = pool.map(check_picture, paths)
+        return list(progress.track(done, total=len(paths), description="check pictures"))
+
+
+def check_picture(path: Path) -> tuple[str | None, str | None]:
+    """Decode one picture to its last row: a truncated file opens without complaint and fails only there."""
+    if not path.is_file():
+        return None, "no such file"
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        return None, f"can't be read: {error.strerror}"
+    return hashlib.sha256(content).hexdigest(), _decoding_fault(content)
+
+
+def _decoding_fault(content: bytes) -> str | None:
+    if not content:
+        return "empty file"
+    limit = Image.MAX_IMAGE_PIXELS or sys.maxsize
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
+            if picture.width * picture.height > limit:
+                return f"too large: {picture.width} x {picture.height} pixels"
+            picture.load()
+    except UnidentifiedImageError:
+        return "not a picture"
+    except Image.DecompressionBombError:
+        return f"too large: more than {limit} pixels"
+    except Exception as error:  # PIL's decoders raise whatever the damage leads them to: OSError, SyntaxError, struct
+        return f"does not decode: {' '.join(str(error).split()) or type(error).__name__}"
+    return None
+
+
+def _check_unique(rows: Sequence[Row], data: str) -> None:
+    if not rows:
+        raise UserError(f"data.{data}: the data set has no picture; check the root and the files it names")
+    for one, other in pairwise(rows):
+        if one.id == other.id:
+            raise UserError(f"data.{data}: two pictures have the id {one.id!r}: {one.image} and {other.image}")
+
+
+def _report_broken(broken: list[tuple[Path, str]], total: int, data: str, max_broken: float) -> None:
+    for path, reason in broken[:NAMED]:
+        warn(f"{path}: {reason}; left out")
+    if broken:
+        more = f", the first {NAMED} named here" if len(broken) > NAMED else ""
+        warn(f"{len(broken)} of {total} pictures of data.{data} can't be used{more}; the manifest holds every reason")
+    if len(broken) > max_broken * total:
+        first = ", ".join(f"{path} ({reason})" for path, reason in broken[:3])
+        raise UserError(
+            f"data.{data}: {len(broken)} of {total} pictures can't be used, more than data.{data}.max_broken = "
+            f"{max_broken:g} allows; first: {first}; mend them or raise data.{data}.max_broken in params.yaml"
+        )
+
+
+def _record(row: Row, sha256: str | None, reason: str | None) -> dict[str, object]:
+    quarantine = row.quarantine or reason
+    return {
+        "id": row.id,
+        "image": _portable(row.image),
+        "sha256": sha256,
+        "captions": row.captions,
+        "label": row.label,
+        "split": None if quarantine else row.split,
+        "quarantine": quarantine,
+    }
+
+
+def _portable(path: Path) -> str:
+    """Relative to the project folder if below it, so that a moved project keeps its manifest; links are kept."""
+    absolute = Path(os.path.normpath(path.absolute()))  # resolve() would follow a linked data folder
+    here = Path.cwd()
+    return (absolute.relative_to(here) if absolute.is_relative_to(here) else absolute).as_posix()

@@ -1,0 +1,1 @@
+"""The feature store: the only place that knows shapes, dtypes and files on disk."""

@@ -1,0 +1,58 @@
+"""Arrow schemas of the shards, and the names that decide where a row lives."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import pyarrow as pa
+
+FORMAT = "terraalign/1"
+
+
+def fingerprint(**parts: object) -> str:
+    """Hash of everything that decides the bytes of a feature: backbone, preprocessing, dtype, version."""
+    text = json.dumps({"format": FORMAT, **parts}, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def shard_of(row_id: str, shards: int) -> int:
+    """The shard of a row: hash(id) mod n, so that an insertion does not move its neighbours."""
+    return int.from_bytes(hashlib.sha256(row_id.encode()).digest()[:8], "big") % shards
+
+
+def shard_key(rows: Iterable[tuple[str, str]]) -> str:
+    """Name of a shard: hash of its sorted (id, content SHA-256) pairs."""
+    text = json.dumps(sorted(rows))
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def image_schema(shape: tuple[int, int], dtype: str, print_: str) -> pa.Schema:
+    """id, sha256 of the picture, and its image tokens as a fixed-shape tensor [N, D]."""
+    tokens = pa.fixed_shape_tensor(pa.from_numpy_dtype(dtype), shape)
+    fields = [("id", pa.string()), ("sha256", pa.string()), ("tokens", tokens)]
+    return pa.schema(fields, metadata=_metadata(kind="images", fingerprint=print_))
+
+
+def caption_schema(print_: str) -> pa.Schema:
+    """id and the token ids of each of its captions."""
+    captions = pa.list_(pa.list_(pa.int32()))
+    return pa.schema([("id", pa.string()), ("captions", captions)], metadata=_metadata("captions", print_))
+
+
+def embedding_schema(width: int, print_: str) -> pa.Schema:
+    """token_id and its row of the LLM's input-embedding matrix, float32 [D]."""
+    row = pa.fixed_shape_tensor(pa.float32(), (width,))
+    return pa.schema([("token_id", pa.int32()), ("embedding", row)], metadata=_metadata("embeddings", print_))
+
+
+def _metadata(kind: str, fingerprint: str) -> dict[str, str]:
+    return {"format": FORMAT, "kind": kind, "fingerprint": fingerprint}
+
+
+def tensor_column(rows: Any, field: pa.Field) -> pa.Array:
+    """A numpy array [R, ...] as a fixed-shape tensor column of R rows, without a copy."""
+    storage = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), int(rows[0].size))
+    return pa.ExtensionArray.from_storage(field.type, storage)

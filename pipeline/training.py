@@ -1,0 +1,197 @@
+"""The one training loop, for pre-training and fine-tuning: accumulation, validation, checkpoint, resume."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.params import Optimisation
+from pipeline.progress import progress_bar
+
+CHECKPOINT_SECONDS = 120.0
+History = list[dict[str, float]]
+
+
+@dataclass
+class Checkpoint:
+    """Where a run is kept while it is under way; `key` is a hash of all that decides its course."""
+
+    path: Path
+    key: str
+
+    @classmethod
+    def of(cls, base: Path, stage: str, *decides: object) -> Checkpoint:
+        """The checkpoint of a stage below data/<profile>/checkpoints; outside DVC's outputs, which a rerun deletes."""
+        text = json.dumps([str(part) for part in decides])
+        return cls(base / "checkpoints" / f"{stage}.pt", hashlib.sha256(text.encode()).hexdigest())
+
+    def save(self, state: dict[str, Any]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".tmp")
+        with temporary.open("wb") as file:
+            torch.save({"key": self.key, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self.path)
+
+    def load(self) -> dict[str, Any] | None:
+        """The state saved by an interrupted run of exactly this key; anything else is left aside, and said."""
+        if not self.path.exists():
+            return None
+        try:
+            state: dict[str, Any] = torch.load(self.path, weights_only=True)
+        except Exception as error:  # torch raises half a dozen kinds for a damaged file
+            print(f"{self.path}: not readable ({type(error).__name__}); starting afresh", file=sys.stderr)
+            return None
+        if state["key"] != self.key:
+            print(f"{self.path}: of a run with other parameters or inputs; starting afresh", file=sys.stderr)
+            return None
+        return state
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+@dataclass
+class Trainer:
+    """A run: what to train, on which batches, with which loss, and when to validate.
+
+    `groups` are AdamW's parameter groups; `loss` maps a list of example indices to a scalar; `validate` gives a
+    row of the history; `extras` is state that `validate` may fill and that survives an interruption.
+    """
+
+    name: str
+    model: nn.Module
+    groups: list[dict[str, Any]]
+    settings: Optimisation
+    examples: int
+    seed: int
+    loss: Callable[[list[int]], Tensor]
+    validate: Callable[[int], Mapping[str, float]]
+    validate_at: set[int]
+    checkpoint: Checkpoint
+    extras: dict[str, Any] = field(default_factory=dict)
+    history: History = field(default_factory=list)
+
+    def run(self) -> History:
+        """Train to the end and return the history; goes on where an interrupted run of the same key stopped.
+
+        An interrupted and resumed run takes the same batches and ends with the same weights as an uninterrupted one.
+        """
+        total = total_steps(self.settings, self.examples)
+        optimizer = torch.optim.AdamW(self.groups, lr=self.settings.lr, weight_decay=self.settings.weight_decay)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self._rate(step, total))
+        torch.manual_seed(self.seed)
+        step, losses, seconds = self._resume(optimizer, schedule)
+        if step == 0 and not self.history:
+            self._validate(0, math.nan, 0.0)
+        began = saved = time.monotonic()
+        with progress_bar(self.name, total, "steps") as advance:
+            advance(step)
+            while step < total:
+                losses.append(self._step(step, optimizer))
+                schedule.step()
+                step += 1
+                advance(1)
+                now = seconds + time.monotonic() - began
+                if step in self.validate_at or step == total:
+                    self._validate(step, sum(losses) / len(losses), now)
+                    losses.clear()
+                    began, seconds = time.monotonic(), now  # validation is not training time
+                if not losses or time.monotonic() - saved > CHECKPOINT_SECONDS:
+                    self._save(step, losses, now, optimizer, schedule)
+                    saved = time.monotonic()
+        return self.history
+
+    def _step(self, step: int, optimizer: torch.optim.Optimizer) -> float:
+        self.model.train()
+        total = 0.0
+        for micro in range(self.settings.accumulate):
+            batch = batch_at(step * self.settings.accumulate + micro, self.settings.batch, self.examples, self.seed)
+            loss = self.loss(batch) / self.settings.accumulate
+            loss.backward()
+            total += loss.item()
+        if not math.isfinite(total):
+            raise FloatingPointError(f"{self.name}: the loss is {total} at step {step}; lower lr")
+        parameters = [parameter for group in self.groups for parameter in group["params"]]
+        torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return total
+
+    def _validate(self, step: int, train_loss: float, seconds: float) -> None:
+        self.model.eval()
+        with torch.no_grad():
+            row = self.validate(step)
+        self.history.append({"step": step, "seconds": round(seconds, 2), "train_loss": train_loss, **row})
+
+    def _rate(self, step: int, total: int) -> float:
+        """Linear warm-up, then cosine decay to zero."""
+        warmup = max(1, round(self.settings.warmup * total))
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [parameter for group in self.groups for parameter in group["params"]]
+
+    def _save(self, step: int, losses: list[float], seconds: float, optimizer: Any, schedule: Any) -> None:
+        state = {"step": step, "losses": losses, "seconds": seconds, "history": self.history, "extras": self.extras}
+        state |= {"weights": [p.detach() for p in self._trained()], "random": torch.get_rng_state()}
+        state |= {"optimizer": optimizer.state_dict(), "schedule": {"last_epoch": schedule.last_epoch}}
+        self.checkpoint.save(state)
+
+    @torch.no_grad()
+    def _resume(self, optimizer: Any, schedule: Any) -> tuple[int, list[float], float]:
+        state = self.checkpoint.load()
+        if state is None:
+            return 0, [], 0.0
+        for parameter, saved in zip(self._trained(), state["weights"], strict=True):
+            parameter.copy_(saved)
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.last_epoch = state["schedule"]["last_epoch"]
+        torch.set_rng_state(state["random"])
+        self.history[:] = state["history"]
+        self.extras.update(state["extras"])
+        print(f"{self.name}: goes on after step {state['step']}", file=sys.stderr)
+        return state["step"], state["losses"], state["seconds"]
+
+
+def steps_per_epoch(settings: Optimisation, examples: int) -> int:
+    """Optimiser steps in an epoch; the last batch of an epoch may be small."""
+    return math.ceil(math.ceil(examples / settings.batch) / settings.accumulate)
+
+
+def total_steps(settings: Optimisation, examples: int) -> int:
+    """Optimiser steps of a run."""
+    return min(settings.epochs * steps_per_epoch(settings, examples), settings.max_steps or sys.maxsize)
+
+
+def batch_at(number: int, size: int, examples: int, seed: int) -> list[int]:
+    """The indices of the number-th batch of a run: a function of the seed alone, so a resumed run sees the same.
+
+    Each epoch is a fresh permutation.
+    """
+    per_epoch = math.ceil(examples / size)
+    epoch, place = divmod(number, per_epoch)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    order = torch.randperm(examples, generator=generator)
+    return order[place * size : (place + 1) * size].tolist()
+
+
+def write_history(path: Path, history: History) -> None:
+    """The history as CSV, one row per validation."""
+    import pandas as pd
+
+    pd.DataFrame(history).to_csv(path, index=False, float_format="%.6g")

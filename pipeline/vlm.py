@@ -1,0 +1,120 @@
+"""The vision-language model: image tokens through the adapter into the LLM's prompt, its loss and its answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.adapters import Adapter, load_adapter
+from pipeline.backbones.llm import LanguageModel, load_llm
+from pipeline.errors import UserError
+from pipeline.params import LLM, LoRA
+
+IMAGE = "<|terraalign-image|>"
+IGNORED = -100
+
+
+class VLM(nn.Module):
+    """Adapter and LLM; the image tokens come from the cache, so no vision encoder is part of it."""
+
+    def __init__(self, adapter: Adapter, llm: LanguageModel):
+        super().__init__()
+        self.network, self.tokenizer, self.system_prompt = llm.network, llm.tokenizer, llm.system_prompt
+        self.device = llm.network.get_input_embeddings().weight.device
+        self.adapter = adapter.to(self.device)
+
+    def prompt(self, text: str) -> tuple[list[int], list[int]]:
+        """Token ids before and after the image: `[INST] prompt, image tokens [/INST]` in the LLM's own chat format."""
+        messages = [{"role": "user", "content": f"{text}\n{IMAGE}"}]
+        if self.system_prompt is not None:
+            messages.insert(0, {"role": "system", "content": self.system_prompt})
+        chat = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        before, after = chat.split(IMAGE)
+        return self._ids(before), self._ids(after)
+
+    def loss(self, tokens: Tensor, prompts: Sequence[str], answers: Sequence[str]) -> tuple[Tensor, int]:
+        """Next-token cross-entropy of the answers: its sum over answer tokens, and their number.
+
+        tokens [B, N, D_img]; prompts and answers, one of each per image. The end-of-turn token is part of an answer.
+        """
+        answer_ids = [[*self._ids(answer), self.tokenizer.eos_token_id] for answer in answers]
+        inputs, mask = self._splice(tokens, prompts, answer_ids)
+        longest = max(map(len, answer_ids))
+        labels = torch.full((len(answers), longest), IGNORED, device=self.device)
+        for row, ids in enumerate(answer_ids):
+            labels[row, longest - len(ids) :] = torch.tensor(ids, device=self.device)
+        # Answers end at the right edge, so logits are computed at their positions only: [B, longest + 1, V].
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        output = self.network(
+            inputs_embeds=inputs, attention_mask=mask, position_ids=positions,
+            logits_to_keep=longest + 1, use_cache=False,
+        )  # fmt: skip
+        logits = output.logits[:, :-1].float().flatten(0, 1)
+        total = F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORED, reduction="sum")
+        return total, sum(map(len, answer_ids))
+
+    @torch.no_grad()
+    def generate(self, tokens: Tensor, prompt: str, max_new_tokens: int) -> list[str]:
+        """Greedy answers to one prompt about some images; tokens [B, N, D_img]."""
+        inputs, mask = self._splice(tokens, [prompt] * len(tokens), [[]] * len(tokens))
+        ids = self.network.generate(
+            inputs_embeds=inputs, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False,
+            eos_token_id=self.tokenizer.eos_token_id, pad_token_id=self.tokenizer.eos_token_id,
+        )  # fmt: skip
+        return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+    def _splice(self, tokens: Tensor, prompts: Sequence[str], answers: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
+        """LLM inputs [B, L, D] and their mask [B, L], padded on the left."""
+        embed = self.network.get_input_embeddings()
+        dtype = embed.weight.dtype
+        soft_prompts = self.adapter(tokens.to(self.device).float()).to(dtype)  # [B, M, D]
+        rows = []
+        for soft_prompt, prompt, answer in zip(soft_prompts.unbind(0), prompts, answers, strict=True):
+            before, after = self.prompt(prompt)
+            head, tail = (embed(torch.tensor(ids, device=self.device)) for ids in (before, after + answer))
+            rows.append(torch.cat([head, soft_prompt, tail]))
+        longest = max(map(len, rows))
+        inputs = torch.stack([F.pad(row, (0, 0, longest - len(row), 0)) for row in rows])
+        lengths = torch.tensor([[len(row)] for row in rows], device=self.device)
+        mask = torch.arange(longest, device=self.device)[None] >= longest - lengths
+        return inputs, mask.long()
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+
+def add_lora(llm: LanguageModel, params: LoRA) -> Any:
+    """Insert a fresh LoRA (Hu et al. 2022) into the LLM, in place; returns PEFT's handle on it.
+
+    Raises UserError when a named module does not exist in the LLM.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=params.r, lora_alpha=params.alpha, lora_dropout=params.dropout, target_modules=params.modules,
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
+    try:
+        return get_peft_model(llm.network, config)
+    except ValueError as error:
+        raise UserError(f"finetune.lora.modules {params.modules}: {str(error).splitlines()[0]}") from None
+
+
+def load_vlm(params: LLM, adapter_folder: Path, weights: str, device: str = "auto") -> VLM:
+    """A VLM from disk, in eval mode; with the folder's LoRA where it has one.
+
+    Raises UserError naming the file when something is missing.
+    """
+    adapter = load_adapter(adapter_folder, weights)
+    llm = load_llm(params, device)
+    if (adapter_folder / "lora").exists():
+        from peft import PeftModel
+
+        PeftModel.from_pretrained(llm.network, adapter_folder / "lora")
+    return VLM(adapter, llm).eval()

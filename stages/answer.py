@@ -1,0 +1,100 @@
+"""`terraalign caption` and `terraalign classify`: the best adapter of a run on any picture."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pipeline.errors import UserError
+from pipeline.params import Dataset, Params, load_params
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Photos = Annotated[list[Path], typer.Argument(help="Pictures, or folders of pictures.", show_default=False)]
+AsJSON = Annotated[bool, typer.Option("--json", help="One JSON object a line: photo, answer, adapter.")]
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+
+def caption(photos: Photos, as_json: AsJSON = False) -> None:
+    """Caption any pictures with the best fine-tuned adapter of the active profile's run."""
+    params = load_params()
+    _answer(params, "captions", photos, params.evaluate.finetuned_prompt, params.evaluate.caption_tokens, as_json)
+
+
+def classify(photos: Photos, as_json: AsJSON = False) -> None:
+    """Name what is in any pictures with the best classes adapter of the active profile's run."""
+    params = load_params()
+    _answer(params, "classes", photos, params.evaluate.class_prompt, params.evaluate.class_tokens, as_json)
+
+
+def _answer(params: Params, data: Dataset, photos: list[Path], prompt: str, max_tokens: int, as_json: bool) -> None:
+    """Print an answer per picture; a picture that cannot be read is named on stderr and makes the exit code 1."""
+    files = list(_files(photos))
+    adapter = _best_adapter(params, data)
+    from pipeline.backbones.vision import load_vision_encoder
+    from pipeline.vlm import load_vlm
+
+    folder = Path("data") / params.profile / "finetune" / f"{adapter}-{data}"
+    encoder = load_vision_encoder(params.vision, params.runtime.device)
+    model = load_vlm(params.llm, folder, "adapter", params.runtime.device)
+    remaining, failed = iter(files), 0
+    while part := list(islice(remaining, params.vision.batch)):
+        read = [(file, pixels) for file in part if (pixels := _pixels(file, encoder)) is not None]
+        failed += len(part) - len(read)
+        if not read:
+            continue
+        answers = model.generate(_encode([p for _, p in read], encoder, params.vision.batch), prompt, max_tokens)
+        for (file, _), answer in zip(read, answers, strict=True):
+            row = {"photo": str(file), "answer": answer, "adapter": adapter}
+            print(json.dumps(row, ensure_ascii=False) if as_json else f"{file}: {answer}", flush=True)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _files(photos: list[Path]) -> Iterator[Path]:
+    for photo in photos:
+        if photo.is_dir():
+            yield from sorted(file for file in photo.rglob("*") if file.suffix.lower() in SUFFIXES)
+        elif photo.exists():
+            yield photo
+        else:
+            raise UserError(f"{photo}: no such file or folder")
+
+
+def _best_adapter(params: Params, data: Dataset) -> str:
+    """The adapter with the lowest validation loss after fine-tuning; the test part has no say."""
+    losses = {}
+    for name in params.run.adapters:
+        path = Path("data") / params.profile / "finetune" / f"{name}-{data}" / "metrics.json"
+        if path.exists():
+            losses[str(name)] = json.loads(path.read_text())["val_loss"]
+    if not losses:
+        raise UserError(f"data/{params.profile}/finetune: no fine-tuned adapter for {data} yet; run `dvc repro`")
+    return min(losses, key=lambda name: losses[name])
+
+
+def _pixels(file: Path, encoder: Any) -> Tensor | None:
+    from pipeline.backbones.vision import decode
+
+    try:
+        pixels: Tensor = encoder.preprocess(decode(file.read_bytes()))
+        return pixels
+    except (OSError, ValueError) as error:
+        print(f"error: {file}: not a readable picture ({error})", file=sys.stderr)
+        return None
+
+
+def _encode(pictures: list[Tensor], encoder: Any, size: int) -> Tensor:
+    """Image tokens [B, N, D], through a batch of the shape that extraction uses."""
+    import torch
+
+    padding = [torch.zeros_like(pictures[0])] * (size - len(pictures))
+    tokens: Tensor = encoder.encode(torch.stack(pictures + padding))[: len(pictures)]
+    return tokens

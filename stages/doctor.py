@@ -1,0 +1,47 @@
+"""`terraalign doctor`: is everything here that the active profile needs?"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.doctor import Diagnosis, diagnose
+from pipeline.params import load_params
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as one JSON object.")] = False,
+) -> None:
+    """Say what the active profile needs, what is missing and how to get it, and what a run will cost.
+
+    Exit code 0: everything is there; 1: something is missing. Downloads nothing.
+    """
+    found = diagnose(load_params())
+    if as_json:
+        typer.echo(json.dumps({"ok": found.ok, **asdict(found)}, indent=1))
+    else:
+        _show(found)
+    raise typer.Exit(0 if found.ok else 1)
+
+
+def _show(found: Diagnosis) -> None:
+    console = Console(highlight=False)
+    console.width = min(console.width, 100)
+    needs = Table("", title=f"profile {found.profile}", title_justify="left")
+    for heading in ("needed", "found"):
+        needs.add_column(heading, overflow="fold")  # a path must not lose its end
+    for check in found.checks:
+        needs.add_row("[green]ok[/]" if check.ok else "[red]missing[/]", check.name, check.found)
+    costs = Table("estimate", "about", "how it is reckoned", title="costs", title_justify="left")
+    for estimate in found.estimates:
+        costs.add_row(estimate.name, estimate.amount, estimate.formula)
+    console.print(needs, costs, found.hub, sep="\n")
+    for check in found.checks:
+        if not check.ok:
+            # Not wrapped by rich: a command must survive copying.
+            typer.echo(f"{check.name}: {check.remedy}")

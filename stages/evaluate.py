@@ -1,0 +1,89 @@
+"""Stage evaluate@<adapter>."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pipeline.params import AdapterName, Params, load_params
+from stages import timed
+
+if TYPE_CHECKING:
+    from pipeline.store.reader import ImageTokens
+
+
+def evaluate(adapter: Annotated[AdapterName, typer.Argument(help="One of run.adapters.")]) -> None:
+    """Measure an adapter: accuracy on the test part of classes, and captions of test pictures.
+
+    The accuracy is the thesis's (the class name appears in the greedy output) and the strict one (the output is the
+    class name), beside a linear probe and chance. Captions come from the pre-trained adapter with the frozen LLM and
+    from the fine-tuned model. Writes tables and metrics to data/<profile>/evaluate/<adapter>/.
+    """
+    params = load_params()
+    with timed(params, f"evaluate@{adapter}"):
+        from pipeline.store.reader import ImageTokens
+
+        base = Path("data") / params.profile
+        out = base / "evaluate" / adapter
+        out.mkdir(parents=True, exist_ok=True)
+        metrics = _classes(params, adapter, ImageTokens.open(base, "classes"), out)
+        metrics |= _captions(params, adapter, ImageTokens.open(base, "captions"), out)
+        (out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+
+
+def _classes(params: Params, adapter: str, images: ImageTokens, out: Path) -> dict[str, Any]:
+    from pipeline.evaluate import food101
+    from pipeline.vlm import load_vlm
+
+    settings = params.evaluate
+    folder = Path("data") / params.profile / "finetune" / f"{adapter}-classes"
+    model = load_vlm(params.llm, folder, "adapter", params.runtime.device)
+    predictions = food101.predict(model, images, settings.class_prompt, settings.class_tokens, settings.batch)
+    predictions.to_csv(out / "predictions.csv", index=False)
+    food101.per_class(predictions).to_csv(out / "per_class.csv", index=False)
+    food101.confusions(predictions).to_csv(out / "confusions.csv", index=False)
+    classes = images.rows["label"].nunique()
+    return {
+        "acc": float(predictions["correct"].mean()),
+        "acc_strict": float(predictions["strict"].mean()),
+        "valid_name": float(predictions["predicted"].notna().mean()),
+        "probe": food101.linear_probe(images),
+        "chance": 1 / classes,
+        "test_images": len(predictions),
+        "classes": classes,
+    }
+
+
+def _captions(params: Params, adapter: str, images: ImageTokens, out: Path) -> dict[str, Any]:
+    from pipeline.evaluate import captions as c
+    from pipeline.vlm import load_vlm
+
+    base, settings = Path("data") / params.profile, params.evaluate
+    positions = c.choose(images, settings.captions, params.seed)
+    texts = {}
+    for kind, folder, weights, prompt in (
+        ("pretrained", base / "pretrain" / adapter, "last", settings.pretrained_prompt),
+        ("finetuned", base / "finetune" / f"{adapter}-captions", "adapter", settings.finetuned_prompt),
+    ):
+        model = load_vlm(params.llm, folder, weights, params.runtime.device)
+        texts[kind] = c.caption(model, images, positions, prompt, settings.caption_tokens, settings.batch)
+    rows = images.rows.iloc[positions]
+    references = [list(texts) for texts in rows["captions"]]
+    things = c.Things([list(texts) for texts in images.rows["captions"]])
+    table = [
+        {"id": row_id, "image": image, "references": refs, "pretrained": before, "finetuned": after,
+         "right": things.names_one(after, refs)}
+        for row_id, image, refs, before, after in zip(
+            rows["id"], rows["image"], references, texts["pretrained"], texts["finetuned"], strict=True)
+    ]  # fmt: skip
+    (out / "captions.json").write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n")
+    return {
+        "captions_right": things.share(texts["finetuned"], references),
+        "captions_right_pretrained": things.share(texts["pretrained"], references),
+        # The same captions held against the next picture's references: what saying likely things would get.
+        "captions_right_shuffled": things.share(texts["finetuned"], [*references[1:], references[0]]),
+        "captioned": len(positions),
+    }

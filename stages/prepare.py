@@ -1,0 +1,51 @@
+"""Stage prepare: a data set of any layout -> one manifest."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from pipeline.params import Dataset, load_params
+from stages import timed
+
+
+def prepare(
+    data: Annotated[Dataset, typer.Argument(help="captions: pictures with captions; classes: labelled pictures")],
+) -> None:
+    """Read a data set and write its manifest: one row per picture, with its split.
+
+    Writes data/<profile>/prepare/<data>.parquet, which every later stage reads instead of the data set itself. What
+    the data set is stands in params.yaml under data.<data>: `source` is the layout (coco, food101, imagefolder, or
+    drawings rendered here: openmoji_scenes, openmoji_food), `root` its folder.
+
+    Every picture is decoded once. A broken one is named on stderr and left out; more of them than
+    data.<data>.max_broken stop the stage. A picture's split depends on the hash of its id alone, so pictures added
+    later never move the others.
+    """
+    params = load_params()
+    from pipeline import sources  # pyarrow and PIL: not needed to answer --help
+
+    with timed(params, f"prepare@{data}"), _progress() as progress:
+        table = sources.prepare(params, data, progress)
+        sources.write(table, sources.manifest_path(params, data))
+    parts = ", ".join(f"{table['split'].to_pylist().count(name)} {name}" for name in ("train", "val", "test"))
+    print(f"{sources.manifest_path(params, data)}: {table.num_rows} pictures ({parts})")
+
+
+def _progress() -> Progress:
+    """A bar on stderr with count, rate and time left."""
+    speed = SpeedColumn()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), speed, TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True))
+
+
+class SpeedColumn(ProgressColumn):
+    """Pictures per second, over the last seconds."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:.0f}/s" if speed else "")

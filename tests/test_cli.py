@@ -1,0 +1,173 @@
+"""The command line: help that teaches, profiles that are checked before they replace anything, faults on one line."""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+import stages
+from pipeline.errors import UserError
+from pipeline.params import load_params
+from stages import cli
+
+PROJECT = Path(__file__).parents[1]
+runner = CliRunner()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project folder with the profiles and no params.yaml, as the current folder."""
+    (tmp_path / "profiles").mkdir()
+    for path in (PROJECT / "profiles").glob("*.yaml"):
+        (tmp_path / "profiles" / path.name).write_bytes(path.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def terraalign(*arguments: str) -> tuple[int, str]:
+    """Exit code and everything printed."""
+    result = runner.invoke(cli.app, arguments)
+    return result.exit_code, result.output
+
+
+def test_help_teaches_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from stages.cli import app; heavy = {'torch', 'transformers', 'matplotlib', 'pandas', 'pyarrow'}; "
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code + "print(sorted(heavy & set(sys.modules)))"],
+        cwd=PROJECT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == "[]"
+    _, text = terraalign("--help")
+    for word in ("dvc repro", "params.yaml", "report/index.html", "data/store", *cli.COMMANDS):
+        assert word in " ".join(text.split()), word
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_explains_itself(name: str) -> None:
+    code, text = terraalign(name, "--help")
+    assert code == 0 and len(text) > 200
+
+
+def test_use_writes_the_profile_byte_for_byte(folder: Path) -> None:
+    code, _ = terraalign("profile", "use", "demo")
+    assert code == 0
+    assert (folder / "params.yaml").read_bytes() == (folder / "profiles" / "demo.yaml").read_bytes()
+
+
+def test_use_changes_values_and_keeps_comments(folder: Path) -> None:
+    code, text = terraalign(
+        "profile", "use", "thesis", "--set", "data.captions.root=/coco", "--set", "data.classes.root=/food",
+        "--set", "adapters.mlp.architecture={hidden: 64}", "--set", "pretrain.lr=5e-4",
+    )  # fmt: skip
+    assert code == 0, text
+    written = (folder / "params.yaml").read_text()
+    assert "# the thesis names no learning rate" in written and "system_prompt: null" in written
+    params = load_params()
+    assert params.data.captions.root == Path("/coco") and params.pretrain.lr == 5e-4
+    assert params.adapters["mlp"].architecture == {"hidden": 64}
+
+
+def test_use_takes_a_path(folder: Path) -> None:
+    (folder / "mine.yaml").write_text(
+        (folder / "profiles" / "demo.yaml").read_text().replace("profile: demo", "profile: my")
+    )
+    assert terraalign("profile", "use", "mine.yaml")[0] == 0
+    assert load_params().profile == "my"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nope"], "there is no profile nope; known: demo, photos, thesis"),
+        (["nope.yaml"], "nope.yaml: cannot be read"),
+        (["photos"], "data.captions.root is null"),
+        (
+            ["demo", "--set", "pretrain.epoch=1"],
+            "pretrain.epoch is 1: unknown key; did you mean epochs? known here: accumulate",
+        ),
+        (["demo", "--set", "pretrian.lr=1"], "pretrian: unknown key; did you mean pretrain?"),
+        (["demo", "--set", "pretrain.lr"], "expected KEY=VALUE"),
+        (["demo", "--set", "pretrain.lr.x=1"], "lr is a value, not a section"),
+        (["demo", "--set", "pretrain.lr=[1"], "not valid YAML"),
+    ],
+)
+def test_a_bad_choice_leaves_the_old_file_alone(folder: Path, arguments: list[str], message: str) -> None:
+    (folder / "params.yaml").write_text("old")
+    code, text = terraalign("profile", "use", *arguments)
+    assert code == 2 and message in text, text
+    assert (folder / "params.yaml").read_text() == "old"
+    assert not (folder / "params.tmp").exists()
+
+
+def test_list_and_show(folder: Path) -> None:
+    assert "thesis    The thesis at full size" in terraalign("profile", "list")[1]
+    terraalign("profile", "use", "demo", "--set", "seed=3")
+    assert "seed: 3 (the profile has 17)" in terraalign("profile", "show")[1]
+
+
+def test_show_without_a_report(folder: Path) -> None:
+    terraalign("profile", "use", "demo")
+    code, text = terraalign("show")
+    assert code == 2 and "run `dvc repro` first" in text
+
+
+@pytest.mark.parametrize("name", ["prepare", "pretrain", "evaluate", "report", "doctor"])
+def test_a_bad_parameter_stops_every_command_at_once(folder: Path, name: str) -> None:
+    text = (folder / "profiles" / "demo.yaml").read_text()
+    (folder / "params.yaml").write_text(text.replace("epochs: 12", "epochs: 0"))
+    argument = {"prepare": ["captions"], "pretrain": ["mlp"], "evaluate": ["mlp"]}.get(name, [])
+    began = time.monotonic()
+    code, output = terraalign(name, *argument)
+    assert code == 2 and time.monotonic() - began < 3
+    assert output.startswith("error: params.yaml:") and "pretrain.epochs is 0" in output
+
+
+def _raise(fault: BaseException) -> Callable[[], None]:
+    def command() -> None:
+        raise fault
+
+    return command
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "message"),
+    [
+        (UserError("one\ntwo"), 2, "error: one\nerror: two\n"),
+        (OSError(errno.ENOSPC, "No space left on device", "data/x"), 2, "error: the disk is full (writing data/x)"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), 2, "error: the disk is full; free"),
+        (KeyboardInterrupt(), 130, "error: interrupted; run the same command again"),
+    ],
+)
+def test_faults_are_one_line_each(fault: BaseException, code: int, message: str) -> None:
+    app = typer.Typer(cls=cli.Commands)
+    app.command("fail")(_raise(fault))
+    app.command("other")(_raise(fault))
+    result = runner.invoke(app, ["fail"])
+    assert result.exit_code == code and result.output.startswith(message)
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    app = typer.Typer(cls=cli.Commands)
+    app.command("fail")(_raise(ZeroDivisionError()))
+    app.command("other")(_raise(ZeroDivisionError()))
+    assert isinstance(runner.invoke(app, ["fail"]).exception, ZeroDivisionError)
+
+
+def test_timings_are_written_on_success_only(folder: Path) -> None:
+    terraalign("profile", "use", "demo")
+    params = load_params()
+    with stages.timed(params, "pretrain@mlp"):
+        pass
+    with pytest.raises(UserError), stages.timed(params, "pretrain@query"):
+        raise UserError("no")
+    assert [path.name for path in (folder / "data" / "demo" / "seconds").iterdir()] == ["pretrain@mlp.json"]

@@ -1,0 +1,208 @@
+"""What a change makes DVC run again, on the real dvc.yaml; the commands themselves are faked."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+PROJECT = Path(__file__).parents[1]
+ADAPTERS = ("mlp", "query")  # two are enough to see what one change spares the other; DVC takes its time per stage
+DATA = ("captions", "classes")
+
+FAKE = """#!{python} -IS
+import hashlib, json, pathlib, sys
+command = " ".join(sys.argv[1:])
+log = pathlib.Path("{log}")
+with log.open("a") as stream:
+    print(command, file=stream)
+content = hashlib.sha256(command.encode()).hexdigest() + str(len(log.read_text().splitlines()))
+for name in json.loads(pathlib.Path("{outputs}").read_text())[command]:
+    path = pathlib.Path(name)
+    file = path if path.suffix else path / "result.txt"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content))
+"""
+
+
+def commands(graph: dict[str, Any], params: dict[str, Any]) -> dict[str, list[str]]:
+    """Every command of dvc.yaml with its outputs, templates filled in."""
+
+    def look_up(dotted: str, item: dict[str, str]) -> Any:
+        value: Any = {**params, "item": item}
+        for part in dotted.split("."):
+            value = value[part]
+        return value
+
+    def fill(text: str, item: dict[str, str]) -> str:
+        return re.sub(r"\$\{([\w.]+)\}", lambda match: str(look_up(match[1], item)), text)
+
+    found = {}
+    for stage in graph["stages"].values():
+        matrix = {k: look_up(v[2:-1], {}) if isinstance(v, str) else v for k, v in stage.get("matrix", {}).items()}
+        outputs = [o if isinstance(o, str) else next(iter(o)) for o in stage["outs"] + stage.get("metrics", [])]
+        for values in itertools.product(*matrix.values()):
+            item = dict(zip(matrix, values, strict=True))
+            found[fill(stage["cmd"], item).removeprefix("terraalign ")] = [fill(output, item) for output in outputs]
+    return found
+
+
+class Repo:
+    """A copy of the project in a git and DVC repository of its own, with a `terraalign` that only pretends."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root, self.log = folder / "project", folder / "log.txt"
+        self.all = self._copy()
+        self._fake(folder / "bin", folder / "outputs.json")
+        self.env = {
+            **os.environ,
+            "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}",
+            "GIT_CONFIG_GLOBAL": os.devnull,
+            **{
+                f"GIT_{who}_{what}": "test@example.org" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")
+            },
+        }
+        self.run("git", "init", "-q", "-b", "main")
+        self.dvc("init", "-q", "-f")
+        shutil.copy(PROJECT / ".dvc" / "config", self.root / ".dvc" / "config")
+        self.commit()
+
+    def _copy(self) -> dict[str, list[str]]:
+        self.root.mkdir()
+        for name in ("dvc.yaml", "params.yaml", ".gitignore", ".dvcignore"):
+            shutil.copy(PROJECT / name, self.root / name)
+        for name in ("stages", "pipeline"):
+            shutil.copytree(PROJECT / name, self.root / name, ignore=shutil.ignore_patterns("__pycache__"))
+        self.set("run", {"adapters": list(ADAPTERS), "scratch": ["query"]})
+        return commands(*(yaml.safe_load((self.root / name).read_text()) for name in ("dvc.yaml", "params.yaml")))
+
+    def _fake(self, folder: Path, outputs: Path) -> None:
+        folder.mkdir()
+        outputs.write_text(json.dumps(self.all))
+        self.log.touch()
+        (folder / "terraalign").write_text(FAKE.format(python=sys.executable, log=self.log, outputs=outputs))
+        (folder / "terraalign").chmod(0o755)
+
+    def run(self, *command: str) -> str:
+        done = subprocess.run(command, cwd=self.root, env=self.env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    def dvc(self, *command: str) -> str:
+        return self.run(sys.executable, "-m", "dvc", *command)
+
+    def commit(self) -> None:
+        self.run("git", "add", "-A")
+        self.run("git", "commit", "-q", "-m", "state")
+
+    def repro(self, *command: str) -> set[str]:
+        """The `terraalign` commands that `dvc repro` (or another DVC command) runs now."""
+        before = len(self.log.read_text().splitlines())
+        self.dvc(*(command or ("repro",)))
+        return set(self.log.read_text().splitlines()[before:])
+
+    def edit(self, name: str, change: Callable[[str], str]) -> None:
+        path = self.root / name
+        text = path.read_text()
+        assert change(text) != text
+        path.write_text(change(text))
+
+    def set(self, key: str, value: Any) -> None:
+        """Change one value of params.yaml."""
+
+        def change(text: str) -> str:
+            values = yaml.safe_load(text)
+            section = values
+            for part in key.split(".")[:-1]:
+                section = section[part]
+            section[key.rpartition(".")[2]] = value
+            return yaml.safe_dump(values, sort_keys=False)
+
+        self.edit("params.yaml", change)
+
+
+@pytest.fixture(scope="module")
+def repo(tmp_path_factory: pytest.TempPathFactory) -> Repo:
+    """The repository after its first `dvc repro`; every test leaves it up to date."""
+    repo = Repo(tmp_path_factory.mktemp("graph"))
+    assert repo.repro() == set(repo.all)
+    repo.commit()
+    return repo
+
+
+def trained(*adapters: str, pretrain: bool = True, data: tuple[str, ...] = DATA) -> set[str]:
+    """What runs again when these adapters are pre-trained (or only fine-tuned on `data`) again."""
+    found = {"report"}
+    for adapter in adapters:
+        found |= {f"finetune {adapter} {name}" for name in data} | {f"evaluate {adapter}", f"pca {adapter}"}
+        found |= {f"pretrain {adapter}"} if pretrain else set()
+    return found
+
+
+def test_every_dependency_exists() -> None:
+    for stage in yaml.safe_load((PROJECT / "dvc.yaml").read_text())["stages"].values():
+        for path in stage["deps"]:
+            assert path.startswith("data/") or (PROJECT / path).exists(), path
+
+
+def test_nothing_runs_twice(repo: Repo) -> None:
+    assert repo.repro() == set()
+
+
+def test_an_architecture_concerns_its_adapter_alone(repo: Repo) -> None:
+    repo.set("adapters.mlp.architecture.dropout", 0.2)
+    assert repo.repro() == trained("mlp")
+
+
+def test_an_adapter_that_is_not_trained_concerns_nobody(repo: Repo) -> None:
+    repo.set("adapters.linear.architecture.pool", 2)
+    assert repo.repro() == set()
+
+
+def test_fine_tuning_parameters_leave_pretraining_alone(repo: Repo) -> None:
+    repo.set("finetune.captions.lr", 0.003)
+    scratch = {"finetune-scratch query"}
+    assert repo.repro() == trained(*ADAPTERS, pretrain=False, data=("captions",)) | scratch
+
+
+def test_the_loss_retrains_but_extracts_nothing(repo: Repo) -> None:
+    repo.edit("pipeline/emd.py", lambda text: text + "\nEPSILON = 0\n")
+    assert repo.repro() == trained(*ADAPTERS)
+
+
+def test_a_comment_in_the_extractor_changes_nothing(repo: Repo) -> None:
+    repo.edit("pipeline/extract.py", lambda text: text + "\n# a comment\n")
+    assert repo.repro() == set()
+
+
+def test_another_encoder_extracts_images_but_no_captions(repo: Repo) -> None:
+    repo.set("vision.dtype", "float32")
+    images = {f"extract-images {name}" for name in DATA}
+    assert repo.repro() == images | trained(*ADAPTERS) | {"finetune-scratch query"}
+
+
+def test_the_runtime_decides_nothing(repo: Repo) -> None:
+    repo.set("runtime.decode_threads", 7)
+    assert repo.repro() == set()
+
+
+def test_the_graph_can_be_drawn(repo: Repo) -> None:
+    drawn = repo.dvc("dag", "--mermaid")
+    for name in ("prepare@captions", "finetune@mlp-classes", "finetune_scratch@query", "pca@query", "report"):
+        assert name in drawn
+
+
+def test_an_experiment_changes_a_parameter(repo: Repo) -> None:
+    repo.commit()
+    assert repo.repro("exp", "run", "-S", "pretrain.lr=0.0005") == trained(*ADAPTERS)
+    assert yaml.safe_load((repo.root / "params.yaml").read_text())["pretrain"]["lr"] == 0.0005

@@ -1,0 +1,145 @@
+"""Parameter files: the committed ones are valid, and a bad one is answered by file, line, key, value and remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.params import load_params, parse_params
+
+PROJECT = Path(__file__).parents[1]
+DEMO = (PROJECT / "profiles" / "demo.yaml").read_text(encoding="utf-8")
+
+
+def line_of(text: str, part: str) -> int:
+    """1-based number of the first line that holds `part`."""
+    return next(number for number, line in enumerate(text.splitlines(), 1) if part in line)
+
+
+def of_mlp(old: str, new: str) -> str:
+    """The demo with one change in adapters.mlp."""
+    before, name, after = DEMO.partition("  mlp:\n")
+    assert old in after
+    return before + name + after.replace(old, new, 1)
+
+
+def fault_in(text: str) -> str:
+    with pytest.raises(UserError) as caught:
+        parse_params(text, "params.yaml")
+    return str(caught.value)
+
+
+def test_the_committed_parameters_are_the_demo_profile() -> None:
+    assert (PROJECT / "params.yaml").read_bytes() == (PROJECT / "profiles" / "demo.yaml").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["photos", "thesis"])
+def test_profiles_with_folders_want_only_their_roots(name: str) -> None:
+    text = (PROJECT / "profiles" / f"{name}.yaml").read_text(encoding="utf-8")
+    faults = fault_in(text).splitlines()
+    assert len(faults) == 2
+    for data, fault in zip(("captions", "classes"), faults, strict=True):
+        assert f"data.{data}.root is null" in fault and f"--set data.{data}.root=FOLDER" in fault
+    assert parse_params(text.replace("root: null", "root: pictures"), name).profile == name
+
+
+def test_thesis_has_the_numbers_of_the_thesis() -> None:
+    text = (PROJECT / "profiles" / "thesis.yaml").read_text(encoding="utf-8").replace("root: null", "root: pictures")
+    params = parse_params(text, "thesis.yaml")
+    assert params.pretrain.epochs == 4 and params.pretrain.batch == 8
+    assert params.finetune_for("mlp", "captions").epochs == 4
+    assert params.finetune_for("query", "captions").epochs == 5
+    assert params.finetune_for("mlp", "classes").epochs == 2
+    assert params.finetune.lora.model_dump() == {"r": 8, "alpha": 32, "dropout": 0.1, "modules": ["q_proj", "v_proj"]}
+    assert params.adapters["query"].architecture == {"width": 512, "blocks": 4, "heads": 4, "queries": 128}
+
+
+def test_an_adapter_overrides_the_common_values() -> None:
+    text = of_mlp("    pretrain: {}\n    finetune: {}", "    pretrain: {lr: 0.5}\n    finetune: {classes: {batch: 3}}")
+    params = parse_params(text, "demo")
+    assert params.pretrain_for("mlp").lr == 0.5 and params.pretrain_for("query").lr == params.pretrain.lr
+    assert params.finetune_for("mlp", "classes").batch == 3 and params.finetune_for("mlp", "captions").batch == 16
+
+
+# What stands in demo.yaml, what replaces it, the key the fault must name, and what else it must say.
+BAD = {
+    "unknown key": ("  candidates: 100", "  candidats: 100", "pretrain.candidats is 100", "did you mean candidates?"),
+    "unknown section": ("pca:\n", "pcaa:\n", "pcaa", "did you mean pca?"),
+    "missing key": ("seed: 17\n", "", "seed", "missing"),
+    "text for a number": ("  epochs: 12", "  epochs: many", "pretrain.epochs is many", "valid integer"),
+    "number in quotes": ("  epochs: 12", "  epochs: '12'", "pretrain.epochs is '12'", "valid integer"),
+    "fraction for a count": ("  batch: 32", "  batch: 2.5", "pretrain.batch is 2.5", "valid integer"),
+    "true for a number": ("  batch: 32", "  batch: true", "pretrain.batch is true", "number"),
+    "nothing": ("  batch: 32", "  batch:", "pretrain.batch is null", "valid integer"),
+    "negative": ("  lr: 0.001", "  lr: -0.001", "pretrain.lr is -0.001", "greater than 0"),
+    "not a number": ("  lr: 0.001", "  lr: .nan", "pretrain.lr is .nan", "finite"),
+    "too large": ("    dropout: 0.1", "    dropout: 1.5", "finetune.lora.dropout is 1.5", "less than 1"),
+    "choice": ("cost: sqeuclidean", "cost: manhattan", "pretrain.objective.cost is manhattan", "'cosine'"),
+    "empty prompt": ('["What type of food is that?"]', '[""]', "finetune.classes.prompts.0 is ''", "at least 1"),
+    "no prompts": ('["What type of food is that?"]', "[]", "finetune.classes.prompts is []", "at least 1"),
+    "unknown adapter": ("  linear:\n", "  lineal:\n", "adapters.lineal", "'linear'"),
+    "adapter without section": ("  query:\n    arch", "  linear2:\n    arch", "adapters.linear2", "'query'"),
+    "scratch not trained": ("scratch: [self_attention]", "scratch: [linear]", "run.scratch", "run.adapters"),
+    "adapter twice": ("adapters: [mlp, self_attention", "adapters: [mlp, mlp", "run.adapters", "once"),
+    "architecture key": ("queries: 9,", "querries: 9,", "adapters.query.architecture.querries is 9", "queries"),
+    "architecture value": ("queries: 9,", "queries: 0,", "adapters.query.architecture.queries is 0", "greater"),
+    "architecture of another": (
+        "pool: 3, dropout",
+        "queries: 3, dropout",
+        "adapters.mlp.architecture.queries",
+        "hidden",
+    ),
+    "width": ("width: 192, dropout", "width: 190, dropout", "self_attention.architecture.width is 190", "multiple of"),
+    "rendered without count": ("    count: 2400\n", "", "data.captions.count", "how many"),
+    "profile name": ("profile: demo", "profile: ../up", "profile is ../up", "pattern"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_value_is_named_with_its_line(case: str) -> None:
+    old, new, key, remedy = BAD[case]
+    assert old in DEMO
+    text = DEMO.replace(old, new, 1)
+    fault = fault_in(text)
+    assert key in fault and remedy in fault, fault
+    if new and case != "adapter without section":
+        line = DEMO[: DEMO.index(old)].count("\n") + 1
+        assert fault.startswith(f"params.yaml:{line}: "), fault
+
+
+def test_a_bad_override_is_named_where_it_stands() -> None:
+    text = of_mlp("    pretrain: {}", "    pretrain:\n      lr: 7")
+    assert fault_in(text).startswith(f"params.yaml:{line_of(text, 'lr: 7')}: adapters.mlp.pretrain.lr is 7: ")
+    text = of_mlp("    finetune: {}", "    finetune:\n      classes:\n        epoch: 7")
+    assert "adapters.mlp.finetune.classes.epoch is 7: unknown key; did you mean epochs?" in fault_in(text)
+
+
+def test_every_fault_is_reported_on_its_own_line() -> None:
+    faults = fault_in(DEMO.replace("epochs: 12", "epochs: 0").replace("seed: 17", "seed: -1")).splitlines()
+    assert len(faults) == 2
+
+
+def test_a_key_given_twice_is_refused() -> None:
+    text = DEMO.replace("  epochs: 12", "  epochs: 12\n  epochs: 13")
+    assert fault_in(text).startswith(
+        f"params.yaml:{line_of(text, 'epochs: 13')}: pretrain.epochs is here for the second"
+    )
+
+
+@pytest.mark.parametrize("text", ["", "- a list\n", "just words\n"])
+def test_a_file_that_is_no_mapping(text: str) -> None:
+    assert "expected a mapping of sections" in fault_in(text)
+
+
+def test_broken_yaml_is_named_with_its_line() -> None:
+    assert fault_in("seed: 1\nrun: [mlp\n").startswith("params.yaml:3: not valid YAML: ")
+
+
+def test_an_unreadable_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="terraalign profile use demo"):
+        load_params(tmp_path / "params.yaml")
+    (tmp_path / "latin.yaml").write_bytes(b"profile: caf\xe9\n")
+    with pytest.raises(UserError, match="cannot be read as text"):
+        load_params(tmp_path / "latin.yaml")

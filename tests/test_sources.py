@@ -1,0 +1,388 @@
+"""Every layout becomes one manifest: what is wrong in a data set is named, and what is right never moves."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from PIL import Image
+from rich.progress import Progress
+
+from pipeline import sources
+from pipeline.errors import UserError
+from pipeline.params import Params
+from pipeline.sources import coco, manifest, openmoji
+
+DEMO = yaml.safe_load((Path(__file__).parents[1] / "profiles" / "demo.yaml").read_text(encoding="utf-8"))
+SILENT = Progress(disable=True)
+
+
+@pytest.fixture(autouse=True)
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty project folder that is the current one."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def params(**data: Any) -> Params:
+    return Params.model_validate({**DEMO, "data": {**DEMO["data"], **data}})
+
+
+def prepare_coco(**section: Any) -> list[dict[str, Any]]:
+    chosen = {"source": "coco", "root": "set", "max_broken": 0.9, **section}
+    return sources.prepare(params(captions=chosen), "captions").to_pylist()
+
+
+def prepare_classes(source: str, **section: Any) -> list[dict[str, Any]]:
+    chosen = {"source": source, "root": "set", "max_broken": 0.9, **section}
+    return sources.prepare(params(classes=chosen), "classes").to_pylist()
+
+
+def picture(path: Path, colour: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (32, 24), (colour % 256, 80, 160)).save(path)
+    return path
+
+
+def write_coco(images: list[Any], annotations: list[Any]) -> None:
+    Path("set").mkdir(exist_ok=True)
+    Path("set/captions.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+
+
+def coco_set(ids: list[int]) -> None:
+    """A sound COCO set: one picture and two captions for each id."""
+    for i in ids:
+        picture(Path(f"set/images/{i:012d}.jpg"), i)
+    images = [{"id": i, "file_name": f"{i:012d}.jpg", "license": 1, "height": 24, "width": 32} for i in ids]
+    texts = [(i, text) for i in ids for text in (f" A picture of {i}. ", f"Number {i}\n")]
+    write_coco(images, [{"id": n, "image_id": i, "caption": text} for n, (i, text) in enumerate(texts)])
+
+
+def food_set(classes: dict[str, str], train: int, test: int) -> None:
+    """A sound Food-101 set: class -> display name, so many pictures in each part."""
+    keys = {"train": range(train), "test": range(train, train + test)}
+    Path("set/meta").mkdir(parents=True, exist_ok=True)
+    Path("set/meta/classes.txt").write_text("\n".join(classes))
+    Path("set/meta/labels.txt").write_text("\n".join(classes.values()))
+    for part, numbers in keys.items():
+        lines = [f"{name}/{i:04d}" for name in classes for i in numbers]
+        Path(f"set/meta/{part}.txt").write_text("\n".join(lines) + "\n")
+        for line in lines:
+            picture(Path(f"set/images/{line}.jpg"))
+
+
+# COCO
+
+
+def test_coco_joins_captions_by_id_and_keeps_them_all() -> None:
+    coco_set([7, 391895])
+    rows = prepare_coco()
+    assert [row["id"] for row in rows] == ["391895", "7"], "sorted by id as text"
+    assert rows[1]["captions"] == ["A picture of 7.", "Number 7"]
+    assert rows[1]["image"] == "set/images/000000000007.jpg", "relative to the project folder"
+    assert rows[1]["sha256"] == hashlib.sha256(Path(rows[1]["image"]).read_bytes()).hexdigest()
+    assert {row["label"] for row in rows} == {None}
+    assert all(row["split"] in ("train", "val", "test") and row["quarantine"] is None for row in rows)
+
+
+def test_coco_split_is_70_15_15_and_insertions_move_nothing() -> None:
+    coco_set(list(range(0, 60, 2)))
+    before = {row["id"]: row["split"] for row in prepare_coco()}
+    coco_set(list(range(60)))
+    after = {row["id"]: row["split"] for row in prepare_coco()}
+    assert before.items() <= after.items()
+    shares = np.array([coco.split_of(str(i)) for i in range(5000)])
+    assert [(shares == part).mean() for part in ("train", "val", "test")] == pytest.approx([0.7, 0.15, 0.15], abs=0.02)
+
+
+def test_count_keeps_a_stable_subset_of_every_split() -> None:
+    coco_set(list(range(60)))
+    few, more = prepare_coco(count=20), prepare_coco(count=40)
+    assert len(few) == 20
+    assert {row["id"] for row in few} < {row["id"] for row in more}
+    assert {row["split"] for row in more} == {"train", "val", "test"}
+
+
+def test_annotations_without_an_image_are_counted_in_one_warning(capsys: pytest.CaptureFixture[str]) -> None:
+    coco_set([1, 2])
+    content = json.loads(Path("set/captions.json").read_text())
+    strangers = [{"id": 90 + i, "image_id": 900 + i, "caption": "?"} for i in range(7)]
+    write_coco(content["images"], content["annotations"] + strangers)
+    assert len(prepare_coco()) == 2
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 1
+    assert "7 annotations" in warnings[0] and "900, 901, 902, 903, 904" in warnings[0]
+
+
+def test_images_without_a_caption_are_quarantined() -> None:
+    coco_set([1, 2])
+    content = json.loads(Path("set/captions.json").read_text())
+    blank = {"id": 99, "image_id": 2, "caption": "  "}
+    write_coco(content["images"], [a for a in content["annotations"] if a["image_id"] == 1] + [blank])
+    rows = prepare_coco(max_broken=0)
+    assert [(row["quarantine"], row["split"] is None) for row in rows] == [(None, False), ("no caption", True)]
+
+
+def test_broken_pictures_are_named_counted_and_quarantined(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+    coco_set(list(range(1, 9)))
+    folder = Path("set/images")
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(folder / f"{1:012d}.jpg")
+    Image.new("1", (120, 120)).save(folder / f"{8:012d}.jpg", "PNG")
+    whole = (folder / f"{1:012d}.jpg").read_bytes()
+    (folder / f"{2:012d}.jpg").write_bytes(whole[: len(whole) // 2])
+    (folder / f"{3:012d}.jpg").write_bytes(b"")
+    (folder / f"{4:012d}.jpg").write_text("<html>not found</html>")
+    (folder / f"{5:012d}.jpg").unlink()
+    Image.new("1", (200, 200)).save(folder / f"{6:012d}.jpg", "PNG")
+    reasons = {row["id"]: row["quarantine"] for row in prepare_coco()}
+    assert reasons["1"] is None and reasons["7"] is None
+    assert "does not decode" in reasons["2"]
+    assert (reasons["3"], reasons["4"], reasons["5"]) == ("empty file", "not a picture", "no such file")
+    assert "too large" in reasons["6"] and "too large: 120 x 120" in reasons["8"]
+    output = capsys.readouterr().err
+    assert "6 of 8 pictures" in output
+    assert all(f"{i:012d}.jpg" in output for i in (2, 3, 4, 5, 6, 8))
+
+
+def test_too_many_broken_pictures_stop_the_stage() -> None:
+    coco_set(list(range(20)))
+    for i in (3, 4):
+        Path(f"set/images/{i:012d}.jpg").write_bytes(b"")
+    assert len(prepare_coco(max_broken=0.1)) == 20
+    with pytest.raises(UserError, match=r"2 of 20 .*max_broken = 0\.09.*0003\.jpg \(empty file\)"):
+        prepare_coco(max_broken=0.09)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"images": [],\n "annotations": [}', r"captions\.json:2:18: not valid JSON"),
+        ("[]", "expected an object"),
+        ('{"images": []}', "no list 'annotations'|images is empty"),
+        ('{"images": [], "annotations": []}', "nothing to prepare"),
+        ('{"images": [{"id": 1}], "annotations": []}', r"images\[0\] has no 'file_name'"),
+        ('{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1}]}', r"\[0\] has no 'caption'"),
+        ('{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"caption": "a"}]}', r"has no 'image_id'"),
+        ('{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "caption": 5}]}', "a string"),
+        ('{"images": [{"id": 1, "file_name": "../a.jpg"}], "annotations": []}', r"'\.\./a\.jpg' is no file name below"),
+        ('{"images": [{"id": 1, "file_name": "/etc/a.jpg"}], "annotations": []}', "is no file name below"),
+        (
+            '{"images": [{"id": 1, "file_name": "a.jpg"}, {"id": "1", "file_name": "b.jpg"}], "annotations": []}',
+            "ids must be unique",
+        ),
+    ],
+)
+def test_faults_in_captions_json_are_told_in_one_line(text: str, message: str) -> None:
+    Path("set").mkdir()
+    Path("set/captions.json").write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        prepare_coco()
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_folders_and_files_name_their_parameter() -> None:
+    with pytest.raises(UserError, match=r"data\.captions\.root"):
+        prepare_coco()
+    with pytest.raises(UserError, match=r"data\.classes\.root"):
+        prepare_classes("food101")
+    Path("set").mkdir()
+    with pytest.raises(UserError, match=r"captions\.json: No such file"):
+        prepare_coco()
+    with pytest.raises(UserError, match=r"classes\.txt: No such file"):
+        prepare_classes("food101")
+
+
+# Food-101 and plain folders
+
+
+def test_food101_keeps_test_and_carves_val_from_train() -> None:
+    food_set({"hot_dog": "Hot dog", "pho": "Pho"}, train=40, test=6)
+    rows = prepare_classes("food101", validation=0.2)
+    assert len(rows) == 92
+    assert {row["id"] for row in rows if row["split"] == "test"} == {
+        f"{name}/{i:04d}" for name in ("hot_dog", "pho") for i in range(40, 46)
+    }
+    assert 6 <= sum(row["split"] == "val" for row in rows) <= 26
+    first = rows[0]
+    assert (first["label"], first["captions"], first["image"]) == (
+        "Hot dog",
+        ["Hot dog"],
+        "set/images/hot_dog/0000.jpg",
+    )
+
+
+def test_food101_split_survives_insertion_and_count_is_per_class_and_part() -> None:
+    food_set({"pho": "Pho"}, train=20, test=4)
+    before = {row["id"]: row["split"] for row in prepare_classes("food101") if row["split"] != "test"}
+    food_set({"hot_dog": "Hot dog", "pho": "Pho"}, train=20, test=4)
+    after = {row["id"]: row["split"] for row in prepare_classes("food101")}
+    assert before.items() <= after.items()
+    limited = prepare_classes("food101", count=3)
+    assert len(limited) == 2 * (3 + 3)
+    assert sum(row["split"] == "test" for row in limited) == 6
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "message"),
+    [
+        ("train.txt", "soup/0001", r"train\.txt:3: 'soup/0001' is not class/id"),
+        ("train.txt", "pho/../../x", r"train\.txt:3: .*is no file name below"),
+        ("train.txt", "pho/0002", r"pho/0002 is in both"),
+        ("labels.txt", "Ramen", r"classes\.txt has 1 lines, labels\.txt 2"),
+    ],
+)
+def test_faults_in_food101_lists_name_file_and_line(file: str, line: str, message: str) -> None:
+    food_set({"pho": "Pho"}, train=2, test=1)
+    path = Path("set/meta") / file
+    path.write_text(path.read_text().rstrip() + f"\n{line}\n")
+    with pytest.raises(UserError, match=message):
+        prepare_classes("food101")
+
+
+def test_imagefolder_names_classes_after_folders_and_splits_by_hash(capsys: pytest.CaptureFixture[str]) -> None:
+    for i in range(60):
+        picture(Path(f"set/golden_delicious-apple/{i}.png"))
+    picture(Path("set/pear/0.JPG"))
+    Path("set/pear/notes.txt").write_text("not a picture")
+    rows = prepare_classes("imagefolder", validation=0.2)
+    assert len(rows) == 61
+    assert {row["label"] for row in rows} == {"golden delicious apple", "pear"}
+    assert rows[-1]["id"] == "pear/0.JPG"
+    assert {row["split"] for row in rows} == {"train", "val", "test"}
+    assert "1 files without a picture's suffix" in capsys.readouterr().err
+    picture(Path("set/golden_delicious-apple/new.png"))
+    grown = {row["id"]: row["split"] for row in prepare_classes("imagefolder", validation=0.2)}
+    assert {row["id"]: row["split"] for row in rows}.items() <= grown.items()
+
+
+def test_imagefolder_without_class_folders() -> None:
+    Path("set").mkdir()
+    with pytest.raises(UserError, match="no class folder"):
+        prepare_classes("imagefolder")
+
+
+# The manifest
+
+
+def test_manifest_file_has_the_schema_and_the_same_bytes_each_time(project: Path) -> None:
+    coco_set([1, 2, 3])
+    chosen = params(captions={"source": "coco", "root": "set"})
+    paths = [project / "a" / "m.parquet", project / "b" / "m.parquet"]
+    for path in paths:
+        sources.write(sources.prepare(chosen, "captions"), path)
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    assert [path.name for path in paths[0].parent.iterdir()] == ["m.parquet"], "no temporary file is left"
+    assert pq.read_table(paths[0]).schema.equals(sources.SCHEMA)
+    assert sources.SCHEMA.field("captions").type == pa.list_(pa.string())
+
+
+def test_pictures_outside_the_project_have_absolute_paths(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    coco_set([1])
+    (project / "elsewhere").mkdir()
+    monkeypatch.chdir(project / "elsewhere")
+    assert prepare_coco(root="../set")[0]["image"] == f"{project}/set/images/{1:012d}.jpg"
+
+
+def test_one_id_twice_is_refused(project: Path) -> None:
+    row = manifest.Row("1", picture(project / "a.png"), ["a"], None, "train")
+    with pytest.raises(UserError, match="two pictures have the id '1'"):
+        manifest.build([row, row], "captions", 0.5, 1, SILENT)
+
+
+# Rendered drawings
+
+
+def test_scenes_have_five_different_captions_naming_every_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[str] = []
+    noun_of = {emoji: noun for noun, (emoji, _) in openmoji.NOUNS.items()}
+    draw = openmoji.drawing
+    monkeypatch.setattr(openmoji, "drawing", lambda emoji: drawn.append(noun_of[emoji]) or draw(emoji))
+    for index in range(60):
+        drawn.clear()
+        picture, captions = openmoji.scene(5, index)
+        assert picture.size == (224, 224)
+        assert 1 <= len(drawn) <= 3
+        assert len(set(captions)) == len(captions) == 5
+        assert all(noun in caption.lower() for noun in drawn for caption in captions)
+        assert all("{" not in caption and " a o" not in caption and caption.endswith(".") for caption in captions)
+
+
+def test_positions_in_captions_are_those_of_the_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    placed: list[tuple[float, float]] = []
+    monkeypatch.setattr(openmoji, "_paste", lambda *arguments: placed.append(arguments[-1]))
+    told = 0
+    for index in range(80):
+        placed.clear()
+        _, captions = openmoji.scene(5, index)
+        for caption in captions:
+            told += "to the left of" in caption or " above " in caption
+            assert "to the left of" not in caption or placed[0][0] < placed[1][0]
+            assert " above " not in caption or placed[0][1] < placed[1][1]
+    assert told > 10
+
+
+def test_rendered_scenes_are_a_coco_set_with_licence_and_are_reused() -> None:
+    rows = prepare_rendered("captions")
+    assert len(rows) == 12
+    assert all(len(row["captions"]) == 5 and row["quarantine"] is None for row in rows)
+    (folder,) = Path("data/raw").iterdir()
+    assert "CC BY-SA 4.0" in (folder / "ATTRIBUTION.txt").read_text(encoding="utf-8")
+    stamp = (folder / "captions.json").stat().st_mtime_ns
+    assert prepare_rendered("captions") == rows
+    assert (folder / "captions.json").stat().st_mtime_ns == stamp
+
+
+def test_rendered_food_is_a_food101_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openmoji, "FOODS", {"hot dog": "🌭", "pear": "🍐"})
+    rows = prepare_rendered("classes")
+    assert [row["split"] == "test" for row in rows].count(True) == 4
+    assert {row["id"].split("/")[0]: row["label"] for row in rows} == {"hot_dog": "hot dog", "pear": "pear"}
+    assert len({row["sha256"] for row in rows}) == 24
+
+
+def prepare_rendered(data: Any) -> list[dict[str, Any]]:
+    section = {"source": "openmoji_scenes" if data == "captions" else "openmoji_food", "count": 12}
+    return sources.prepare(params(**{data: section}), data).to_pylist()
+
+
+@pytest.mark.parametrize("draw", [lambda seed, i: openmoji.scene(seed, i)[0], lambda s, i: openmoji.food(s, "taco", i)])
+def test_a_picture_depends_on_seed_and_index_alone(draw: Callable[[int, int], Image.Image]) -> None:
+    first = draw(5, 3).tobytes()
+    draw(5, 4)
+    assert draw(5, 3).tobytes() == first
+    assert draw(6, 3).tobytes() != first
+    assert draw(5, 4).tobytes() != first
+
+
+def test_processes_render_the_same_bytes_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = sha256s(openmoji.render_scenes(3, 12, 1, SILENT))
+    monkeypatch.setattr(openmoji, "RAW", Path("other"))
+    monkeypatch.setattr(openmoji, "FEW", 0)
+    assert sha256s(openmoji.render_scenes(3, 12, 2, SILENT)) == one
+
+
+def sha256s(folder: Path) -> dict[str, str]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_a_failed_rendering_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(openmoji, "_write_scene", fail)
+    with pytest.raises(KeyboardInterrupt):
+        openmoji.render_scenes(3, 4, 1, SILENT)
+    assert list(Path("data/raw").iterdir()) == []
