@@ -62,7 +62,8 @@ def cost_matrix(x: Tensor, y: Tensor, cost: Cost, center: Tensor | None = None) 
 def _slots(offsets: Sequence[int], image_index: Sequence[int], images: int) -> tuple[Tensor, Tensor, int]:
     """Each word's pair and its column in its image's cost matrix; the captions of an image stand side by side."""
     used = [0] * images
-    pairs, slots = [], []
+    pairs: list[int] = []
+    slots: list[int] = []
     for pair, image in enumerate(image_index):
         count = offsets[pair + 1] - offsets[pair]
         pairs += [pair] * count
@@ -94,7 +95,9 @@ def _plans(
         mass *= row_mass.sum() / mass.sum()
         flow, _, _, _, code = emd_c(row_mass, mass, matrix, MAX_ITERATIONS, 1, None, None)
         if code != OPTIMAL:
-            raise ValueError(f"EMD of pair {pair} (image {image_index[pair]}): the solver found no optimum (code {code})")
+            raise ValueError(
+                f"EMD of pair {pair} (image {image_index[pair]}): the solver found no optimum (code {code})"
+            )
         plan[image_index[pair], :, columns] = flow
 
     if threads == 1:

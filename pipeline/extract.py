@@ -49,7 +49,9 @@ def extract_images(params: Params, data: Dataset, encoder: VisionEncoder, advanc
     return Manifest("images", print_, _build_missing("images", print_, params, data, ["sha256"], build, advance))
 
 
-def extract_captions(params: Params, data: Dataset, tokenizer: Any, embedding: torch.nn.Module, advance: Advance) -> Manifest:
+def extract_captions(
+    params: Params, data: Dataset, tokenizer: Any, embedding: torch.nn.Module, advance: Advance
+) -> Manifest:
     """Token ids of all captions, and the input embeddings of the tokens that occur, in the store.
 
     Token ids carry no BOS and no special tokens. Embeddings come from calling the LLM's embedding module.
@@ -158,7 +160,7 @@ def _batches(rows: pd.DataFrame, encoder: VisionEncoder, size: int, threads: int
 def _stack(start: int, futures: list[Any], size: int) -> tuple[int, Tensor]:
     pictures = [future.result() for future in futures]
     padding = [torch.zeros_like(pictures[0])] * (size - len(pictures))
-    return start, torch.stack(pictures + padding)
+    return start, torch.stack([*pictures, *padding])
 
 
 def _read_picture(name: str, sha256: str) -> Any:
@@ -166,7 +168,9 @@ def _read_picture(name: str, sha256: str) -> Any:
     try:
         content = Path(name).read_bytes()
     except OSError as error:
-        raise UserError(f"{name}: cannot be read ({error.strerror}); run `dvc repro --force` for the prepare stage") from None
+        raise UserError(
+            f"{name}: cannot be read ({error.strerror}); run `dvc repro --force` for the prepare stage"
+        ) from None
     if hashlib.sha256(content).hexdigest() != sha256:
         raise UserError(f"{name}: changed since it was prepared; run `dvc repro --force` for the prepare stage")
     try:

@@ -69,7 +69,9 @@ def finetune(params: Params, name: AdapterName, data: Dataset, pretrained: Path 
     inputs += [pretrained / "last.safetensors"] if pretrained else []
     digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in inputs]
     key = [params.seed, settings.model_dump(), params.finetune.lora, params.llm, architecture, *digests]
-    trainer = _trainer(model, lora, examples, settings, params.seed, Checkpoint.of(base, "-".join(out.parts[-2:]), *key))
+    trainer = _trainer(
+        model, lora, examples, settings, params.seed, Checkpoint.of(base, "-".join(out.parts[-2:]), *key)
+    )
     trainer.name = f"{'fine-tune' if pretrained else 'from scratch'} {name} on {data}"
     history = trainer.run()
     _write(out, adapter, lora, trainer)

@@ -178,6 +178,9 @@ class Objective(Section):
 
 
 class Pretrain(Optimisation):
+    data: Annotated[list[Dataset], Field(min_length=1)] = Field(
+        ["captions"], description="data sets to learn from; the held-out figures are of captions"
+    )
     objective: Objective
     candidates: Positive = Field(100, description="captions to choose from in retrieval")
 

@@ -21,25 +21,41 @@ from pipeline.training import Checkpoint, Trainer, steps_per_epoch, total_steps,
 
 
 class Pairs:
-    """Cached image tokens and captions of one data set, and the objective between them."""
+    """Cached image tokens and captions of the data sets of pretrain.data, and the objective between them.
+
+    Rows of all sets are numbered through; held-out figures are of `captions` alone.
+    """
 
     def __init__(self, params: Params, settings: Pretrain):
         base = Path("data") / params.profile
         self.device = pick_device(params.runtime.device)
-        self.images = ImageTokens.open(base, "captions")
-        self.words = CaptionTokens.open(base, "captions")
-        self.train, self.val = self.images.split("train"), self.images.split("val")[: settings.validation_images]
+        self.settings, self.threads = settings, params.runtime.emd_threads
+        self._images = [ImageTokens.open(base, data) for data in settings.data]
+        texts = [CaptionTokens.open(base, data) for data in settings.data]
+        self.table, row_of = _one_table(texts)
+        self.rows: list[list[list[int]]] = []
+        self._places: list[tuple[int, int]] = []
+        self.train: list[int] = []
+        for number, (images, text) in enumerate(zip(self._images, texts, strict=True)):
+            self.train += [len(self.rows) + i for i in images.split("train")]
+            if settings.data[number] == "captions":
+                self.val = [len(self.rows) + i for i in images.split("val")][: settings.validation_images]
+            self._places += [(number, i) for i in range(len(images.ids))]
+            self.rows += [[[row_of[t] for t in c] for c in text.captions(row_id) if c] for row_id in images.ids]
         if not self.train or not self.val:
             raise UserError(f"captions: {len(self.train)} train and {len(self.val)} val pictures; both are needed")
-        self.settings, self.threads = settings, params.runtime.emd_threads
-        self.rows = [[self.words.rows_of(c) for c in self.words.captions(row_id) if c] for row_id in self.images.ids]
         counts = self._document_frequencies()
         self.idf = torch.log((len(self.train) + 1) / (counts + 1))
-        self.center = (counts @ self.words.table / counts.sum()).to(self.device)
+        self.center = (counts @ self.table / counts.sum()).to(self.device)
+
+    @property
+    def d_in(self) -> int:
+        """Width of the image tokens."""
+        return self._images[0].shape[1]
 
     def _document_frequencies(self) -> Tensor:
         """How many training images have each word in a caption, [T]."""
-        counts = torch.zeros(len(self.words.table))
+        counts = torch.zeros(len(self.table))
         for position in self.train:
             counts[list({row for caption in self.rows[position] for row in caption})] += 1
         return counts
@@ -54,7 +70,7 @@ class Pairs:
         flat = [row for caption in captions for row in caption]
         offsets = np.cumsum([0, *map(len, captions)]).tolist()
         return emd(
-            tokens, self.words.table[flat].to(tokens.device), offsets, image_index,
+            tokens, self.table[flat].to(tokens.device), offsets, image_index,
             cost=self.settings.objective.cost, word_weights=self._weights(flat, captions),
             center=self.center, threads=self.threads,
         )  # fmt: skip
@@ -68,7 +84,12 @@ class Pairs:
 
     def tokens(self, positions: list[int]) -> Tensor:
         """Image tokens [B, N, D] on the device."""
-        return self.images.tokens(positions).to(self.device)
+        tokens = torch.empty(len(positions), *self._images[0].shape)
+        for number, images in enumerate(self._images):
+            here = [i for i, position in enumerate(positions) if self._places[position][0] == number]
+            if here:
+                tokens[here] = images.tokens([self._places[positions[i]][1] for i in here])
+        return tokens.to(self.device)
 
     def per_image(self, tokens: Tensor, positions: list[int]) -> Tensor:
         """EMD averaged over the captions of each image, [B]; tokens [B, N, D] may be of other images."""
@@ -76,6 +97,17 @@ class Pairs:
         distances = self.distance(tokens, captions, index)
         sums = distances.new_zeros(len(positions)).index_add(0, torch.tensor(index, device=distances.device), distances)
         return sums / torch.bincount(torch.tensor(index)).to(sums)
+
+
+def _one_table(texts: list[CaptionTokens]) -> tuple[Tensor, dict[int, int]]:
+    """The embedding tables of several data sets as one, and the row of each token id."""
+    row_of: dict[int, int] = {}
+    rows = []
+    for text in texts:
+        new = [token for token in text.token_ids.tolist() if token not in row_of]
+        row_of |= {token: len(row_of) + i for i, token in enumerate(new)}
+        rows.append(text.embeddings(new))
+    return torch.cat(rows), row_of
 
 
 class ConstantSet(nn.Module):
@@ -100,8 +132,8 @@ def fit_constant_set(pairs: Pairs, count: int, seed: int) -> Tensor:
     weight = torch.bincount(torch.tensor([r for i in pairs.train for c in pairs.rows[i] for r in c])).float()
     weight = weight * pairs.idf[: len(weight)] if pairs.settings.objective.word_weights == "idf" else weight
     start = torch.multinomial(weight, count, replacement=count > int((weight > 0).sum()), generator=generator)
-    scale = pairs.words.table.std().item()
-    model = ConstantSet(pairs.words.table[start].to(pairs.device))
+    scale = pairs.table.std().item()
+    model = ConstantSet(pairs.table[start].to(pairs.device))
     first_rate = 0.1 * scale
     optimizer = torch.optim.Adam(model.parameters(), lr=first_rate)
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=1 / 3, patience=2, threshold=1e-3)
@@ -177,9 +209,9 @@ def pretrain(params: Params, name: AdapterName, out: Path) -> None:
     settings = params.pretrain_for(name)
     pairs = Pairs(params, settings)
     torch.manual_seed(params.seed)
-    adapter = build_adapter(
-        name, pairs.images.shape[1], pairs.words.table.shape[1], **params.adapters[name].architecture
-    ).to(pairs.device)
+    adapter = build_adapter(name, pairs.d_in, pairs.table.shape[1], **params.adapters[name].architecture).to(
+        pairs.device
+    )
     count = adapter(pairs.tokens(pairs.val[:1])).shape[1]
     blind = _blind_baselines(pairs, count, params.seed)
     if settings.objective.start == "constant_set":
@@ -239,7 +271,9 @@ def _trainer(params: Params, name: AdapterName, pairs: Pairs, adapter: Adapter, 
         return {"epoch": step / epoch, **values, **blind, **retrieval(pairs, adapter, candidates, params.seed)}
 
     base = Path("data") / params.profile
-    inputs = [(base / f"{kind}/captions/manifest.json").read_bytes() for kind in ("images", "text")]
+    inputs = [
+        (base / kind / data / "manifest.json").read_bytes() for kind in ("images", "text") for data in settings.data
+    ]
     digests = [hashlib.sha256(content).hexdigest() for content in inputs]
     key = [params.seed, settings.model_dump(), params.adapters[name].architecture, *digests]
     return Trainer(

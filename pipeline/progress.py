@@ -23,7 +23,13 @@ class _Rate(ProgressColumn):
 @contextmanager
 def progress_bar(description: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
     """Show a bar on stderr while the body runs; it gets a function that advances the bar by n units."""
-    columns = (TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), _Rate(unit), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(24),
+        MofNCompleteColumn(),
+        _Rate(unit),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), speed_estimate_period=60) as progress:
         task = progress.add_task(description, total=total)
         yield lambda n: progress.update(task, advance=n)

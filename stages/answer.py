@@ -96,5 +96,5 @@ def _encode(pictures: list[Tensor], encoder: Any, size: int) -> Tensor:
     import torch
 
     padding = [torch.zeros_like(pictures[0])] * (size - len(pictures))
-    tokens: Tensor = encoder.encode(torch.stack(pictures + padding))[: len(pictures)]
+    tokens: Tensor = encoder.encode(torch.stack([*pictures, *padding]))[: len(pictures)]
     return tokens

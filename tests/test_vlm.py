@@ -1,0 +1,135 @@
+"""The vision-language model against transformers itself, on a real architecture with tiny random weights."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from pipeline.adapters import build_adapter
+from pipeline.backbones.llm import load_embedding, load_llm
+from pipeline.errors import UserError
+from pipeline.params import LLM, LoRA
+from pipeline.vlm import VLM, add_lora, load_vlm
+
+
+@pytest.fixture
+def params(tiny_mistral) -> LLM:
+    return LLM(loader="huggingface", model=str(tiny_mistral), dtype="float32")
+
+
+@pytest.fixture
+def model(params) -> VLM:
+    return VLM(build_adapter("linear", 8, 32), load_llm(params)).eval()
+
+
+def test_prompt_is_mistrals(model):
+    before, after = model.prompt("Describe this image")
+    assert model.tokenizer.decode(before) == "<s> [INST] Describe this image\n"
+    assert model.tokenizer.decode(after) == " [/INST]"
+
+
+def test_loss_equals_transformers_row_by_row(model, params):
+    tokens = torch.randn(3, 4, 8)
+    prompts = ["Describe this image", "Provide a brief description of the given image", "What is it?"]
+    answers = ["a cat", "a dog on a red background", "an apple"]
+    total, count = model.loss(tokens, prompts, answers)
+    reference = AutoModelForCausalLM.from_pretrained(params.model).eval()
+    embed, expected, expected_count = reference.get_input_embeddings(), 0.0, 0
+    for row in range(3):
+        before, after = model.prompt(prompts[row])
+        answer = [*model.tokenizer(answers[row], add_special_tokens=False).input_ids, model.tokenizer.eos_token_id]
+        parts = [
+            embed(torch.tensor(before)),
+            model.adapter(tokens[row : row + 1])[0],
+            embed(torch.tensor(after + answer)),
+        ]
+        inputs = torch.cat(parts)[None]
+        labels = torch.full(inputs.shape[:2], -100)
+        labels[0, -len(answer) :] = torch.tensor(answer)
+        expected += reference(inputs_embeds=inputs, labels=labels).loss.item() * len(answer)
+        expected_count += len(answer)
+    assert count == expected_count
+    assert total.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_generation_equals_greedy_argmax(model, params):
+    tokens = torch.randn(2, 4, 8)
+    answers = model.generate(tokens, "Describe this image", 5)
+    reference = AutoModelForCausalLM.from_pretrained(params.model).eval()
+    embed = reference.get_input_embeddings()
+    before, after = model.prompt("Describe this image")
+    for row in range(2):
+        parts = [embed(torch.tensor(before)), model.adapter(tokens[row : row + 1])[0], embed(torch.tensor(after))]
+        inputs, ids = torch.cat(parts)[None], []
+        for _ in range(5):
+            ids.append(int(reference(inputs_embeds=inputs).logits[0, -1].argmax()))
+            inputs = torch.cat([inputs, embed(torch.tensor([[ids[-1]]]))], 1)
+        assert answers[row] == model.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def test_embedding_alone_equals_the_models(params, tmp_path):
+    whole = AutoModelForCausalLM.from_pretrained(params.model)
+    torch.testing.assert_close(load_embedding(params).weight, whole.get_input_embeddings().weight)
+    whole.save_pretrained(tmp_path, max_shard_size="20KB")  # split files with an index
+    split = load_embedding(params.model_copy(update={"model": str(tmp_path)}))
+    torch.testing.assert_close(split.weight, whole.get_input_embeddings().weight)
+
+
+def test_full_size_mistral_has_the_thesis_share_of_lora():
+    from peft import LoraConfig, get_peft_model
+    from transformers import MistralConfig, MistralForCausalLM
+
+    with torch.device("meta"):
+        network = MistralForCausalLM(MistralConfig(sliding_window=None))
+        defaults = LoRA()
+        config = LoraConfig(r=defaults.r, lora_alpha=defaults.alpha, target_modules=defaults.modules)
+        trained, everything = get_peft_model(network, config).get_nb_trainable_parameters()
+    assert (trained, everything) == (3_407_872, 7_245_139_968)
+    assert f"{100 * trained / everything:.4f}" == "0.0470"
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_lora_learns_also_after_an_evaluation_pass(params, quantization):
+    llm = load_llm(params.model_copy(update={"quantization": quantization}))
+    lora = add_lora(llm, LoRA(dropout=0.0))
+    model = VLM(build_adapter("linear", 8, 32), llm)
+    example = torch.randn(2, 4, 8), ["What is it?"] * 2, ["a cat", "a dog"]
+    model.eval()
+    with torch.no_grad():  # a 4-bit layer repacks itself here, unless it is told not to
+        before, count = model.loss(*example)
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    for _ in range(8):
+        optimizer.zero_grad()
+        model.loss(*example)[0].backward()
+        optimizer.step()
+    moved = [p for name, p in lora.named_parameters() if "lora_B" in name]
+    assert moved and all(p.abs().sum() > 0 for p in moved)
+    assert (model.adapter.out.weight.grad is not None) and model.adapter.out.weight.grad.abs().sum() > 0
+    with torch.no_grad():
+        after, _ = model.eval().loss(*example)
+    assert after / count < before / count - 0.2
+    quantised = [m for m in llm.network.modules() if type(m).__name__ == "Linear4bit"]
+    assert bool(quantised) == (quantization == "nf4")
+
+
+def test_what_was_saved_answers_the_same(params, tmp_path):
+    llm = load_llm(params)
+    lora = add_lora(llm, LoRA())
+    for name, parameter in lora.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model = VLM(build_adapter("linear", 8, 32), llm).eval()
+    model.adapter.save(tmp_path, "adapter")
+    lora.save_pretrained(tmp_path / "lora")
+    example = torch.randn(1, 4, 8), ["What is it?"], ["a cat"]
+    again = load_vlm(params, tmp_path, "adapter")
+    torch.testing.assert_close(again.loss(*example)[0], model.loss(*example)[0])
+
+
+def test_faults_are_named(params):
+    with pytest.raises(UserError, match="nowhere cannot be loaded"):
+        load_llm(params.model_copy(update={"model": "nowhere"}))
+    with pytest.raises(UserError, match=r"finetune\.lora\.modules \['no_proj'\]"):
+        add_lora(load_llm(params), LoRA(modules=["no_proj"]))
+    with pytest.raises(UserError, match="no installed package with one .gguf file"):
+        load_llm(params.model_copy(update={"loader": "gguf", "model": "no_such_package"}))
