@@ -69,5 +69,5 @@ def test_words_of_no_weight_do_not_count():
 def test_a_cost_that_is_not_finite_names_the_pair(bad):
     x, words, offsets, index = problem(1)
     x[1, 0, 0] = bad
-    with pytest.raises(ValueError, match="pair 2 .image 1.: a ground cost is not finite"):
+    with pytest.raises(ValueError, match=r"pair 2 .image 1.: a ground cost is not finite"):
         emd(x, words, offsets, index, cost="sqeuclidean")

@@ -131,5 +131,5 @@ def test_faults_are_named(params):
         load_llm(params.model_copy(update={"model": "nowhere"}))
     with pytest.raises(UserError, match=r"finetune\.lora\.modules \['no_proj'\]"):
         add_lora(load_llm(params), LoRA(modules=["no_proj"]))
-    with pytest.raises(UserError, match="no installed package with one .gguf file"):
+    with pytest.raises(UserError, match=r"no installed package with one \.gguf file"):
         load_llm(params.model_copy(update={"loader": "gguf", "model": "no_such_package"}))

@@ -1,0 +1,126 @@
+"""The whole chain through the command line, on rendered pictures, real encoders and a two-layer Mistral."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from pipeline.evaluate.captions import Things
+from pipeline.evaluate.food101 import confusions, find_class, per_class
+from stages.cli import app
+
+BLOCKED = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"open_clip", "timm", "PIL", "transformers", "peft", "bitsandbytes", "torchvision"}:
+            raise ImportError(f"{name} is blocked")
+sys.meta_path.insert(0, Block())
+from stages.pretrain import pretrain
+pretrain("query")
+"""
+
+
+def terraalign(*arguments, code=0):
+    result = CliRunner().invoke(app, list(map(str, arguments)))
+    assert result.exit_code == code, f"{arguments}: {result.output}\n{result.exception!r}"
+    return result
+
+
+def test_every_stage_of_the_graph(tiny_params, tiny_mistral):
+    for data in ("captions", "classes"):
+        terraalign("prepare", data)
+        terraalign("extract-images", data)
+        terraalign("extract-captions", data)
+    terraalign("pretrain", "mlp")
+    base = Path("data/tiny")
+    history = pd.read_csv(base / "pretrain/mlp/history.csv")
+    assert list(history["epoch"]) == [0, 1, 2]
+    assert history["val"].iloc[-1] < history["val"].iloc[0]
+    metrics = json.loads((base / "pretrain/mlp/metrics.json").read_text())
+    assert metrics["image_gain_low"] <= metrics["image_gain"] <= metrics["image_gain_high"]
+    assert metrics["const_set"] <= metrics["const_token"]
+    assert not list((base / "checkpoints").iterdir())
+
+    # Pre-training needs cached tensors alone: no encoder, no LLM, no pictures.
+    hidden = [(Path("data/raw"), Path("data/hidden")), (tiny_mistral, tiny_mistral.with_name("hidden"))]
+    for here, there in hidden:
+        here.rename(there)
+    try:
+        subprocess.run([sys.executable, "-c", BLOCKED], check=True, env=_environment())
+    finally:
+        for here, there in hidden:
+            there.rename(here)
+    terraalign("pretrain", "self_attention")
+
+    for name in ("mlp", "self_attention", "query"):
+        for data in ("captions", "classes"):
+            terraalign("finetune", name, data)
+        terraalign("evaluate", name)
+        terraalign("pca", name)
+    terraalign("finetune-scratch", "mlp")
+    terraalign("report")
+    assert "<html" in (base / "report/index.html").read_text()
+    figures = json.loads((base / "metrics.json").read_text())
+    assert {"emd/mlp/val", "retrieval/query/r1_debiased", "acc/mlp", "acc_strict/mlp", "acc/probe", "acc/chance",
+            "ft/mlp/emd/val_loss", "ft/mlp/scratch/val_loss", "pca/mlp/epoch1/k80", "pca/mlp/finetuned/k80",
+            "seconds/pretrain@mlp"} <= figures.keys()  # fmt: skip
+    _check_answers()
+
+
+def _check_answers():
+    photos = sorted(Path("data/raw").glob("openmoji_food*/images/*/*"))[:3]
+    broken = Path("broken.jpg")
+    broken.write_bytes(b"no picture")
+    lines = terraalign("caption", "--json", *photos).output.strip().splitlines()
+    rows = [json.loads(line) for line in lines if line.startswith("{")]
+    assert [row["photo"] for row in rows] == [str(photo) for photo in photos]
+    result = terraalign("classify", photos[0], broken, code=1)
+    assert f"{photos[0]}: " in result.output
+    assert "broken.jpg: not a readable picture" in result.output
+    assert "no such file" in terraalign("caption", "nowhere.jpg", code=2).output
+
+
+def _environment():
+    import os
+
+    return {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+
+
+@pytest.mark.parametrize(
+    ("output", "name"),
+    [
+        ("hot dog", "hot dog"),
+        ("This is a Hot Dog.", "hot dog"),
+        ("dog", "dog"),
+        ("hotdogs", None),
+        ("an apple pie and an apple", "apple pie"),
+        ("pineapple", None),
+        ("", None),
+    ],
+)
+def test_class_rule(output, name):
+    assert find_class(output, ["dog", "hot dog", "apple", "apple pie"]) == name
+
+
+def test_tables_of_predictions():
+    table = pd.DataFrame({"label": ["a", "a", "b", "b"], "predicted": ["a", "b", None, "a"]})
+    table["correct"] = table["predicted"] == table["label"]
+    assert per_class(table).to_dict("list") == {
+        "label": ["a", "b"], "images": [2, 2], "correct": [1, 0], "accuracy": [0.5, 0.0],
+    }  # fmt: skip
+    assert confusions(table)["count"].sum() == 3 and "" in set(confusions(table)["predicted"])
+
+
+def test_right_things_are_the_pictures_own():
+    captions = [["a red dog on blue", "the dog runs", "a dog"]] + [["a cat on blue", "cats", "a cat"]] * 1
+    captions += [[f"a thing{i}x on blue"] * 3 for i in range(18)]
+    things = Things(captions)
+    assert things.of(captions[0]) == {"dog"}
+    assert things.names_one("Two dogs.", captions[0])
+    assert not things.names_one("a cat on blue", captions[0])
+    assert things.share(["a dog", "a dog"], captions[:2]) == 0.5

@@ -1,0 +1,86 @@
+"""The training loop: an interrupted run ends where an uninterrupted one does."""
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline import training
+from pipeline.params import Optimisation
+from pipeline.training import Checkpoint, Trainer, batch_at, total_steps
+
+SETTINGS = Optimisation(epochs=3, batch=4, lr=0.05, accumulate=2)
+DATA = torch.randn(22, 5, generator=torch.Generator().manual_seed(1))
+
+
+def trainer(folder, key="k", breaks_at=None):
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+    calls = 0
+
+    def loss(batch):
+        nonlocal calls
+        calls += 1
+        if calls == breaks_at:
+            raise KeyboardInterrupt
+        return (model(DATA[batch]).squeeze(1) - DATA[batch].sum(1)).square().mean()
+
+    def validate(step):
+        return {"val": loss_of_all(model)}
+
+    groups = [{"params": list(model.parameters())}]
+    checkpoint = Checkpoint(folder / "run.pt", key)
+    return Trainer("test", model, groups, SETTINGS, len(DATA), 7, loss, validate, {3, 6}, checkpoint)
+
+
+def loss_of_all(model):
+    return (model(DATA).squeeze(1) - DATA.sum(1)).square().mean().item()
+
+
+@pytest.mark.parametrize("every_step", [True, False])
+@pytest.mark.parametrize("breaks_at", [2, 9, 13])
+def test_resumed_run_equals_uninterrupted(tmp_path, monkeypatch, every_step, breaks_at):
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0 if every_step else 1e9)
+    whole = trainer(tmp_path / "a")
+    history = whole.run()
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path / "b", breaks_at=breaks_at).run()
+    resumed = trainer(tmp_path / "b")
+    again = resumed.run()
+    for name, value in whole.model.state_dict().items():
+        torch.testing.assert_close(resumed.model.state_dict()[name], value, rtol=0, atol=0)
+    assert [{**row, "seconds": 0} for row in again][1:] == [{**row, "seconds": 0} for row in history][1:]
+
+
+def test_a_checkpoint_of_other_parameters_is_left_aside(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path, breaks_at=9).run()
+    trainer(tmp_path, key="other").run()
+    assert "other parameters or inputs; starting afresh" in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_left_aside(tmp_path, capsys):
+    (tmp_path / "run.pt").write_bytes(b"not a checkpoint")
+    assert len(trainer(tmp_path).run()) == 4
+    assert "not readable" in capsys.readouterr().err
+
+
+def test_training_learns_and_validates_where_asked(tmp_path):
+    run = trainer(tmp_path)
+    history = run.run()
+    assert [row["step"] for row in history] == [0, 3, 6, total_steps(SETTINGS, len(DATA))]
+    assert history[-1]["val"] < history[0]["val"]
+
+
+def test_an_epoch_visits_every_example_once():
+    for epoch in range(2):
+        seen = [i for number in range(6) for i in batch_at(epoch * 6 + number, 4, 22, seed=5)]
+        assert sorted(seen) == list(range(22))
+    assert batch_at(0, 4, 22, seed=5) != batch_at(6, 4, 22, seed=5)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step(tmp_path):
+    run = trainer(tmp_path)
+    run.loss = lambda batch: run.model(DATA[batch]).sum() * float("nan")
+    with pytest.raises(FloatingPointError, match="the loss is nan at step 0"):
+        run.run()
