@@ -1,6 +1,6 @@
 # make demo   install, run the whole graph of the active profile, print its main figures
 # make test   what CI runs: linter, formatter, types, tests
-# make clean  remove what the demo computed; the next run starts from nothing
+# make clean  remove the demo's results and all caches: the features of every profile, and DVC's copies of results
 
 PYTHON ?= python3
 BIN := $(CURDIR)/.venv/bin
@@ -27,6 +27,6 @@ test: .venv/.installed
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
 
-# Folders by name: pictures that someone keeps below data/ are not ours to remove.
+# Folders by name: pictures that someone keeps below data/, and the results of other profiles, are not ours to remove.
 clean:
 	rm -rf data/demo data/store data/raw data/models .dvc/cache .dvc/tmp

@@ -1,4 +1,4 @@
-"""Is NF4 usable on this CPU? Seconds of a fine-tuning step in NF4 and in the dense type, alone and beside a busy process.
+"""Is NF4 usable on this CPU? Seconds of a fine-tuning step in NF4 and dense, alone and beside a busy process.
 
     python benchmarks/nf4.py [--steps 3]
 
@@ -31,7 +31,11 @@ def step_seconds(params: LLM, steps: int) -> float:
     llm = load_llm(params)
     add_lora(llm, LoRA())
     model = VLM(build_adapter("mlp", 1280, llm.width, pool=3), llm).train()
-    example = torch.randn(8, 49, 1280), ["Describe this image"] * 8, ["A red tractor beside a book on a green field."] * 8
+    example = (
+        torch.randn(8, 49, 1280),
+        ["Describe this image"] * 8,
+        ["A red tractor beside a book."] * 8,
+    )
     times = []
     for _ in range(steps + 1):
         began = time.perf_counter()

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from pipeline.backbones.devices import hash_weights
-from pipeline.backbones.vision import VisionEncoder, decode
+from pipeline.backbones.vision import VisionEncoder
 from pipeline.errors import UserError
 from pipeline.params import Dataset, Params
+from pipeline.pictures import decode
 from pipeline.store import schema
 from pipeline.store.reader import usable_rows
-from pipeline.store.shards import STORE, Manifest, Shard, describe, write_shard
+from pipeline.store.shards import STORE, Manifest, Shard, describe, open_shard, write_shard
 
 EXTRACTOR_VERSION = 1
 """Raise it when a change here changes the bytes; a golden test notices when that was forgotten."""
@@ -75,8 +76,6 @@ def extract_captions(
 
 def _embedding_table(manifest: Manifest, embedding: torch.nn.Module) -> Shard:
     """The rows of the input-embedding matrix that the shards of a manifest use."""
-    from pipeline.store.shards import open_shard
-
     captions = chain.from_iterable(
         open_shard(manifest.folder / shard.name)["captions"].to_pylist() for shard in manifest.shards
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -65,13 +64,12 @@ def finetune(params: Params, name: AdapterName, data: Dataset, pretrained: Path 
     )
     _check_fit(adapter, images.shape[1], llm.width)
     model = VLM(adapter, llm)
-    inputs = [base / "images" / data / "manifest.json", base / "prepare" / f"{data}.parquet"]
-    inputs += [pretrained / "last.safetensors"] if pretrained else []
-    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in inputs]
-    key = [params.seed, settings.model_dump(), params.finetune.lora, params.llm, architecture, *digests]
-    trainer = _trainer(
-        model, lora, examples, settings, params.seed, Checkpoint.of(base, "-".join(out.parts[-2:]), *key)
-    )
+    files = [base / "images" / data / "manifest.json", base / "prepare" / f"{data}.parquet", Path(__file__)]
+    files += [Path(__file__).with_name(code) for code in ("adapters.py", "vlm.py")]
+    files += [pretrained / "last.safetensors"] if pretrained else []
+    decides = [params.seed, settings.model_dump(), params.finetune.lora, params.llm, architecture]
+    checkpoint = Checkpoint.of(base, "-".join(out.parts[-2:]), decides, files)
+    trainer = _trainer(model, lora, examples, settings, params.seed, checkpoint)
     trainer.name = f"{'fine-tune' if pretrained else 'from scratch'} {name} on {data}"
     history = trainer.run()
     _write(out, adapter, lora, trainer)
@@ -113,6 +111,8 @@ def _trainer(
 
 def _write(out: Path, adapter: Adapter, lora: Any, trainer: Trainer) -> None:
     adapter.save(out, "adapter")
+    config = lora.peft_config["default"]
+    config.target_modules = sorted(config.target_modules)  # PEFT keeps a set: another order in every process
     lora.save_pretrained(out / "lora")
     write_history(out / "history.csv", trainer.history)
     trained, everything = lora.get_nb_trainable_parameters()

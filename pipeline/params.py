@@ -184,6 +184,13 @@ class Pretrain(Optimisation):
     objective: Objective
     candidates: Positive = Field(100, description="captions to choose from in retrieval")
 
+    @field_validator("data")
+    @classmethod
+    def _held_out_captions(cls, value: list[Dataset]) -> list[Dataset]:
+        if "captions" not in value or len(set(value)) < len(value):
+            raise ValueError("captions has to be among them, for the held-out figures, and each at most once")
+        return value
+
 
 class LoRA(Section):
     r: Positive = 8
@@ -237,7 +244,7 @@ class Run(Section):
 class Runtime(Section):
     """What does not decide the result; DVC does not track it."""
 
-    device: str = "auto"
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
     decode_threads: Positive = 2
     emd_threads: Positive = 2
 
@@ -259,6 +266,13 @@ class Params(Section):
     pca: PCA
     runtime: Runtime = Runtime()
 
+    @field_validator("profile")
+    @classmethod
+    def _own_folder(cls, value: str) -> str:
+        if value in ("store", "raw", "models"):
+            raise ValueError("data/store, data/raw and data/models are shared by all profiles; take another name")
+        return value
+
     @model_validator(mode="after")
     def _adapters_fit(self) -> Params:
         for name in {**dict.fromkeys(self.run.adapters), **dict.fromkeys(self.run.scratch)}:
@@ -275,7 +289,9 @@ class Params(Section):
         return self
 
     def pretrain_for(self, adapter: AdapterName) -> Pretrain:
-        """The pretrain section with this adapter's overrides."""
+        """The pretrain section with this adapter's overrides; UserError when there is no such adapter."""
+        if adapter not in self.adapters:
+            raise UserError(f"params.yaml has no section adapters.{adapter}; add one, and the adapter to run.adapters")
         return _override(self.pretrain, self.adapters[adapter].pretrain, ("adapters", adapter, "pretrain"))
 
     def finetune_for(self, adapter: AdapterName, dataset: Dataset) -> FinetuneTask:
@@ -308,9 +324,9 @@ def _check_architecture(name: AdapterName, values: dict[str, int | float]) -> No
         if key not in ARCHITECTURES[name]:
             raise _fault_at((*where, key), _unknown(key, sorted(ARCHITECTURES[name])), value)
         if key == "dropout":
-            if not 0 <= value < 1:
+            if isinstance(value, bool) or not 0 <= value < 1:
                 raise _fault_at((*where, key), "Input should be at least 0 and less than 1", value)
-        elif value != int(value) or value < 1:
+        elif type(value) is not int or value < 1:
             raise _fault_at((*where, key), "Input should be a whole number greater than 0", value)
     width, heads = values.get("width"), values.get("heads", 4)
     if width is not None and width % heads:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -271,14 +270,13 @@ def _trainer(params: Params, name: AdapterName, pairs: Pairs, adapter: Adapter, 
         return {"epoch": step / epoch, **values, **blind, **retrieval(pairs, adapter, candidates, params.seed)}
 
     base = Path("data") / params.profile
-    inputs = [
-        (base / kind / data / "manifest.json").read_bytes() for kind in ("images", "text") for data in settings.data
-    ]
-    digests = [hashlib.sha256(content).hexdigest() for content in inputs]
-    key = [params.seed, settings.model_dump(), params.adapters[name].architecture, *digests]
+    files = [base / kind / data / "manifest.json" for kind in ("images", "text") for data in settings.data]
+    files += [base / "prepare" / f"{data}.parquet" for data in settings.data]
+    files += [Path(__file__), *(Path(__file__).with_name(code) for code in ("adapters.py", "emd.py"))]
+    decides = [params.seed, settings.model_dump(), params.adapters[name].architecture]
     return Trainer(
         name=f"pretrain {name}", model=adapter, groups=[{"params": list(adapter.parameters())}], settings=settings,
         examples=len(pairs.train), seed=params.seed, loss=loss, validate=validate,
         validate_at=set(range(epoch, total + 1, epoch)),
-        checkpoint=Checkpoint.of(base, f"pretrain@{name}", *key), extras=extras,
+        checkpoint=Checkpoint.of(base, f"pretrain@{name}", decides, files), extras=extras,
     )  # fmt: skip

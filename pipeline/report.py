@@ -53,13 +53,14 @@ class Results:
     evaluate: dict[AdapterName, dict[str, Any]]
     pca: dict[AdapterName, dict[str, Any]]
     finetune: dict[AdapterName, dict[str, Any]]
+    classes: dict[AdapterName, dict[str, Any]]
     scratch: dict[AdapterName, dict[str, Any]]
     seconds: dict[str, float | None]  # None: the stage was restored from DVC's cache and never ran here
 
     @property
     def best(self) -> AdapterName:
-        """The adapter with the highest accuracy; the first of equals."""
-        return max(self.evaluate, key=lambda name: float(self.evaluate[name]["acc"]))
+        """The adapter with the lowest validation loss on classes: the test part has no say in the choice."""
+        return min(self.classes, key=lambda name: float(self.classes[name]["val_loss"]))
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def write_report(params: Params) -> Path:
     context = _context(results, table)
     folder = results.base / "report"
     folder.mkdir(parents=True, exist_ok=True)
-    table.to_csv(folder / "convergence.csv", index=False)
+    convergence.write_curves(table, folder)
     context["finetuning_plots"] = [_png(path) for path in convergence.draw_finetuning(table, folder)]
     context["pretraining_plots"] = [_png(path) for path in convergence.draw_pretraining(params, folder)]
     (results.base / "metrics.json").write_text(json.dumps(flat_metrics(results), indent=1) + "\n", encoding="utf-8")
@@ -142,6 +143,7 @@ def read_results(params: Params) -> Results:
         {n: _json(base / "evaluate" / n / "metrics.json", f"evaluate@{n}", EVALUATE_KEYS) for n in names},
         {n: _json(base / "pca" / n / "metrics.json", f"pca@{n}", STATES) for n in names},
         {n: _finetuned(base / "finetune" / f"{n}-captions", f"finetune@{n}-captions") for n in names},
+        {n: _finetuned(base / "finetune" / f"{n}-classes", f"finetune@{n}-classes") for n in names},
         {n: _finetuned(base / "finetune_scratch" / n, f"finetune_scratch@{n}") for n in scratch},
         {stage: _seconds(base / "seconds" / f"{stage}.json") for stage in stage_names(params)},
     )

@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.errors import UserError
 from pipeline.params import Optimisation
 from pipeline.progress import progress_bar
 
@@ -31,9 +32,13 @@ class Checkpoint:
     key: str
 
     @classmethod
-    def of(cls, base: Path, stage: str, *decides: object) -> Checkpoint:
-        """The checkpoint of a stage below data/<profile>/checkpoints; outside DVC's outputs, which a rerun deletes."""
-        text = json.dumps([str(part) for part in decides])
+    def of(cls, base: Path, stage: str, decides: Sequence[object], files: Sequence[Path]) -> Checkpoint:
+        """The checkpoint of a stage below data/<profile>/checkpoints; outside DVC's outputs, which a rerun deletes.
+
+        `decides` are values and `files` inputs and code that decide the run's course.
+        """
+        digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in [*files, Path(__file__)]]
+        text = json.dumps([*map(str, decides), *digests])
         return cls(base / "checkpoints" / f"{stage}.pt", hashlib.sha256(text.encode()).hexdigest())
 
     def save(self, state: dict[str, Any]) -> None:
@@ -85,7 +90,9 @@ class Trainer:
     history: History = field(default_factory=list)
 
     def run(self) -> History:
-        """Train to the end and return the history; goes on where an interrupted run of the same key stopped.
+        """Train to the end, leave the model in eval mode and return the history.
+
+        Goes on where an interrupted run of the same key stopped.
 
         An interrupted and resumed run takes the same batches and ends with the same weights as an uninterrupted one.
         """
@@ -112,6 +119,7 @@ class Trainer:
                 if not losses or time.monotonic() - saved > CHECKPOINT_SECONDS:
                     self._save(step, losses, now, optimizer, schedule)
                     saved = time.monotonic()
+        self.model.eval()
         return self.history
 
     def _step(self, step: int, optimizer: torch.optim.Optimizer) -> float:
@@ -119,11 +127,14 @@ class Trainer:
         total = 0.0
         for micro in range(self.settings.accumulate):
             batch = batch_at(step * self.settings.accumulate + micro, self.settings.batch, self.examples, self.seed)
-            loss = self.loss(batch) / self.settings.accumulate
+            try:
+                loss = self.loss(batch) / self.settings.accumulate
+            except ValueError as error:
+                raise UserError(f"{self.name}: step {step}: {error}; lower lr") from None
             loss.backward()
             total += loss.item()
         if not math.isfinite(total):
-            raise FloatingPointError(f"{self.name}: the loss is {total} at step {step}; lower lr")
+            raise UserError(f"{self.name}: the loss is {total} at step {step}; lower lr")
         parameters = [parameter for group in self.groups for parameter in group["params"]]
         torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip)
         optimizer.step()
@@ -149,6 +160,7 @@ class Trainer:
     def _save(self, step: int, losses: list[float], seconds: float, optimizer: Any, schedule: Any) -> None:
         state = {"step": step, "losses": losses, "seconds": seconds, "history": self.history, "extras": self.extras}
         state |= {"weights": [p.detach() for p in self._trained()], "random": torch.get_rng_state()}
+        state["random_cuda"] = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         state |= {"optimizer": optimizer.state_dict(), "schedule": {"last_epoch": schedule.last_epoch}}
         self.checkpoint.save(state)
 
@@ -162,6 +174,8 @@ class Trainer:
         optimizer.load_state_dict(state["optimizer"])
         schedule.last_epoch = state["schedule"]["last_epoch"]
         torch.set_rng_state(state["random"])
+        if state["random_cuda"]:
+            torch.cuda.set_rng_state_all(state["random_cuda"])
         self.history[:] = state["history"]
         self.extras.update(state["extras"])
         print(f"{self.name}: goes on after step {state['step']}", file=sys.stderr)
@@ -191,7 +205,10 @@ def batch_at(number: int, size: int, examples: int, seed: int) -> list[int]:
 
 
 def write_history(path: Path, history: History) -> None:
-    """The history as CSV, one row per validation."""
+    """The history as CSV, one row per validation.
+
+    Without the seconds: a timing differs on every run and would make the stages after it stale.
+    """
     import pandas as pd
 
-    pd.DataFrame(history).to_csv(path, index=False, float_format="%.6g")
+    pd.DataFrame(history).drop(columns="seconds").to_csv(path, index=False, float_format="%.6g")

@@ -37,6 +37,8 @@ def classify(photos: Photos, as_json: AsJSON = False) -> None:
 def _answer(params: Params, data: Dataset, photos: list[Path], prompt: str, max_tokens: int, as_json: bool) -> None:
     """Print an answer per picture; a picture that cannot be read is named on stderr and makes the exit code 1."""
     files = list(_files(photos))
+    if not files:
+        raise UserError(f"{photos[0]}: no picture in it; formats: {', '.join(sorted(SUFFIXES))}")
     adapter = _best_adapter(params, data)
     from pipeline.backbones.vision import load_vision_encoder
     from pipeline.vlm import load_vlm
@@ -74,14 +76,14 @@ def _best_adapter(params: Params, data: Dataset) -> str:
     for name in params.run.adapters:
         path = Path("data") / params.profile / "finetune" / f"{name}-{data}" / "metrics.json"
         if path.exists():
-            losses[str(name)] = json.loads(path.read_text())["val_loss"]
+            losses[str(name)] = float(json.loads(path.read_text())["val_loss"])
     if not losses:
         raise UserError(f"data/{params.profile}/finetune: no fine-tuned adapter for {data} yet; run `dvc repro`")
-    return min(losses, key=lambda name: losses[name])
+    return min(losses, key=losses.__getitem__)
 
 
 def _pixels(file: Path, encoder: Any) -> Tensor | None:
-    from pipeline.backbones.vision import decode
+    from pipeline.pictures import decode
 
     try:
         pixels: Tensor = encoder.preprocess(decode(file.read_bytes()))

@@ -31,6 +31,7 @@ def prepare(
 
     with timed(params, f"prepare@{data}"), _progress() as progress:
         table = sources.prepare(params, data, progress)
+        sources.check_splits(table, data)
         sources.write(table, sources.manifest_path(params, data))
     parts = ", ".join(f"{table['split'].to_pylist().count(name)} {name}" for name in ("train", "val", "test"))
     print(f"{sources.manifest_path(params, data)}: {table.num_rows} pictures ({parts})")

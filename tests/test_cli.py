@@ -124,7 +124,7 @@ def test_show_without_a_report(folder: Path) -> None:
 @pytest.mark.parametrize("name", ["prepare", "pretrain", "evaluate", "report", "doctor"])
 def test_a_bad_parameter_stops_every_command_at_once(folder: Path, name: str) -> None:
     text = (folder / "profiles" / "demo.yaml").read_text()
-    (folder / "params.yaml").write_text(text.replace("epochs: 12", "epochs: 0"))
+    (folder / "params.yaml").write_text(text.replace("epochs: 5", "epochs: 0"))
     argument = {"prepare": ["captions"], "pretrain": ["mlp"], "evaluate": ["mlp"]}.get(name, [])
     began = time.monotonic()
     code, output = terraalign(name, *argument)

@@ -11,10 +11,11 @@ from PIL import Image
 
 from pipeline import sources
 from pipeline.backbones.llm import load_embedding, load_tokenizer
-from pipeline.backbones.vision import decode, load_vision_encoder
+from pipeline.backbones.vision import load_vision_encoder
 from pipeline.errors import UserError
 from pipeline.extract import extract_captions, extract_images
 from pipeline.params import Vision
+from pipeline.pictures import decode
 from pipeline.store.reader import CaptionTokens, ImageTokens
 from pipeline.store.schema import fingerprint, shard_key, shard_of
 from pipeline.store.shards import Manifest, open_shard

@@ -11,6 +11,7 @@ from pipeline.params import load_params, parse_params
 
 PROJECT = Path(__file__).parents[1]
 DEMO = (PROJECT / "profiles" / "demo.yaml").read_text(encoding="utf-8")
+EPOCHS = next(line for line in DEMO.splitlines() if line.startswith("  epochs: "))
 
 
 def line_of(text: str, part: str) -> int:
@@ -60,7 +61,11 @@ def test_an_adapter_overrides_the_common_values() -> None:
     text = of_mlp("    pretrain: {}\n    finetune: {}", "    pretrain: {lr: 0.5}\n    finetune: {classes: {batch: 3}}")
     params = parse_params(text, "demo")
     assert params.pretrain_for("mlp").lr == 0.5 and params.pretrain_for("query").lr == params.pretrain.lr
-    assert params.finetune_for("mlp", "classes").batch == 3 and params.finetune_for("mlp", "captions").batch == 16
+    assert (
+        params.finetune_for("mlp", "classes").batch == 3
+        and params.finetune_for("mlp", "captions").batch
+        == load_params(PROJECT / "profiles/demo.yaml").finetune.captions.batch
+    )
 
 
 # What stands in demo.yaml, what replaces it, the key the fault must name, and what else it must say.
@@ -68,8 +73,8 @@ BAD = {
     "unknown key": ("  candidates: 100", "  candidats: 100", "pretrain.candidats is 100", "did you mean candidates?"),
     "unknown section": ("pca:\n", "pcaa:\n", "pcaa", "did you mean pca?"),
     "missing key": ("seed: 17\n", "", "seed", "missing"),
-    "text for a number": ("  epochs: 12", "  epochs: many", "pretrain.epochs is many", "valid integer"),
-    "number in quotes": ("  epochs: 12", "  epochs: '12'", "pretrain.epochs is '12'", "valid integer"),
+    "text for a number": (EPOCHS, "  epochs: many", "pretrain.epochs is many", "valid integer"),
+    "number in quotes": (EPOCHS, "  epochs: '12'", "pretrain.epochs is '12'", "valid integer"),
     "fraction for a count": ("  batch: 32", "  batch: 2.5", "pretrain.batch is 2.5", "valid integer"),
     "true for a number": ("  batch: 32", "  batch: true", "pretrain.batch is true", "number"),
     "nothing": ("  batch: 32", "  batch:", "pretrain.batch is null", "valid integer"),
@@ -117,12 +122,12 @@ def test_a_bad_override_is_named_where_it_stands() -> None:
 
 
 def test_every_fault_is_reported_on_its_own_line() -> None:
-    faults = fault_in(DEMO.replace("epochs: 12", "epochs: 0").replace("seed: 17", "seed: -1")).splitlines()
+    faults = fault_in(DEMO.replace(EPOCHS, "  epochs: 0", 1).replace("seed: 17", "seed: -1")).splitlines()
     assert len(faults) == 2
 
 
 def test_a_key_given_twice_is_refused() -> None:
-    text = DEMO.replace("  epochs: 12", "  epochs: 12\n  epochs: 13")
+    text = DEMO.replace(EPOCHS, f"{EPOCHS}\n  epochs: 13", 1)
     assert fault_in(text).startswith(
         f"params.yaml:{line_of(text, 'epochs: 13')}: pretrain.epochs is here for the second"
     )

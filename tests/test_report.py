@@ -33,11 +33,8 @@ def write(path: str, content: Any) -> None:
 
 def losses(last: float) -> str:
     """A history of 30 steps, validated at 0, 10, 20 and 30, that ends on `last`."""
-    rows = [
-        f"{step},{step * 1.5},2.0,{last + (30 - step) / 10}\n{step + 1},{step * 1.5},2.0,\n"
-        for step in range(0, 31, 10)
-    ]
-    return "step,seconds,train_loss,val_loss\n" + "".join(rows)
+    rows = [f"{step},2.0,{last + (30 - step) / 10}\n{step + 1},2.0,\n" for step in range(0, 31, 10)]
+    return "step,train_loss,val_loss\n" + "".join(rows)
 
 
 def pretrained(name: str) -> None:
@@ -84,6 +81,7 @@ def params(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Params:
         evaluated(name)
         write(f"finetune/{name}-captions/metrics.json", {"val_loss": 1.5, "steps": 30})
         write(f"finetune/{name}-captions/history.csv", losses(1.5))
+        write(f"finetune/{name}-classes/metrics.json", {"val_loss": 2 - ACCURACY[name], "steps": 30})
         state = {"k80": 5, "gap": 1.0, "explained": [0.5, 0.5]}
         write(f"pca/{name}/metrics.json", dict.fromkeys(report.STATES, state))
         for picture in report.PCA_PICTURES:

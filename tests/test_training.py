@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from pipeline import training
+from pipeline.errors import UserError
 from pipeline.params import Optimisation
 from pipeline.training import Checkpoint, Trainer, batch_at, total_steps
 
@@ -82,5 +83,5 @@ def test_an_epoch_visits_every_example_once():
 def test_a_loss_that_is_not_finite_stops_with_the_step(tmp_path):
     run = trainer(tmp_path)
     run.loss = lambda batch: run.model(DATA[batch]).sum() * float("nan")
-    with pytest.raises(FloatingPointError, match="the loss is nan at step 0"):
+    with pytest.raises(UserError, match="the loss is nan at step 0; lower lr"):
         run.run()

@@ -9,6 +9,8 @@ import sys
 import torch
 from torch import nn
 
+from pipeline.errors import UserError
+
 
 def keep_freed_memory() -> None:
     """Let glibc keep freed memory instead of returning every large tensor to the system and faulting it in again.
@@ -26,6 +28,8 @@ def keep_freed_memory() -> None:
 
 def pick_device(wanted: str) -> torch.device:
     """runtime.device; `auto` takes a CUDA GPU when there is one."""
+    if wanted.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"runtime.device {wanted}: torch finds no CUDA GPU; set it to auto or cpu")
     if wanted != "auto":
         return torch.device(wanted)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -126,7 +127,8 @@ def _dequantised(model: str) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     file = _gguf_file(model)
-    folder = MODELS / f"{file.stem}-{file.stat().st_size}"
+    with file.open("rb") as content:
+        folder = MODELS / f"{file.stem}-{hashlib.file_digest(content, 'sha256').hexdigest()[:16]}"
     if folder.exists():
         return folder
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")

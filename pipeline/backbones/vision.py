@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import logging
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -192,24 +190,3 @@ class _weights_of:
 def _map_to_tokens(features: Tensor) -> Tensor:
     """[B, D, H, W] to [B, H * W, D]."""
     return features.flatten(2).transpose(1, 2)
-
-
-def grid_side(tokens: int) -> int | None:
-    """Side of the square grid the tokens form, or None."""
-    side = math.isqrt(tokens)
-    return side if side * side == tokens else None
-
-
-def decode(content: bytes) -> Image.Image:
-    """Bytes of an image file to an upright RGB picture.
-
-    Raises ValueError with the reason when they are not a whole, sane image.
-    """
-    from PIL import ImageOps
-
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            image.load()
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(str(error) or type(error).__name__) from None

@@ -13,7 +13,7 @@ from pipeline.errors import UserError
 from pipeline.evaluate import BLUE, GREEN, GREY, RED, canvas, require, save_png
 from pipeline.params import AdapterName, Params
 
-COLUMNS = ["adapter", "start", "step", "seconds", "val_loss"]
+COLUMNS = ["adapter", "start", "step", "val_loss"]
 WITH, WITHOUT = "with pre-training", "without pre-training"
 PANEL = (6.4, 4.6)
 
@@ -36,7 +36,7 @@ def collect(params: Params) -> pd.DataFrame:
 
 
 def _history(folder: Path, stage: str, adapter: AdapterName, start: str) -> pd.DataFrame:
-    rows = read_history(folder / "history.csv", stage, ["step", "seconds", "val_loss"]).dropna(subset=["val_loss"])
+    rows = read_history(folder / "history.csv", stage, ["step", "val_loss"]).dropna(subset=["val_loss"])
     if rows.empty:
         raise UserError(f"{folder / 'history.csv'}: no validation loss in it; run `dvc repro --force {stage}`")
     return rows.assign(adapter=adapter, start=start)[COLUMNS]
@@ -52,6 +52,14 @@ def read_history(path: Path, stage: str, columns: list[str]) -> pd.DataFrame:
     if missing:
         raise UserError(f"{path}: no column {', '.join(missing)}; run `dvc repro --force {stage}`")
     return rows
+
+
+def write_curves(table: pd.DataFrame, folder: Path) -> None:
+    """All runs in convergence.csv, and one file a run in curves/, which `dvc plots` draws as one line each."""
+    table.to_csv(folder / "convergence.csv", index=False)
+    (folder / "curves").mkdir(exist_ok=True)
+    for (adapter, start), rows in table.groupby(["adapter", "start"]):
+        rows[["step", "val_loss"]].to_csv(folder / "curves" / f"{adapter}-{start}.csv", index=False)
 
 
 def curve(table: pd.DataFrame, adapter: str, start: str) -> pd.DataFrame:

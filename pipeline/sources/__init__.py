@@ -13,9 +13,9 @@ from rich.progress import Progress
 
 from pipeline.params import Dataset, Params
 from pipeline.sources import coco, food101, imagefolder, manifest, openmoji
-from pipeline.sources.manifest import SCHEMA, Row, write
+from pipeline.sources.manifest import SCHEMA, Row, check_splits, write
 
-__all__ = ["READERS", "SCHEMA", "ensure_rendered", "manifest_path", "prepare", "write"]
+__all__ = ["READERS", "SCHEMA", "check_splits", "ensure_rendered", "manifest_path", "prepare", "write"]
 
 Reader = Callable[[Params, Progress], list[Row]]
 

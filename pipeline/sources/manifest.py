@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import sys
 import warnings
@@ -15,10 +14,11 @@ from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from rich.progress import Progress
 
 from pipeline.errors import UserError
+from pipeline.pictures import decode
 
 SCHEMA = pa.schema(
     [
@@ -31,8 +31,6 @@ SCHEMA = pa.schema(
         ("quarantine", pa.string()),
     ]
 )
-# A short list on purpose: other PIL plug-ins run programs (EPS) or read formats no encoder here is meant for.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 NAMED = 20  # pictures named one by one on stderr; the manifest names all of them
 
 
@@ -89,9 +87,20 @@ def build(rows: Sequence[Row], data: str, max_broken: float, workers: int, progr
     broken = [(row.image, reason) for row, (_, reason) in zip(rows, checked, strict=True) if reason]
     _report_broken(broken, len(rows), data, max_broken)
     records = [_record(row, sha256, reason) for row, (sha256, reason) in zip(rows, checked, strict=True)]
+    _report_left_out(rows, data)
     if all(record["quarantine"] for record in records):
         raise UserError(f"data.{data}: no usable picture among {len(rows)}; check the root and files it names")
     return pa.Table.from_pylist(records, schema=SCHEMA)
+
+
+def check_splits(table: pa.Table, data: str) -> None:
+    """Raises UserError when a split is empty: better before the training than after it."""
+    for part in ("train", "val", "test"):
+        if part not in table["split"].to_pylist():
+            raise UserError(
+                f"data.{data}: of {table.num_rows} pictures none falls into the {part} part; add pictures or raise "
+                f"data.{data}.count"
+            )
 
 
 def write(table: pa.Table, path: Path) -> None:
@@ -123,21 +132,23 @@ def check_picture(path: Path) -> tuple[str | None, str | None]:
 
 
 def _decoding_fault(content: bytes) -> str | None:
-    if not content:
-        return "empty file"
-    limit = Image.MAX_IMAGE_PIXELS or sys.maxsize
     try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
-            if picture.width * picture.height > limit:
-                return f"too large: {picture.width} x {picture.height} pixels"
-            picture.load()
-    except UnidentifiedImageError:
-        return "not a picture"
-    except Image.DecompressionBombError:
-        return f"too large: more than {limit} pixels"
-    except Exception as error:  # PIL's decoders raise whatever the damage leads them to: OSError, SyntaxError, struct
-        return f"does not decode: {' '.join(str(error).split()) or type(error).__name__}"
+        decode(content)
+    except ValueError as error:
+        return str(error)
     return None
+
+
+def _report_left_out(rows: Sequence[Row], data: str) -> None:
+    """One line on stderr for the rows that their source could not use, e.g. for want of a caption."""
+    left_out = [row for row in rows if row.quarantine]
+    if left_out:
+        first = left_out[0]
+        print(
+            f"data.{data}: {len(left_out)} of {len(rows)} left out ({first.quarantine}), first {first.id}; "
+            "complete or remove their entries",
+            file=sys.stderr,
+        )
 
 
 def _check_unique(rows: Sequence[Row], data: str) -> None:
