@@ -20,9 +20,8 @@ class _Rate(ProgressColumn):
         return Text("" if rate is None else f"{rate:.1f} {self.unit}/s")
 
 
-@contextmanager
-def progress_bar(description: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """Show a bar on stderr while the body runs; it gets a function that advances the bar by n units."""
+def new_progress(unit: str) -> Progress:
+    """Bars on stderr with count, rate in `unit` and time left."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(24),
@@ -30,6 +29,12 @@ def progress_bar(description: str, total: int, unit: str) -> Iterator[Callable[[
         _Rate(unit),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), speed_estimate_period=60) as progress:
+    return Progress(*columns, console=Console(stderr=True), speed_estimate_period=60)
+
+
+@contextmanager
+def progress_bar(description: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    """Show one bar while the body runs; it gets a function that advances the bar by n units."""
+    with new_progress(unit) as progress:
         task = progress.add_task(description, total=total)
         yield lambda n: progress.update(task, advance=n)

@@ -5,11 +5,9 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.text import Text
 
 from pipeline.params import Dataset, load_params
+from pipeline.progress import new_progress
 from stages import timed
 
 
@@ -29,24 +27,9 @@ def prepare(
     params = load_params()
     from pipeline import sources  # pyarrow and PIL: not needed to answer --help
 
-    with timed(params, f"prepare@{data}"), _progress() as progress:
+    with timed(params, f"prepare@{data}"), new_progress("pictures") as progress:
         table = sources.prepare(params, data, progress)
         sources.check_splits(table, data)
         sources.write(table, sources.manifest_path(params, data))
     parts = ", ".join(f"{table['split'].to_pylist().count(name)} {name}" for name in ("train", "val", "test"))
     print(f"{sources.manifest_path(params, data)}: {table.num_rows} pictures ({parts})")
-
-
-def _progress() -> Progress:
-    """A bar on stderr with count, rate and time left."""
-    speed = SpeedColumn()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), speed, TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True))
-
-
-class SpeedColumn(ProgressColumn):
-    """Pictures per second, over the last seconds."""
-
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text(f"{speed:.0f}/s" if speed else "")
