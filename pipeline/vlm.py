@@ -14,6 +14,8 @@ from pipeline.adapters import Adapter, load_adapter
 from pipeline.backbones.llm import LanguageModel, load_llm
 from pipeline.errors import UserError
 from pipeline.params import LLM, LoRA
+from pipeline.progress import progress_bar
+from pipeline.store.reader import ImageTokens
 
 IMAGE = "<|terraalign-image|>"
 IGNORED = -100
@@ -67,6 +69,18 @@ class VLM(nn.Module):
             eos_token_id=self.tokenizer.eos_token_id, pad_token_id=self.tokenizer.eos_token_id,
         )  # fmt: skip
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+    def answers(
+        self, images: ImageTokens, positions: list[int], prompt: str, max_new_tokens: int, batch: int
+    ) -> list[str]:
+        """Greedy answers to one prompt about many cached images, batch by batch, with a progress bar."""
+        texts: list[str] = []
+        with progress_bar(prompt.strip()[:32], len(positions), "images") as advance:
+            for start in range(0, len(positions), batch):
+                part = positions[start : start + batch]
+                texts += self.generate(images.tokens(part), prompt, max_new_tokens)
+                advance(len(part))
+        return texts
 
     def _splice(self, tokens: Tensor, prompts: Sequence[str], answers: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
         """LLM inputs [B, L, D] and their mask [B, L], padded on the left."""

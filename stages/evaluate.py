@@ -69,7 +69,7 @@ def _captions(params: Params, adapter: str, images: ImageTokens, out: Path) -> d
         ("finetuned", base / "finetune" / f"{adapter}-captions", "adapter", settings.finetuned_prompt),
     ):
         model = load_vlm(params.llm, folder, weights, params.runtime.device)
-        texts[kind] = c.caption(model, images, positions, prompt, settings.caption_tokens, settings.batch)
+        texts[kind] = model.answers(images, positions, prompt, settings.caption_tokens, settings.batch)
     rows = images.rows.iloc[positions]
     references = [list(texts) for texts in rows["captions"]]
     things = c.Things([list(texts) for texts in images.rows["captions"]])

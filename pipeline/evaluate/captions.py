@@ -8,9 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from pipeline.progress import progress_bar
 from pipeline.store.reader import ImageTokens
-from pipeline.vlm import VLM
 
 COMMON = 0.1
 """A word in the captions of more than this share of pictures (a, on, background) is no thing of a picture."""
@@ -21,17 +19,6 @@ def choose(images: ImageTokens, count: int, seed: int) -> list[int]:
     test = images.split("test")
     order = torch.randperm(len(test), generator=torch.Generator().manual_seed(seed)).tolist()
     return sorted(test[i] for i in order[:count])
-
-
-def caption(model: VLM, images: ImageTokens, positions: list[int], prompt: str, tokens: int, batch: int) -> list[str]:
-    """Greedy captions of some pictures."""
-    captions: list[str] = []
-    with progress_bar("caption test pictures", len(positions), "images") as advance:
-        for start in range(0, len(positions), batch):
-            part = positions[start : start + batch]
-            captions += model.generate(images.tokens(part), prompt, tokens)
-            advance(len(part))
-    return captions
 
 
 class Things:

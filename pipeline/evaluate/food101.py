@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 import torch
 
-from pipeline.progress import progress_bar
 from pipeline.store.reader import ImageTokens
 from pipeline.vlm import VLM
 
@@ -24,12 +23,7 @@ def predict(model: VLM, images: ImageTokens, prompt: str, max_new_tokens: int, b
     """Greedy answers for all test images: id, image, label, output, predicted, correct, strict."""
     positions = images.split("test")
     names = sorted(set(images.rows["label"]))
-    outputs: list[str] = []
-    with progress_bar("classify test pictures", len(positions), "images") as advance:
-        for start in range(0, len(positions), batch):
-            part = positions[start : start + batch]
-            outputs += model.generate(images.tokens(part), prompt, max_new_tokens)
-            advance(len(part))
+    outputs = model.answers(images, positions, prompt, max_new_tokens, batch)
     table = images.rows.iloc[positions][["id", "image", "label"]].reset_index(drop=True)
     table["output"] = outputs
     table["predicted"] = [find_class(output, names) for output in outputs]
