@@ -39,10 +39,14 @@ class Adapter(nn.Module):
         return tokens if self.offset is None else tokens + self.offset
 
     @torch.no_grad()
-    def start_at(self, constant_set: Tensor) -> None:
-        """Start at a constant token set [M, d_out]: add it to the output and shrink the last layer tenfold."""
-        self.out.weight.mul_(0.1)
+    def start_at(self, constant_set: Tensor, tokens: Tensor) -> None:
+        """Start at a constant token set [M, d_out], plus a tenth of its spread that depends on the image.
+
+        `tokens` [B, N, d_in] are a sample to measure the spread on: it differs tenfold between architectures.
+        """
         self.out.bias.zero_()
+        spread = self(tokens).std()
+        self.out.weight.mul_(0.1 * constant_set.std() / spread)
         self.offset = nn.Parameter(constant_set.clone())
 
     def save(self, folder: Path, weights: str) -> None:

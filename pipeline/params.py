@@ -13,6 +13,8 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    StrictFloat,
+    StrictInt,
     StringConstraints,
     ValidationError,
     ValidationInfo,
@@ -229,7 +231,7 @@ class PCA(Section):
 class AdapterSection(Section):
     """One adapter: its architecture and its own values of pretrain.* and finetune.<data set>.*."""
 
-    architecture: dict[str, int | float] = {}
+    architecture: dict[str, StrictInt | StrictFloat] = {}
     pretrain: dict[str, Any] = {}
     finetune: dict[Dataset, dict[str, Any]] = {}
 
@@ -288,16 +290,19 @@ class Params(Section):
                 self.finetune_for(name, dataset)
         return self
 
+    def _adapter(self, name: AdapterName) -> AdapterSection:
+        if name not in self.adapters:
+            raise UserError(f"params.yaml has no section adapters.{name}; add one, and the adapter to run.adapters")
+        return self.adapters[name]
+
     def pretrain_for(self, adapter: AdapterName) -> Pretrain:
         """The pretrain section with this adapter's overrides; UserError when there is no such adapter."""
-        if adapter not in self.adapters:
-            raise UserError(f"params.yaml has no section adapters.{adapter}; add one, and the adapter to run.adapters")
-        return _override(self.pretrain, self.adapters[adapter].pretrain, ("adapters", adapter, "pretrain"))
+        return _override(self.pretrain, self._adapter(adapter).pretrain, ("adapters", adapter, "pretrain"))
 
     def finetune_for(self, adapter: AdapterName, dataset: Dataset) -> FinetuneTask:
-        """finetune.<data set> with this adapter's overrides."""
+        """finetune.<data set> with this adapter's overrides; UserError when there is no such adapter."""
         section = self.finetune.captions if dataset == "captions" else self.finetune.classes
-        overrides = self.adapters[adapter].finetune.get(dataset, {})
+        overrides = self._adapter(adapter).finetune.get(dataset, {})
         return _override(section, overrides, ("adapters", adapter, "finetune", dataset))
 
 
@@ -308,13 +313,19 @@ def _override(section: _S, changes: dict[str, Any], where: tuple[str, ...]) -> _
     if not changes:
         return section
     try:
-        return type(section).model_validate({**section.model_dump(), **changes})
+        return type(section).model_validate(_merged(section.model_dump(), changes))
     except ValidationError as error:
         first = error.errors()[0]
         key = tuple(str(part) for part in first["loc"])
         known = sorted(type(section).model_fields)
         message = _unknown(key[-1], known) if first["type"] == "extra_forbidden" else _message(dict(first))
         raise _fault_at((*where, *key), message, first["input"]) from None
+
+
+def _merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`values` with `changes`, section by section."""
+    nested = {key: _merged(values[key], new) for key, new in changes.items() if isinstance(new, dict) and key in values}
+    return {**values, **changes, **nested}
 
 
 def _check_architecture(name: AdapterName, values: dict[str, int | float]) -> None:

@@ -214,7 +214,7 @@ def pretrain(params: Params, name: AdapterName, out: Path) -> None:
     count = adapter(pairs.tokens(pairs.val[:1])).shape[1]
     blind = _blind_baselines(pairs, count, params.seed)
     if settings.objective.start == "constant_set":
-        adapter.start_at(blind.constant_set)
+        adapter.eval().start_at(blind.constant_set, pairs.tokens(pairs.train[: settings.batch]))
     trainer = _trainer(params, name, pairs, adapter, blind.metrics)
     history = trainer.run()
     held_out = HeldOut.of(pairs, adapter, params.seed)

@@ -27,7 +27,7 @@ PRETRAIN_KEYS = (
 )
 EVALUATE_KEYS = (
     *("acc", "acc_strict", "valid_name", "probe", "chance", "test_images", "classes"),
-    *("captions_right", "captions_right_pretrained", "captioned"),
+    *("captions_right", "captions_right_pretrained", "captions_right_shuffled", "captioned"),
 )
 STATES = ("epoch1", "last", "finetuned")
 PCA_PICTURES = {
@@ -208,6 +208,7 @@ def flat_metrics(results: Results) -> dict[str, float | None]:
         flat |= {f"retrieval/{name}/{key}": before[key] for key in ("r1_raw", "r1_debiased")}
         flat |= {f"acc/{name}": after["acc"], f"acc_strict/{name}": after["acc_strict"]}
         flat |= {f"captions_right/{name}": after["captions_right"]}
+        flat |= {f"captions_right_shuffled/{name}": after["captions_right_shuffled"]}
         flat |= {f"ft/{name}/emd/val_loss": results.finetune[name]["val_loss"]}
         flat |= {f"pca/{name}/{state}/k80": results.pca[name][state]["k80"] for state in STATES}
     flat |= {f"ft/{name}/scratch/val_loss": found["val_loss"] for name, found in results.scratch.items()}
@@ -330,7 +331,7 @@ def tiles(results: Results, table: pd.DataFrame) -> list[Tile]:
             percent(found["captions_right"], 0),
             "of captions name a thing that is in the picture",
             f"{best} after fine-tuning; {percent(found['captions_right_pretrained'], 0)} before it, "
-            f"{found['captioned']} captions",
+            f"{percent(found['captions_right_shuffled'], 0)} of other pictures' things; {found['captioned']} captions",
         ),
     ]
 

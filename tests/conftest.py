@@ -31,7 +31,7 @@ CHAT = "{{ bos_token }}{% for m in messages %} [INST] {{ m['content'] }} [/INST]
 @pytest.fixture(scope="session")
 def tiny_mistral(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a two-layer Mistral of random weights and a byte-level tokenizer with Mistral's chat format."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
     folder = tmp_path_factory.mktemp("mistral")
@@ -41,6 +41,8 @@ def tiny_mistral(tmp_path_factory: pytest.TempPathFactory) -> Path:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
     tokenizer.train_from_iterator(["a cat and a dog on a red background, a picture of an apple"], trainer)
+    # Like Mistral's own: a BOS wherever special tokens are not switched off.
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
     fast.chat_template = CHAT
     fast.save_pretrained(folder)

@@ -54,19 +54,20 @@ def test_pooling_averages_the_grid():
         pool_grid(torch.zeros(1, 255, 4), 3)
 
 
-def test_constant_start_is_image_blind_at_first():
-    adapter = build_adapter("mlp", 8, 6, pool=2)
-    constant = torch.randn(4, 6)
-    adapter.start_at(constant)
-    out = adapter(torch.randn(5, 16, 8))
-    assert (out - constant).abs().mean() < 0.2 * constant.abs().mean()
+@pytest.mark.parametrize("name", ["linear", "mlp", "self_attention", "query"])
+def test_constant_start_is_nearly_image_blind_at_first(name):
+    adapter = build_adapter(name, 8, 16, pool=2, **({"queries": 4} if name == "query" else {})).eval()
+    constant, tokens = 0.13 * torch.randn(4, 16), torch.randn(5, 16, 8)
+    adapter.start_at(constant, tokens)
+    out = adapter(tokens)
+    assert 0.01 * constant.std() < (out - constant).std() < 0.15 * constant.std()
 
 
 @pytest.mark.parametrize("with_offset", [False, True])
 def test_save_and_load(tmp_path, with_offset):
     adapter = build_adapter("query", 8, 6, width=4, queries=3, heads=2).eval()
     if with_offset:
-        adapter.start_at(torch.randn(3, 6))
+        adapter.start_at(torch.randn(3, 6), torch.randn(2, 9, 8))
     adapter.save(tmp_path, "last")
     tokens = torch.randn(2, 9, 8)
     torch.testing.assert_close(load_adapter(tmp_path, "last")(tokens), adapter(tokens), rtol=0, atol=0)

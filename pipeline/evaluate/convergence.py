@@ -80,6 +80,14 @@ def steps_to_match(table: pd.DataFrame, adapter: str) -> tuple[int | None, int] 
     return (None if reached.empty else int(reached["step"].iloc[0])), int(scratch["step"].iloc[-1])
 
 
+def below_everywhere(table: pd.DataFrame, adapter: str) -> bool:
+    """Whether the run with pre-training has the lower validation loss at every validated step."""
+    both = curve(table, adapter, "emd").merge(
+        curve(table, adapter, "scratch"), on="step", suffixes=("_emd", "_scratch")
+    )
+    return bool((both["val_loss_emd"] < both["val_loss_scratch"]).all())
+
+
 def draw_finetuning(table: pd.DataFrame, folder: Path) -> list[Path]:
     """One panel per adapter with both starts (convergence-<adapter>.png), the others in convergence-others.png."""
     names = list(dict.fromkeys(table["adapter"]))
@@ -107,7 +115,8 @@ def _verdict(table: pd.DataFrame, adapter: str) -> str:
     found = steps_to_match(table, adapter)
     if found is None or found[0] is None:
         return "the pre-trained start never reaches\nthe loss the other ends on"
-    return f"the loss of {found[1]} steps without pre-training\nis reached in {found[0]} with it"
+    where = "lower at every point" if below_everywhere(table, adapter) else "not lower at every point"
+    return f"the loss of {found[1]} steps without pre-training\nis reached in {found[0]} with it; {where}"
 
 
 def _draw_others(table: pd.DataFrame, adapters: list[str], path: Path) -> Path:
