@@ -7,20 +7,19 @@ import torch
 
 from pipeline.pretraining import HeldOut, Pairs, fit_constant_set, retrieval
 
-WORDS, IMAGES = 6, 12
+IMAGES = 12
 
 
 class Known(Pairs):
-    """Image i has one caption of two words; its single image token is the first word's number."""
+    """Image i has one caption, one word twice; its single image token is that word's number."""
 
     def __init__(self):
-        generator = torch.Generator().manual_seed(0)
         self.device, self.threads = torch.device("cpu"), 1
         self.settings = SimpleNamespace(objective=SimpleNamespace(cost="sqeuclidean", word_weights="uniform"))
-        self.table = torch.randn(WORDS * 2, 5, generator=generator)
-        self.rows = [[[i, i]] for i in range(WORDS * 2)]
+        self.table = torch.eye(IMAGES)  # all words equally far apart
+        self.rows = [[[i, i]] for i in range(IMAGES)]
         self.train, self.val = list(range(IMAGES)), list(range(IMAGES))
-        self.idf, self.center = torch.ones(WORDS * 2), torch.zeros(5)
+        self.idf, self.center = torch.ones(IMAGES), torch.zeros(IMAGES)
 
     def tokens(self, positions):
         return torch.tensor(positions, dtype=torch.float32).view(-1, 1, 1)
@@ -52,7 +51,12 @@ def test_image_gain_is_the_cost_of_permuting_the_images():
     assert (held_out.shuffled > 0.01).all()  # no image kept its own caption
     gain, low, high = held_out.gain(seed=1)
     assert gain == pytest.approx(held_out.shuffled.mean().item(), rel=1e-5)
-    assert 0 < low < gain < high
+    assert low == pytest.approx(gain) == high  # every image gains alike here
+
+    spread = HeldOut(torch.zeros(400), torch.arange(400.0) / 100)
+    gain, low, high = spread.gain(seed=1)
+    error = 1.96 * spread.shuffled.std().item() / 20  # of a mean of 400
+    assert (low, high) == pytest.approx((gain - error, gain + error), abs=0.02)
 
 
 def test_best_constant_token_is_the_mean_word():

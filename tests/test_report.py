@@ -116,7 +116,7 @@ def test_metrics_are_complete(params: Params) -> None:
         expected |= {f"emd/{name}/{key}" for key in ("val", "shuffled", "const_token", "const_set")}
         expected |= {f"emd/{name}/image_gain{end}" for end in ("", "_low", "_high")}
         expected |= {f"retrieval/{name}/r1_raw", f"retrieval/{name}/r1_debiased", f"acc/{name}", f"acc_strict/{name}"}
-        expected |= {f"captions_right/{name}", f"ft/{name}/emd/val_loss"}
+        expected |= {f"captions_right/{name}", f"captions_right_shuffled/{name}", f"ft/{name}/emd/val_loss"}
         expected |= {f"pca/{name}/{state}/k80" for state in report.STATES}
     expected |= {f"seconds/{stage}" for stage in report.stage_names(params)[1:]}
     assert set(metrics) == expected
