@@ -55,11 +55,11 @@ def read_history(path: Path, stage: str, columns: list[str]) -> pd.DataFrame:
 
 
 def write_curves(table: pd.DataFrame, folder: Path) -> None:
-    """All runs in convergence.csv, and one file a run in curves/, which `dvc plots` draws as one line each."""
+    """All runs in convergence.csv; in curves.csv, for `dvc plots`, those of the first adapter that has both starts."""
     table.to_csv(folder / "convergence.csv", index=False)
-    (folder / "curves").mkdir(exist_ok=True)
-    for (adapter, start), rows in table.groupby(["adapter", "start"]):
-        rows[["step", "val_loss"]].to_csv(folder / "curves" / f"{adapter}-{start}.csv", index=False)
+    adapter = table.loc[table["start"] == "scratch", "adapter"].iloc[0]
+    wide = table[table["adapter"] == adapter].pivot(index="step", columns="start", values="val_loss")
+    wide.rename(columns={"emd": "with_pretraining", "scratch": "without_pretraining"}).to_csv(folder / "curves.csv")
 
 
 def curve(table: pd.DataFrame, adapter: str, start: str) -> pd.DataFrame:
