@@ -203,7 +203,10 @@ class Attention(nn.Module):
 
 
 def _bert_init(module: nn.Module) -> None:
-    """BERT's start: weights N(0, 0.02), biases zero (Devlin et al. 2019)."""
+    """BERT's start (Devlin et al. 2019): biases zero, weights N(0, 0.02) at its width of 768.
+
+    At other widths the deviation keeps a layer's gain; 0.02 at 192 left the queries blind to the image for epochs.
+    """
     if isinstance(module, nn.Linear):
-        nn.init.normal_(module.weight, std=0.02)
+        nn.init.normal_(module.weight, std=0.02 * (768 / module.in_features) ** 0.5)
         nn.init.zeros_(module.bias)

@@ -14,6 +14,7 @@ from torch import Tensor
 Cost = Literal["euclidean", "sqeuclidean", "cosine"]
 MAX_ITERATIONS = 1_000_000
 OPTIMAL = 1
+SMALL = 2000  # costs of an image: below, waking another thread takes longer than solving
 
 
 def emd(
@@ -100,7 +101,7 @@ def _plans(
             )
         plan[image_index[pair], :, columns] = flow
 
-    if threads == 1:
+    if threads == 1 or costs[0].size < SMALL:
         for pair in range(len(image_index)):
             solve(pair)
     else:  # the solver runs without the GIL

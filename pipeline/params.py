@@ -175,7 +175,7 @@ class Objective(Section):
     """What pre-training minimises: exact EMD with this ground cost, marginal and start."""
 
     cost: Literal["euclidean", "sqeuclidean", "cosine"]
-    word_weights: Literal["uniform", "idf"]
+    word_weights: Literal["uniform", "idf", "idf_squared"]
     start: Literal["random", "constant_set"]
 
 
@@ -219,6 +219,8 @@ class Evaluate(Section):
     caption_tokens: Positive = 40
     captions: Positive = Field(48, description="test pictures to caption")
     pretrained_prompt: Prompt
+    pretrained_prefix: str = Field("", description="first words of a caption before fine-tuning; the LLM goes on")
+    pretrained_repetition_penalty: Annotated[float, Field(ge=1)] = Field(1.0, description="1: none")
     finetuned_prompt: Prompt
     class_prompt: Prompt
 

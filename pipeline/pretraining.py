@@ -43,8 +43,8 @@ class Pairs:
             self.rows += [[[row_of[t] for t in c] for c in text.captions(row_id) if c] for row_id in images.ids]
         if not self.train or not self.val:
             raise UserError(f"captions: {len(self.train)} train and {len(self.val)} val pictures; both are needed")
-        counts = self._document_frequencies()
-        self.idf = torch.log((len(self.train) + 1) / (counts + 1))
+        counts = self._document_frequencies(self.train)
+        self.word_weights = self._weights_of_words()
         self.center = (counts @ self.table / counts.sum()).to(self.device)
 
     @property
@@ -52,10 +52,23 @@ class Pairs:
         """Width of the image tokens."""
         return self._images[0].shape[1]
 
-    def _document_frequencies(self) -> Tensor:
-        """How many training images have each word in a caption, [T]."""
+    def _weights_of_words(self) -> Tensor:
+        """The weight of each word in a caption's marginal, [T]: 1, or the (squared) inverse document frequency.
+
+        Squared, as in a product of two tf-idf vectors (Salton & Buckley 1988), function words weigh next to nothing,
+        so no token is spent on them. Frequencies are those of `captions`: class names have no function words.
+        """
+        kind = self.settings.objective.word_weights
+        if kind == "uniform":
+            return torch.ones(len(self.table))
+        captioned = [i for i in self.train if self.settings.data[self._places[i][0]] == "captions"]
+        idf = torch.log((len(captioned) + 1) / (self._document_frequencies(captioned) + 1))
+        return idf.square() if kind == "idf_squared" else idf
+
+    def _document_frequencies(self, positions: list[int]) -> Tensor:
+        """How many of some images have each word in a caption, [T]."""
         counts = torch.zeros(len(self.table))
-        for position in self.train:
+        for position in positions:
             counts[list({row for caption in self.rows[position] for row in caption})] += 1
         return counts
 
@@ -74,11 +87,9 @@ class Pairs:
             center=self.center, threads=self.threads,
         )  # fmt: skip
 
-    def _weights(self, flat: list[int], captions: list[list[int]]) -> Tensor | None:
-        """Inverse document frequencies; a caption of nothing but ubiquitous words keeps equal weights."""
-        if self.settings.objective.word_weights == "uniform":
-            return None
-        parts = torch.split(self.idf[flat], [len(caption) for caption in captions])
+    def _weights(self, flat: list[int], captions: list[list[int]]) -> Tensor:
+        """Weights of the words of some captions, [T]; a caption of nothing but ubiquitous words keeps equal ones."""
+        parts = torch.split(self.word_weights[flat], [len(caption) for caption in captions])
         return torch.cat([part if part.sum() > 0 else torch.ones_like(part) for part in parts])
 
     def tokens(self, positions: list[int]) -> Tensor:
@@ -129,7 +140,7 @@ def fit_constant_set(pairs: Pairs, count: int, seed: int) -> Tensor:
     """
     generator = torch.Generator().manual_seed(seed)
     weight = torch.bincount(torch.tensor([r for i in pairs.train for c in pairs.rows[i] for r in c])).float()
-    weight = weight * pairs.idf[: len(weight)] if pairs.settings.objective.word_weights == "idf" else weight
+    weight = weight * pairs.word_weights[: len(weight)]
     start = torch.multinomial(weight, count, replacement=count > int((weight > 0).sum()), generator=generator)
     scale = pairs.table.std().item()
     model = ConstantSet(pairs.table[start].to(pairs.device))

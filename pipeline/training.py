@@ -97,7 +97,9 @@ class Trainer:
         An interrupted and resumed run takes the same batches and ends with the same weights as an uninterrupted one.
         """
         total = total_steps(self.settings, self.examples)
-        optimizer = torch.optim.AdamW(self.groups, lr=self.settings.lr, weight_decay=self.settings.weight_decay)
+        optimizer = torch.optim.AdamW(
+            self.groups, lr=self.settings.lr, weight_decay=self.settings.weight_decay, fused=True
+        )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self._rate(step, total))
         torch.manual_seed(self.seed)
         step, losses, seconds = self._resume(optimizer, schedule)

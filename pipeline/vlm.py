@@ -61,24 +61,34 @@ class VLM(nn.Module):
         return total, sum(map(len, answer_ids))
 
     @torch.no_grad()
-    def generate(self, tokens: Tensor, prompt: str, max_new_tokens: int) -> list[str]:
-        """Greedy answers to one prompt about some images; tokens [B, N, D_img]."""
-        inputs, mask = self._splice(tokens, [prompt] * len(tokens), [[]] * len(tokens))
+    def generate(
+        self, tokens: Tensor, prompt: str, max_new_tokens: int, prefix: str = "", repetition_penalty: float = 1.0
+    ) -> list[str]:
+        """Greedy answers to one prompt about some images; tokens [B, N, D_img].
+
+        Each answer begins with `prefix`, which the LLM goes on from; `repetition_penalty` is that of Keskar et al.
+        (2019), over the tokens generated.
+        """
+        inputs, mask = self._splice(tokens, [prompt] * len(tokens), [self._ids(prefix)] * len(tokens))
         ids = self.network.generate(
             inputs_embeds=inputs, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False,
+            repetition_penalty=repetition_penalty,
             eos_token_id=self.tokenizer.eos_token_id, pad_token_id=self.tokenizer.eos_token_id,
         )  # fmt: skip
-        return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        return [(prefix + text).strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     def answers(
-        self, images: ImageTokens, positions: list[int], prompt: str, max_new_tokens: int, batch: int
+        self, images: ImageTokens, positions: list[int], prompt: str, max_new_tokens: int, batch: int, **decoding: Any
     ) -> list[str]:
-        """Greedy answers to one prompt about many cached images, batch by batch, with a progress bar."""
+        """Greedy answers to one prompt about many cached images, batch by batch, with a progress bar.
+
+        `decoding` is what `generate` takes besides: prefix, repetition_penalty.
+        """
         texts: list[str] = []
         with progress_bar(prompt.strip()[:32], len(positions), "images") as advance:
             for start in range(0, len(positions), batch):
                 part = positions[start : start + batch]
-                texts += self.generate(images.tokens(part), prompt, max_new_tokens)
+                texts += self.generate(images.tokens(part), prompt, max_new_tokens, **decoding)
                 advance(len(part))
         return texts
 

@@ -63,13 +63,15 @@ def _captions(params: Params, adapter: str, images: ImageTokens, out: Path) -> d
 
     base, settings = Path("data") / params.profile, params.evaluate
     positions = c.choose(images, settings.captions, params.seed)
+    decoding = {"prefix": settings.pretrained_prefix, "repetition_penalty": settings.pretrained_repetition_penalty}
     texts = {}
-    for kind, folder, weights, prompt in (
-        ("pretrained", base / "pretrain" / adapter, "last", settings.pretrained_prompt),
-        ("finetuned", base / "finetune" / f"{adapter}-captions", "adapter", settings.finetuned_prompt),
+    for kind, folder, weights, prompt, extra in (
+        ("pretrained", base / "pretrain" / adapter, "last", settings.pretrained_prompt, decoding),
+        ("finetuned", base / "finetune" / f"{adapter}-captions", "adapter", settings.finetuned_prompt, {}),
     ):
         model = load_vlm(params.llm, folder, weights, params.runtime.device)
-        texts[kind] = model.answers(images, positions, prompt, settings.caption_tokens, settings.batch)
+        answers = model.answers(images, positions, prompt, settings.caption_tokens, settings.batch, **extra)
+        texts[kind] = [answer.split("\n")[0] for answer in answers]  # a caption is one line
     rows = images.rows.iloc[positions]
     references = [list(texts) for texts in rows["captions"]]
     things = c.Things([list(texts) for texts in images.rows["captions"]])

@@ -81,7 +81,7 @@ BAD = {
     "negative": ("  lr: 0.001", "  lr: -0.001", "pretrain.lr is -0.001", "greater than 0"),
     "not a number": ("  lr: 0.001", "  lr: .nan", "pretrain.lr is .nan", "finite"),
     "too large": ("    dropout: 0.1", "    dropout: 1.5", "finetune.lora.dropout is 1.5", "less than 1"),
-    "choice": ("cost: sqeuclidean", "cost: manhattan", "pretrain.objective.cost is manhattan", "'cosine'"),
+    "choice": ("cost: euclidean", "cost: manhattan", "pretrain.objective.cost is manhattan", "'cosine'"),
     "empty prompt": ('["What type of food is that?"]', '[""]', "finetune.classes.prompts.0 is ''", "at least 1"),
     "no prompts": ('["What type of food is that?"]', "[]", "finetune.classes.prompts is []", "at least 1"),
     "unknown adapter": ("  linear:\n", "  lineal:\n", "adapters.lineal", "'linear'"),

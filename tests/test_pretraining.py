@@ -19,7 +19,7 @@ class Known(Pairs):
         self.table = torch.eye(IMAGES)  # all words equally far apart
         self.rows = [[[i, i]] for i in range(IMAGES)]
         self.train, self.val = list(range(IMAGES)), list(range(IMAGES))
-        self.idf, self.center = torch.ones(IMAGES), torch.zeros(IMAGES)
+        self.word_weights, self.center = torch.ones(IMAGES), torch.zeros(IMAGES)
 
     def tokens(self, positions):
         return torch.tensor(positions, dtype=torch.float32).view(-1, 1, 1)
