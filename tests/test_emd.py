@@ -24,9 +24,9 @@ def problem(seed, images=3, tokens=7, width=5, captions=(2, 1, 3)):
 
 @pytest.mark.parametrize("cost", METRICS)
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("seed", range(10))
-def test_values_equal_pot(cost, weighted, seed):
-    x, words, offsets, index = problem(seed)
+@pytest.mark.parametrize(("tokens", "seed"), [*((7, seed) for seed in range(10)), (255, 10)])
+def test_values_equal_pot(cost, weighted, tokens, seed):
+    x, words, offsets, index = problem(seed, tokens=tokens)  # 255: large enough for the threads
     weights = torch.rand(len(words)) + 0.01 if weighted else None
     ours = emd(x, words, offsets, index, cost=cost, word_weights=weights, threads=2)
     for pair, image in enumerate(index):

@@ -1,5 +1,6 @@
 """The figures of pre-training, on a problem small enough to know the answers."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -27,6 +28,19 @@ class Known(Pairs):
 
 def perfect(pairs):
     return lambda tokens: pairs.table[tokens.view(-1).long()][:, None]
+
+
+@pytest.mark.parametrize(("kind", "rare"), [("idf", math.log(5 / 2)), ("idf_squared", math.log(5 / 2) ** 2)])
+def test_words_of_every_caption_weigh_nothing(kind, rare):
+    pairs = Known()
+    pairs.settings = SimpleNamespace(data=["captions", "classes"], objective=SimpleNamespace(word_weights=kind))
+    # Word 0 is in all four captions, word i in the i-th; class names, of words 9 to 11, do not count.
+    pairs.rows = [[[0, i]] for i in range(1, 5)] + [[[9, 10, 11]]] * 3
+    pairs._places, pairs.train = [(0, i) for i in range(4)] + [(1, i) for i in range(3)], list(range(7))
+    weights = pairs._weights_of_words()
+    assert weights[0] == 0
+    assert weights[1:5].tolist() == pytest.approx([rare] * 4)
+    assert (weights[9:] > rare).all()  # in no caption: the rarest
 
 
 def test_a_perfect_adapter_finds_every_caption():

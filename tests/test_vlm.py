@@ -51,19 +51,21 @@ def test_loss_equals_transformers_row_by_row(model, params):
     assert total.item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_generation_equals_greedy_argmax(model, params):
+@pytest.mark.parametrize("prefix", ["", "A picture of"])
+def test_generation_equals_greedy_argmax(model, params, prefix):
     tokens = torch.randn(2, 4, 8)
-    answers = model.generate(tokens, "Describe this image", 5)
+    answers = model.generate(tokens, "Describe this image", 5, prefix)
     reference = AutoModelForCausalLM.from_pretrained(params.model).eval()
     embed = reference.get_input_embeddings()
     before, after = model.prompt("Describe this image")
+    after += model.tokenizer(prefix, add_special_tokens=False)["input_ids"]
     for row in range(2):
         parts = [embed(torch.tensor(before)), model.adapter(tokens[row : row + 1])[0], embed(torch.tensor(after))]
         inputs, ids = torch.cat(parts)[None], []
         for _ in range(5):
             ids.append(int(reference(inputs_embeds=inputs).logits[0, -1].argmax()))
             inputs = torch.cat([inputs, embed(torch.tensor([[ids[-1]]]))], 1)
-        assert answers[row] == model.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        assert answers[row] == (prefix + model.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
 
 def test_embedding_alone_equals_the_models(params, tmp_path):
