@@ -281,7 +281,7 @@ def _context(results: Results, table: pd.DataFrame) -> dict[str, Any]:
         "tiles": tiles(results, table),
         "shots": gallery(results),
         "captioned": results.evaluate[best]["captioned"],
-        "prefix": results.params.evaluate.pretrained_prefix,
+        "prefix": params.evaluate.pretrained_prefix,
         "caption_shares": {name: _caption_share(found) for name, found in results.evaluate.items()},
         "bars": accuracy_bars(results),
         "tested": results.evaluate[best],
