@@ -96,8 +96,8 @@ BAD = {
         "adapters.mlp.architecture.queries",
         "hidden",
     ),
-    "width": ("width: 192, dropout", "width: 190, dropout", "self_attention.architecture.width is 190", "multiple of"),
-    "rendered without count": ("    count: 2400\n", "", "data.captions.count", "how many"),
+    "width": ("width: 192, blocks", "width: 190, blocks", "self_attention.architecture.width is 190", "multiple of"),
+    "rendered without count": ("    count: 4000\n", "", "data.captions.count", "how many"),
     "profile name": ("profile: demo", "profile: ../up", "profile is ../up", "pattern"),
 }
 
