@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -223,7 +224,7 @@ def pretrain(params: Params, name: AdapterName, out: Path) -> None:
         pairs.device
     )
     count = adapter(pairs.tokens(pairs.val[:1])).shape[1]
-    blind = _blind_baselines(pairs, count, params.seed)
+    blind = _blind_baselines(params, pairs, count)
     if settings.objective.start == "constant_set":
         adapter.eval().start_at(blind.constant_set, pairs.tokens(pairs.train[: settings.batch]))
     trainer = _trainer(params, name, pairs, adapter, blind.metrics)
@@ -251,8 +252,8 @@ class Blind:
     metrics: dict[str, float]
 
 
-def _blind_baselines(pairs: Pairs, count: int, seed: int) -> Blind:
-    token, constant_set = fit_constant_set(pairs, 1, seed), fit_constant_set(pairs, count, seed)
+def _blind_baselines(params: Params, pairs: Pairs, count: int) -> Blind:
+    token, constant_set = _constant_set(params, pairs, 1), _constant_set(params, pairs, count)
 
     @torch.no_grad()
     def value(tokens: Tensor) -> float:
@@ -260,6 +261,27 @@ def _blind_baselines(pairs: Pairs, count: int, seed: int) -> Blind:
         return torch.cat([pairs.per_image(tokens.expand(len(p), -1, -1), p) for p in parts]).mean().item()
 
     return Blind(constant_set, {"const_token": value(token), "const_set": value(constant_set)})
+
+
+def _constant_set(params: Params, pairs: Pairs, count: int) -> Tensor:
+    """The best set of `count` tokens, fitted once: adapters that give equally many share it."""
+    settings = pairs.settings
+    decides = [params.seed, settings.data, settings.objective.cost, settings.objective.word_weights]
+    kept = _checkpoint(params, f"constant-set-{count}", settings, decides)
+    state = kept.load()
+    if state is None:
+        state = {"tokens": fit_constant_set(pairs, count, params.seed)}
+        kept.save(state)
+    return state["tokens"].to(pairs.device)
+
+
+def _checkpoint(params: Params, name: str, settings: Pretrain, decides: Sequence[object]) -> Checkpoint:
+    """A checkpoint that holds as long as these values, the cached data and the code are the same."""
+    base = Path("data") / params.profile
+    files = [base / kind / data / "manifest.json" for kind in ("images", "text") for data in settings.data]
+    files += [base / "prepare" / f"{data}.parquet" for data in settings.data]
+    files += [Path(__file__), *(Path(__file__).with_name(code) for code in ("adapters.py", "emd.py"))]
+    return Checkpoint.of(base, name, decides, files)
 
 
 def _trainer(params: Params, name: AdapterName, pairs: Pairs, adapter: Adapter, blind: dict[str, float]) -> Trainer:
@@ -280,14 +302,10 @@ def _trainer(params: Params, name: AdapterName, pairs: Pairs, adapter: Adapter, 
         values = {"val": held_out.matched.mean().item(), "shuffled": held_out.shuffled.mean().item()}
         return {"epoch": step / epoch, **values, **blind, **retrieval(pairs, adapter, candidates, params.seed)}
 
-    base = Path("data") / params.profile
-    files = [base / kind / data / "manifest.json" for kind in ("images", "text") for data in settings.data]
-    files += [base / "prepare" / f"{data}.parquet" for data in settings.data]
-    files += [Path(__file__), *(Path(__file__).with_name(code) for code in ("adapters.py", "emd.py"))]
     decides = [params.seed, settings.model_dump(), params.adapters[name].architecture]
     return Trainer(
         name=f"pretrain {name}", model=adapter, groups=[{"params": list(adapter.parameters())}], settings=settings,
         examples=len(pairs.train), seed=params.seed, loss=loss, validate=validate,
         validate_at=set(range(epoch, total + 1, epoch)),
-        checkpoint=Checkpoint.of(base, f"pretrain@{name}", decides, files), extras=extras,
+        checkpoint=_checkpoint(params, f"pretrain@{name}", settings, decides), extras=extras,
     )  # fmt: skip

@@ -131,12 +131,12 @@ def add_lora(llm: LanguageModel, params: LoRA) -> Any:
 
 
 def load_vlm(params: LLM, adapter_folder: Path, weights: str, device: str = "auto") -> VLM:
-    """A VLM from disk, in eval mode; with the folder's LoRA where it has one.
+    """A VLM from disk for answers, in eval mode; with the folder's LoRA where it has one.
 
     Raises UserError naming the file when something is missing.
     """
     adapter = load_adapter(adapter_folder, weights)
-    llm = load_llm(params, device)
+    llm = load_llm(params, device, for_answers=True)
     if (adapter_folder / "lora").exists():
         from peft import PeftModel
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import json
@@ -10,6 +11,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,8 @@ from pipeline.params import LLM
 
 # Before torch starts its threads: spinning OpenMP threads make a step many times slower beside another process.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# bitsandbytes decorates functions that are not used here with torch.compile, whose compiler takes seconds to import.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 MODELS = Path("data/models")
 
 
@@ -37,9 +41,11 @@ class LanguageModel:
         return int(self.network.get_input_embeddings().weight.shape[1])
 
 
-def load_llm(params: LLM, device: str = "auto") -> LanguageModel:
+def load_llm(params: LLM, device: str = "auto", *, for_answers: bool = False) -> LanguageModel:
     """The LLM that params.llm names: frozen, in eval mode, 4-bit where asked.
 
+    `for_answers`: on a CPU, 4-bit weights are expanded once, to the very values they stand for, where they fit into
+    half of the free memory; else every generated token expands them again.
     Raises UserError naming what is missing when files cannot be found.
     """
     from transformers import AutoModelForCausalLM
@@ -50,15 +56,17 @@ def load_llm(params: LLM, device: str = "auto") -> LanguageModel:
     place = pick_device(device)
     dtype = pick_dtype(params.dtype, place)
     source, revision = _source(params)
-    options: dict[str, Any] = {"dtype": dtype, "revision": revision}
-    if params.quantization == "nf4":
-        options |= {"quantization_config": _nf4(dtype), "device_map": {"": place}}
     with _FilesOf(params):
-        network = AutoModelForCausalLM.from_pretrained(source, **options)
-    if params.quantization == "none":
-        network.to(place)
+        if params.quantization == "nf4":
+            network = _load_nf4(source, revision, dtype, place)
+        else:
+            network = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, revision=revision).to(place)
+    if for_answers and params.quantization == "nf4" and _fits_dense(network, place, dtype):
+        network = network.dequantize()
     _keep_gradients(network)
     network.eval().requires_grad_(False)
+    # The head gets a slice of the hidden states; torch would multiply each row of a strided one by a copy of the head.
+    network.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
     return LanguageModel(network, load_tokenizer(params), params.system_prompt)
 
 
@@ -124,6 +132,7 @@ def _dequantised(model: str) -> Path:
 
     Converting costs 30 s; and transformers refuses a bitsandbytes configuration beside a GGUF file.
     """
+    import gguf
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     file = _gguf_file(model)
@@ -131,19 +140,15 @@ def _dequantised(model: str) -> Path:
         folder = MODELS / f"{file.stem}-{hashlib.file_digest(content, 'sha256').hexdigest()[:16]}"
     if folder.exists():
         return folder
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     options = {"gguf_file": file.name}
-    tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **options)
-    network = AutoModelForCausalLM.from_pretrained(
-        str(file.parent), **options, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
-    )
+    # transformers parses the file three times, 10 s each; it looks the reader up at every call.
+    with mock.patch("gguf.GGUFReader", functools.cache(gguf.GGUFReader)):
+        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **options)
+        network = AutoModelForCausalLM.from_pretrained(
+            str(file.parent), **options, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+        )
     network.config.quantization_config = None
-    network.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    try:
-        temporary.rename(folder)
-    except OSError:  # another process was faster; its folder is the same
-        shutil.rmtree(temporary)
+    _save_whole(folder, network, tokenizer)
     return folder
 
 
@@ -164,13 +169,43 @@ def _gguf_file(model: str) -> Path:
     return files[0]
 
 
-def _nf4(dtype: torch.dtype) -> Any:
-    """QLoRA's quantisation (Dettmers et al. 2023): 4-bit NormalFloat, double quantisation."""
-    from transformers import BitsAndBytesConfig
+def _load_nf4(source: str, revision: str | None, dtype: torch.dtype, place: torch.device) -> Any:
+    """QLoRA's quantisation (Dettmers et al. 2023): 4-bit NormalFloat, double quantisation.
 
-    return BitsAndBytesConfig(
+    A model that was converted into data/models is quantised once and kept beside it: that takes a CPU 10 s a start.
+    """
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
+    options: dict[str, Any] = {"dtype": dtype, "device_map": {"": place}}
+    quantised = Path(f"{source}-nf4-{str(dtype).removeprefix('torch.')}")
+    if quantised.exists():
+        return AutoModelForCausalLM.from_pretrained(quantised, **options)
+    network = AutoModelForCausalLM.from_pretrained(source, quantization_config=config, revision=revision, **options)
+    if Path(source).parent == MODELS:
+        _save_whole(quantised, network)
+    return network
+
+
+def _fits_dense(network: nn.Module, place: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a CPU has twice the memory free that a 4-bit model needs when expanded (two weights lie in a byte)."""
+    import psutil
+
+    size = sum(2 * p.numel() if p.dtype == torch.uint8 else p.numel() for p in network.parameters()) * dtype.itemsize
+    return place.type == "cpu" and 2 * size < psutil.virtual_memory().available
+
+
+def _save_whole(folder: Path, *parts: Any) -> None:
+    """Save a model and its tokenizer under a name that appears when all is written."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    for part in parts:
+        part.save_pretrained(temporary)
+    try:
+        temporary.rename(folder)
+    except OSError:  # another process was faster; its folder is the same
+        shutil.rmtree(temporary)
 
 
 def _keep_gradients(network: nn.Module) -> None:
