@@ -47,7 +47,7 @@ def test_every_stage_of_the_graph(tiny_params, tiny_mistral):
     metrics = json.loads((base / "pretrain/mlp/metrics.json").read_text())
     assert metrics["image_gain"] == pytest.approx(metrics["shuffled"] - metrics["val"], abs=1e-5)
     assert metrics["const_set"] <= metrics["const_token"]
-    assert not list((base / "checkpoints").iterdir())
+    assert not list((base / "checkpoints").glob("pretrain*"))
 
     # Pre-training needs cached tensors alone: no encoder, no LLM, no pictures.
     hidden = [(Path("data/raw"), Path("data/hidden")), (tiny_mistral, tiny_mistral.with_name("hidden"))]
@@ -58,7 +58,13 @@ def test_every_stage_of_the_graph(tiny_params, tiny_mistral):
     finally:
         for here, there in hidden:
             there.rename(here)
+    # As many tokens as the mlp's, so the same constant set, which is not fitted again.
+    fitted = {file.name: file.stat().st_mtime_ns for file in (base / "checkpoints").glob("constant-set-9*")}
     terraalign("pretrain", "self_attention")
+    assert {file.name: file.stat().st_mtime_ns for file in (base / "checkpoints").glob("constant-set-9*")} == fitted
+    assert len(fitted) == 1
+    blind = [json.loads((base / f"pretrain/{name}/metrics.json").read_text()) for name in ("mlp", "self_attention")]
+    assert blind[0]["const_set"] == blind[1]["const_set"]
 
     for name in ("mlp", "self_attention", "query"):
         for data in ("captions", "classes"):
@@ -102,6 +108,10 @@ def _check_answers():
     lines = terraalign("caption", "--json", *photos).output.strip().splitlines()
     rows = [json.loads(line) for line in lines if line.startswith("{")]
     assert [row["photo"] for row in rows] == [str(photo) for photo in photos]
+    folder = photos[0].parent
+    lines = terraalign("caption", "--json", folder).output.strip().splitlines()
+    photographed = [json.loads(line)["photo"] for line in lines if line.startswith("{")]
+    assert photographed == sorted(map(str, folder.iterdir()))
     result = terraalign("classify", photos[0], broken, code=1)
     assert f"{photos[0]}: " in result.output
     assert "broken.jpg: not a readable picture" in result.output
