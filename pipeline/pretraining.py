@@ -84,7 +84,7 @@ class Pairs:
         return emd(
             tokens, self.table[flat].to(tokens.device), offsets, image_index,
             cost=self.settings.objective.cost, word_weights=self._weights(flat, captions),
-            center=self.center, threads=self.threads,
+            center=self.center, solver=self.settings.objective.solver, threads=self.threads,
         )  # fmt: skip
 
     def _weights(self, flat: list[int], captions: list[list[int]]) -> Tensor:
@@ -283,7 +283,7 @@ def _trainer(params: Params, name: AdapterName, pairs: Pairs, adapter: Adapter, 
     base = Path("data") / params.profile
     files = [base / kind / data / "manifest.json" for kind in ("images", "text") for data in settings.data]
     files += [base / "prepare" / f"{data}.parquet" for data in settings.data]
-    files += [Path(__file__), *(Path(__file__).with_name(code) for code in ("adapters.py", "emd.py"))]
+    files += [Path(__file__), *(Path(__file__).with_name(code) for code in ("adapters.py", "emd.py", "transport.py"))]
     decides = [params.seed, settings.model_dump(), params.adapters[name].architecture]
     return Trainer(
         name=f"pretrain {name}", model=adapter, groups=[{"params": list(adapter.parameters())}], settings=settings,
