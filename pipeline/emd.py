@@ -1,20 +1,32 @@
-"""Exact Earth Mover's Distance between adapted image tokens and caption words, and its gradient."""
+"""Exact Earth Mover's Distance between adapted image tokens and caption words, and its gradient (docs/emd.md)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import numpy as np
 import torch
-from ot.lp.emd_wrap import emd_c
 from torch import Tensor
 
 Cost = Literal["euclidean", "sqeuclidean", "cosine"]
-MAX_ITERATIONS = 1_000_000
-OPTIMAL = 1
-SMALL = 2000  # costs of an image: below, waking another thread takes longer than solving
+Solver = Literal["exact", "pot", "sinkhorn"]
+TINY = 1e-12  # a squared distance or a norm below this counts as zero, and has no gradient
+SMALL = 20_000  # costs of a batch: below, waking another thread takes longer than solving
+POT_ITERATIONS, POT_OPTIMAL = 1_000_000, 1
+SINKHORN_ITERATIONS = 200
+SINKHORN_REGULARISATION = 0.01  # times the mean cost of a pair
+
+
+class Plan(NamedTuple):
+    """Transport plans of P pairs: entry e moves mass[e] of its pair from a token to a word."""
+
+    pair: np.ndarray  # [E] int64
+    token: np.ndarray  # [E] int64
+    word: np.ndarray  # [E] int64, counted through all captions
+    mass: np.ndarray  # [E] float64, sums to 1 in each pair
+    potential: np.ndarray  # [T] float64: v of an optimal dual; min over words of (cost - v) is the tokens' potential
 
 
 def emd(
@@ -25,86 +37,266 @@ def emd(
     *,
     cost: Cost,
     word_weights: Tensor | None = None,
+    token_weights: Tensor | None = None,
     center: Tensor | None = None,
+    solver: Solver = "exact",
     threads: int = 1,
+    regularisation: float = SINKHORN_REGULARISATION,
 ) -> Tensor:
-    """EMD of P pairs (image, caption): [P], float32, differentiable in `tokens`.
+    """EMD of P pairs (image, caption): [P], float32, differentiable in `tokens` and `words`.
 
     tokens [B, N, D]; words [T, D] of all captions one after the other, caption p is words[offsets[p]:offsets[p + 1]];
     image_index [P] names each caption's image, so the captions of an image share its tokens and its cost matrix.
-    Tokens weigh 1/N each; words weigh alike, or by word_weights [T] (normalised within each caption).
-    `center` [D] is subtracted from both sides before the cosine.
+    Tokens weigh alike, or by token_weights [B, N]; words weigh alike, or by word_weights [T]; both are normalised,
+    within an image and within a caption. `center` [D] is subtracted from both sides before the cosine.
+    Costs are float32 whatever the inputs' dtype, under autocast too.
 
-    The plan comes from POT's network simplex (Bonneel et al. 2011) on fp32 costs; the gradient is that of
-    sum(plan * cost) with the plan held fixed, exact almost everywhere (envelope theorem, Danskin 1967).
-    Raises ValueError naming the pair when a cost is not finite or the solver finds no optimum.
+    solver: "exact" is our own (pipeline/transport.py), "pot" POT's network simplex (Bonneel et al. 2011), which has to
+    give the same; both on `threads` threads of the CPU. "sinkhorn" is an approximation for comparison only, on the
+    tokens' device; `regularisation`, times a pair's mean cost, is its temperature.
+
+    The gradient is that of sum(plan * cost) with the plan held fixed: for an exact plan that is the gradient of the
+    EMD wherever it has one (envelope theorem, Danskin 1967); for Sinkhorn's it is wrong by far more than the value.
+    Weights and center get none. Raises ValueError naming the pair when a cost is not finite, weights are negative or
+    sum to nothing, a caption has no words, or no optimum is found.
     """
-    pair_of_word, slot_of_word, length = _slots(offsets, image_index, tokens.shape[0])
-    image_of_word = torch.tensor(image_index)[pair_of_word]
-    padded = words.new_zeros(tokens.shape[0], length, words.shape[1])
-    padded[image_of_word, slot_of_word] = words
-    costs = cost_matrix(tokens.float(), padded.float(), cost, center)  # [B, N, L]
-    plan = _plans(costs.detach().cpu().numpy(), offsets, image_index, slot_of_word.numpy(), word_weights, threads)
-    moved = (costs * torch.from_numpy(plan).to(costs)).sum(1)  # [B, L]: what each word costs
-    zero = moved.new_zeros(len(image_index))
-    return zero.index_add(0, pair_of_word.to(moved.device), moved[image_of_word, slot_of_word])
-
-
-def cost_matrix(x: Tensor, y: Tensor, cost: Cost, center: Tensor | None = None) -> Tensor:
-    """Ground costs [B, N, L] between x [B, N, D] and y [B, L, D]."""
-    if cost == "cosine":
-        if center is not None:
+    layout = _Layout(offsets, image_index, tokens.shape[0])
+    with torch.autocast(tokens.device.type, enabled=False):
+        x, y = tokens.float(), layout.by_image(words.float())
+        if center is not None and cost == "cosine":
             x, y = x - center, y - center
-        return 1 - torch.nn.functional.normalize(x, dim=-1) @ torch.nn.functional.normalize(y, dim=-1).mT
-    squared = (x.square().sum(-1)[..., None] + y.square().sum(-1)[:, None] - 2 * x @ y.mT).clamp_min(1e-12)
-    return squared.sqrt() if cost == "euclidean" else squared
+
+        def entries(costs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            if solver == "sinkhorn":
+                return _sinkhorn(costs, layout, token_weights, word_weights, regularisation)
+            plan = solve(
+                costs.cpu().numpy(), offsets, image_index, token_weights=_numpy(token_weights),
+                word_weights=_numpy(word_weights), solver=solver, threads=threads,
+            )  # fmt: skip
+            places = layout.places(plan, costs.shape)
+            return tuple(torch.from_numpy(a).to(costs.device) for a in (places, plan.pair, plan.mass))  # type: ignore[return-value]
+
+        value: Tensor = _EMD.apply(x, y, cost, entries, len(image_index))
+    return value
 
 
-def _slots(offsets: Sequence[int], image_index: Sequence[int], images: int) -> tuple[Tensor, Tensor, int]:
-    """Each word's pair and its column in its image's cost matrix; the captions of an image stand side by side."""
-    used = [0] * images
-    pairs: list[int] = []
-    slots: list[int] = []
-    for pair, image in enumerate(image_index):
-        count = offsets[pair + 1] - offsets[pair]
-        pairs += [pair] * count
-        slots += range(used[image], used[image] + count)
-        used[image] += count
-    return torch.tensor(pairs), torch.tensor(slots), max(used)
+def cost_matrix(x: Tensor, y: Tensor, cost: Cost) -> Tensor:
+    """Ground costs [B, N, L] between x [B, N, D] and y [B, L, D]."""
+    norm_x, norm_y = torch.linalg.vector_norm(x, dim=-1)[..., None], torch.linalg.vector_norm(y, dim=-1)[:, None]
+    if cost == "cosine":
+        return 1 - x @ y.mT / (norm_x.clamp_min(TINY) * norm_y.clamp_min(TINY))
+    squared = torch.baddbmm(norm_x.square() + norm_y.square(), x, y.mT, alpha=-2).clamp_min_(TINY)
+    return squared.sqrt_() if cost == "euclidean" else squared
 
 
-def _plans(
+class _EMD(torch.autograd.Function):
+    """sum(plan * cost) of each pair; backward goes from the sparse plan straight to both sides.
+
+    The gradient of a cost c(x, y) is p x - q y in x and r y - q x in y: for the squared distance p = q = r = 2; for the
+    distance d, 1 / d; for the cosine s, q = 1 / (|x| |y|), p = s / |x|^2, r = s / |y|^2.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, cost: Cost, entries: Callable[..., Any], pairs: int) -> Tensor:
+        costs = cost_matrix(x, y, cost)
+        place, pair, mass = entries(costs)
+        chosen = costs.view(-1)[place]
+        ctx.cost = cost
+        ctx.save_for_backward(x, y, place, pair, mass, chosen)
+        return chosen.new_zeros(pairs, dtype=mass.dtype).index_add_(0, pair, chosen * mass).float()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, y, place, pair, mass, chosen = ctx.saved_tensors
+        (images, tokens, _), slots = x.shape, y.shape[1]
+        of_x = place // slots  # rows of x.view(-1, D)
+        of_y = place // (tokens * slots) * slots + place % slots
+        weight = mass.float() * grad[pair]
+        if ctx.cost == "cosine":
+            norm_x = torch.linalg.vector_norm(x, dim=-1).view(-1)[of_x]
+            norm_y = torch.linalg.vector_norm(y, dim=-1).view(-1)[of_y]
+            weight = torch.where((norm_x > TINY) & (norm_y > TINY), weight, 0)
+            q = weight / (norm_x * norm_y).clamp_min(TINY**2)
+            p, r = ((1 - chosen) * weight / norm.clamp_min(TINY).square() for norm in (norm_x, norm_y))
+        else:
+            scale = chosen.reciprocal() if ctx.cost == "euclidean" else 2
+            zero = TINY**0.5 if ctx.cost == "euclidean" else TINY
+            p = q = r = torch.where(chosen > zero, weight * scale, 0)
+        moves = q.new_zeros(images * tokens * slots).index_add_(0, place, -q).view(images, tokens, slots)
+        grad_x = grad_y = None
+        if ctx.needs_input_grad[0]:
+            own = p.new_zeros(images * tokens).index_add_(0, of_x, p).view(images, tokens, 1)
+            grad_x = (x * own).baddbmm_(moves, y)
+        if ctx.needs_input_grad[1]:
+            own = r.new_zeros(images * slots).index_add_(0, of_y, r).view(images, slots, 1)
+            grad_y = (y * own).baddbmm_(moves.mT, x)
+        return grad_x, grad_y, None, None, None
+
+
+class _Layout:
+    """Where the words of each pair stand in the cost matrix of its image: captions of an image stand side by side."""
+
+    def __init__(self, offsets: Sequence[int], image_index: Sequence[int], images: int):
+        self.offsets, self.image = np.asarray(offsets, np.int64), np.asarray(image_index, np.int64)
+        self.length = np.diff(self.offsets)
+        if (self.length < 1).any():
+            raise ValueError(f"EMD of pair {self.length.argmin()}: the caption has no words")
+        self.column = np.empty_like(self.image)  # of a pair's first word
+        used = [0] * images
+        for pair, image in enumerate(image_index):
+            self.column[pair] = used[image]
+            used[image] += int(self.length[pair])
+        self.images, self.slots = images, max(used)
+        self.image_of_word = np.repeat(self.image, self.length)
+        self.slot_of_word = np.arange(self.offsets[-1]) - np.repeat(self.offsets[:-1] - self.column, self.length)
+
+    def by_image(self, words: Tensor) -> Tensor:
+        """[T, D] -> [B, L, D]; unused slots are zero."""
+        padded = words.new_zeros(self.images, self.slots, words.shape[1])
+        padded[torch.from_numpy(self.image_of_word), torch.from_numpy(self.slot_of_word)] = words
+        return padded
+
+    def weights(
+        self, tokens: int, token_weights: np.ndarray | None, word_weights: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Of tokens [B, N] and words [T], float64, checked but not normalised; ones where there are none."""
+        a = np.ones((self.images, tokens)) if token_weights is None else np.asarray(token_weights, np.float64)
+        b = np.ones(self.offsets[-1]) if word_weights is None else np.asarray(word_weights, np.float64)
+        bad_image = ~((a >= 0).all(1) & (a.sum(1) > 0) & (a.sum(1) < np.inf))
+        least, mass = np.minimum.reduceat(b, self.offsets[:-1]), np.add.reduceat(b, self.offsets[:-1])
+        bad = bad_image[self.image] | ~((least >= 0) & (mass > 0) & (mass < np.inf))
+        if bad.any():
+            pair = int(bad.argmax())
+            _fail(pair, int(self.image[pair]), "weights have to be finite, not negative, and not all zero")
+        return a, b
+
+    def places(self, plan: Plan, shape: Sequence[int]) -> np.ndarray:
+        """Of a plan's entries in the flattened cost matrices [B, N, L]."""
+        return (self.image[plan.pair] * shape[1] + plan.token) * shape[2] + self.slot_of_word[plan.word]
+
+
+def solve(
     costs: np.ndarray,
     offsets: Sequence[int],
     image_index: Sequence[int],
-    slots: np.ndarray,
-    word_weights: Tensor | None,
-    threads: int,
-) -> np.ndarray:
-    """Optimal plans of all pairs, laid out like the cost matrices: float32 [B, N, L]."""
-    plan = np.zeros_like(costs)
-    weights = None if word_weights is None else word_weights.double().cpu().numpy()
-    row_mass = np.full(costs.shape[1], 1 / costs.shape[1])
+    *,
+    token_weights: np.ndarray | None = None,
+    word_weights: np.ndarray | None = None,
+    solver: Literal["exact", "pot"] = "exact",
+    threads: int = 1,
+) -> Plan:
+    """Optimal plans for costs [B, N, L], float32 or float64: an image's captions in order, one column a word.
 
-    def solve(pair: int) -> None:
-        span = slice(offsets[pair], offsets[pair + 1])
-        columns = slice(slots[span.start], slots[span.start] + span.stop - span.start)
-        matrix = np.ascontiguousarray(costs[image_index[pair], :, columns], np.float64)
-        if not np.isfinite(matrix).all():
-            raise ValueError(f"EMD of pair {pair} (image {image_index[pair]}): a ground cost is not finite")
-        mass = np.ones(matrix.shape[1]) if weights is None else weights[span].copy()
-        mass *= row_mass.sum() / mass.sum()
-        flow, _, _, _, code = emd_c(row_mass, mass, matrix, MAX_ITERATIONS, 1, None, None)
-        if code != OPTIMAL:
-            raise ValueError(
-                f"EMD of pair {pair} (image {image_index[pair]}): the solver found no optimum (code {code})"
-            )
-        plan[image_index[pair], :, columns] = flow
-
-    if threads == 1 or costs[0].size < SMALL:
-        for pair in range(len(image_index)):
-            solve(pair)
-    else:  # the solver runs without the GIL
+    The other arguments, and errors, are those of `emd`. At most N + m - 1 entries for a pair of m words; marginals are
+    exact to rounding (1e-12), a weight below 1e-16 of its side's sum counts as none.
+    """
+    layout = _Layout(offsets, image_index, len(costs))
+    token_mass, word_mass = layout.weights(costs.shape[1], token_weights, word_weights)
+    entries = costs.shape[1] + layout.length - 1
+    begin = np.cumsum([0, *entries])
+    token, word = np.zeros(begin[-1], np.int64), np.zeros(begin[-1], np.int64)
+    mass, potential = np.zeros(begin[-1]), np.zeros(len(word_mass))
+    costs = np.ascontiguousarray(costs, np.float64)
+    inputs = (costs, layout.image, layout.column, layout.offsets, token_mass.ravel(), word_mass)
+    outputs = (begin, token, word, mass, potential)
+    run = _exact if solver == "exact" else _pot
+    chunks = np.array_split(np.arange(len(layout.image)), 4 * threads)
+    spans = [(int(chunk[0]), int(chunk[-1]) + 1) for chunk in chunks if len(chunk)]
+    if threads == 1 or costs.shape[1] * layout.offsets[-1] < SMALL:
+        run((0, len(layout.image)), *inputs, *outputs)
+    else:  # both solvers run without the GIL
         with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(solve, range(len(image_index))))
-    return plan
+            list(pool.map(lambda span: run(span, *inputs, *outputs), spans))
+    used = np.flatnonzero(mass)
+    pair = np.repeat(np.arange(len(layout.image)), entries)
+    return Plan(pair[used], token[used], word[used], mass[used], potential)
+
+
+def _fail(pair: int, image: int, why: str) -> NoReturn:
+    raise ValueError(f"EMD of pair {pair} (image {image}): {why}")
+
+
+def _exact(span: tuple[int, int], costs: np.ndarray, image: np.ndarray, *arrays: np.ndarray) -> None:
+    """Solve a range of pairs into the arrays, as transport.solve_pairs has them."""
+    from pipeline import transport
+
+    pair, status = transport.solve_pairs(*span, costs, image, *arrays)
+    if status != transport.SOLVED:
+        why = {
+            transport.NOT_FINITE: "a ground cost is not finite",
+            transport.NO_OPTIMUM: "the solver found no optimum",
+        }
+        _fail(pair, image[pair], why[status])
+
+
+def _pot(
+    span: tuple[int, int],
+    costs: np.ndarray,
+    image: np.ndarray,
+    column: np.ndarray,
+    offsets: np.ndarray,
+    token_weights: np.ndarray,
+    word_weights: np.ndarray,
+    begin: np.ndarray,
+    token: np.ndarray,
+    word: np.ndarray,
+    mass: np.ndarray,
+    potential: np.ndarray,
+) -> None:
+    """The same with POT's network simplex."""
+    from ot.lp.emd_wrap import emd_c
+
+    for p in range(*span):
+        mine = slice(offsets[p], offsets[p + 1])
+        columns = slice(column[p], column[p] + mine.stop - mine.start)
+        matrix = np.ascontiguousarray(costs[image[p], :, columns])
+        if not np.isfinite(matrix).all():
+            _fail(p, image[p], "a ground cost is not finite")
+        a, b = token_weights.reshape(len(costs), -1)[image[p]], word_weights[mine]
+        a = a / a.sum()
+        flow, _, _, dual, code = emd_c(a, b * (a.sum() / b.sum()), matrix, POT_ITERATIONS, 1, None, None)
+        if code != POT_OPTIMAL:
+            _fail(p, image[p], f"the solver found no optimum (code {code})")
+        i, j = np.nonzero(flow)
+        here = slice(begin[p], begin[p] + len(i))
+        token[here], word[here], mass[here], potential[mine] = i, j + offsets[p], flow[i, j], dual
+
+
+def _sinkhorn(
+    costs: Tensor, layout: _Layout, token_weights: Tensor | None, word_weights: Tensor | None, regularisation: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Entropic plans (Cuturi 2013), log domain, all pairs at once: places in costs, pairs and masses, each [P * N * m].
+
+    Tokens' marginals are exact, words' not quite; raises ValueError as `emd` does when a cost is not finite.
+    """
+    device, (_, tokens, slots) = costs.device, costs.shape
+    image, column, length = (torch.from_numpy(a).to(device) for a in (layout.image, layout.column, layout.length))
+    slot = torch.arange(int(length.max()), device=device)
+    real = slot < length[:, None]  # [P, m]
+    place = (image[:, None] * tokens + torch.arange(tokens, device=device))[..., None] * slots
+    place = place + torch.where(real, column[:, None] + slot, column[:, None])[:, None]  # [P, N, m]
+    cost = costs.view(-1)[place]
+    finite = cost.isfinite().flatten(1).all(1)
+    if not finite.all():
+        pair = int(finite.logical_not().nonzero()[0])
+        _fail(pair, int(image[pair]), "a ground cost is not finite")
+    of_tokens, of_words = layout.weights(tokens, _numpy(token_weights), _numpy(word_weights))
+    a, b = torch.from_numpy(of_tokens).to(cost)[image], torch.zeros_like(cost[:, 0])
+    b[real] = torch.from_numpy(of_words).to(cost)
+    log_a, log_b = ((side / side.sum(1, keepdim=True)).log() for side in (a, b))
+    mean = (cost * real[:, None]).sum((1, 2)) / (tokens * length)
+    scaled = cost / (regularisation * mean.clamp_min(torch.finfo(cost.dtype).tiny))[:, None, None]
+    f, g = torch.zeros_like(log_a), torch.where(b > 0, 0.0, -torch.inf)
+    for _ in range(SINKHORN_ITERATIONS):
+        f = log_a - (g[:, None] - scaled).logsumexp(2)
+        g = log_b - (f[..., None] - scaled).logsumexp(1)
+    f = log_a - (g[:, None] - scaled).logsumexp(2)
+    mass = (f[..., None] + g[:, None] - scaled).exp()
+    keep = real[:, None].expand_as(place)
+    pair_of = torch.arange(len(image), device=device)[:, None, None].expand_as(place)
+    return place[keep], pair_of[keep], mass[keep]
+
+
+def _numpy(weights: Tensor | None) -> np.ndarray | None:
+    return None if weights is None else weights.detach().double().cpu().numpy()

@@ -172,11 +172,14 @@ class Optimisation(Section):
 
 
 class Objective(Section):
-    """What pre-training minimises: exact EMD with this ground cost, marginal and start."""
+    """What pre-training minimises: EMD with this ground cost, marginal, start and solver."""
 
     cost: Literal["euclidean", "sqeuclidean", "cosine"]
     word_weights: Literal["uniform", "idf", "idf_squared"]
     start: Literal["random", "constant_set"]
+    solver: Literal["exact", "pot", "sinkhorn"] = Field(
+        "exact", description="pot: exact too, by the library POT; sinkhorn: approximate, for comparison"
+    )
 
 
 class Pretrain(Optimisation):

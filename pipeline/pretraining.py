@@ -85,7 +85,7 @@ class Pairs:
         return emd(
             tokens, self.table[flat].to(tokens.device), offsets, image_index,
             cost=self.settings.objective.cost, word_weights=self._weights(flat, captions),
-            center=self.center, threads=self.threads,
+            center=self.center, solver=self.settings.objective.solver, threads=self.threads,
         )  # fmt: skip
 
     def _weights(self, flat: list[int], captions: list[list[int]]) -> Tensor:
@@ -280,7 +280,7 @@ def _checkpoint(params: Params, name: str, settings: Pretrain, decides: Sequence
     base = Path("data") / params.profile
     files = [base / kind / data / "manifest.json" for kind in ("images", "text") for data in settings.data]
     files += [base / "prepare" / f"{data}.parquet" for data in settings.data]
-    files += [Path(__file__), *(Path(__file__).with_name(code) for code in ("adapters.py", "emd.py"))]
+    files += [Path(__file__), *(Path(__file__).with_name(code) for code in ("adapters.py", "emd.py", "transport.py"))]
     return Checkpoint.of(base, name, decides, files)
 
 

@@ -1,14 +1,24 @@
-"""EMD against POT's own front end, sklearn's distances and finite differences."""
+"""EMD against POT, scipy's linear programming, sklearn's distances and finite differences."""
+
+import subprocess
+import sys
 
 import numpy as np
 import ot
 import pytest
 import torch
+from scipy.optimize import linprog
 from sklearn.metrics import pairwise_distances
 
-from pipeline.emd import cost_matrix, emd
+from pipeline.emd import cost_matrix, emd, solve
 
 METRICS = {"euclidean": "euclidean", "sqeuclidean": "sqeuclidean", "cosine": "cosine"}
+SHAPES = {  # tokens, fewest and most words
+    "demo": (9, 3, 12), "long captions": (5, 6, 40), "one word": (20, 1, 1), "one token": (1, 1, 12),
+    "square": (24, 24, 24), "thesis": (255, 8, 20),
+}  # fmt: skip
+WEIGHTS = [("equal", "equal"), ("equal", "random"), ("random", "random"), ("uneven", "uneven"), ("zeros", "zeros"),
+           ("equal", "zeros"), ("zeros", "uneven")]  # fmt: skip
 
 
 def problem(seed, images=3, tokens=7, width=5, captions=(2, 1, 3)):
@@ -22,52 +32,220 @@ def problem(seed, images=3, tokens=7, width=5, captions=(2, 1, 3)):
     return x, words, offsets, index
 
 
+def random_costs(rng, kind, n, m):
+    """Costs [n, m] in units of one: what a solver may stumble over."""
+    costs = rng.random((n, m))
+    if kind == "ties":
+        costs = rng.integers(0, 3, (n, m)).astype(float)
+    elif kind == "duplicates":
+        costs = costs[rng.integers(0, n, n)][:, rng.integers(0, m, m)]
+    elif kind == "zeros":
+        costs = costs * (rng.random((n, m)) < 0.2)
+    elif kind == "flat":
+        costs = np.zeros((n, m))
+    elif kind == "line":  # many near ties, and every token near the same few words
+        costs = (np.sort(rng.random(n))[:, None] - rng.random(m) ** 4) ** 2
+    elif kind == "shifted":
+        costs = costs + 1000
+    return costs
+
+
+def random_weights(rng, kind, count):
+    weights = np.ones(count)
+    if kind == "random":
+        weights = rng.random(count) + 1e-3
+    elif kind == "uneven":
+        weights = 10.0 ** rng.uniform(-9, 0, count)
+    elif kind == "zeros":
+        weights = rng.random(count) * (rng.random(count) < 0.5)
+        weights[rng.integers(count)] = 1
+    return weights
+
+
+def check_plan(plan, costs, a, b, optimum, scale=1.0):
+    """A plan of one pair: feasible, no dearer than `optimum`, sparse, and proven optimal by its own potentials."""
+    n, m = costs.shape
+    dense = np.zeros((n, m))
+    dense[plan.token, plan.word] = plan.mass
+    a, b = a / a.sum(), b / b.sum()
+    np.testing.assert_allclose(dense.sum(1), a, atol=1e-12)
+    np.testing.assert_allclose(dense.sum(0), b, atol=1e-12)
+    assert (plan.mass > 0).all()
+    assert len(plan.mass) == np.count_nonzero(dense) <= n + m - 1
+    rounding = 1e-13 * scale * max(1, np.abs(costs).max() / scale)
+    value = (dense * costs).sum()
+    assert value == pytest.approx(optimum, rel=1e-9, abs=rounding)
+    dual = a @ (costs - plan.potential).min(1) + b @ plan.potential
+    assert abs(value - dual) <= 10 * rounding
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", ["random", "ties", "duplicates", "zeros", "flat", "line", "shifted"])
+def test_plans_are_optimal(kind, shape):
+    """1,176 problems in all. POT solves them in units of one, as it does not tell very small costs from zero."""
+    rng = np.random.default_rng(sum(map(ord, kind + shape)))
+    for trial in range(28):
+        n, least, most = SHAPES[shape]
+        m = rng.integers(least, most + 1)
+        costs = random_costs(rng, kind, n, m)
+        a, b = (random_weights(rng, w, size) for w, size in zip(WEIGHTS[trial % len(WEIGHTS)], (n, m), strict=True))
+        optimum = ot.emd2(a / a.sum(), b / b.sum(), costs, numItermax=10**6)
+        scale = 10.0 ** (0 if trial % 2 else rng.uniform(-12, 12))
+        plan = solve((costs * scale)[None], [0, m], [0], token_weights=a[None], word_weights=b)
+        check_plan(plan, costs * scale, a, b, optimum * scale, scale)
+
+
+@pytest.mark.parametrize(("n", "m"), [(6, 4), (4, 6), (12, 5)])
+def test_plans_equal_linear_programming(n, m):
+    rng = np.random.default_rng(n)
+    costs, a, b = rng.random((n, m)), rng.random(n), rng.random(m)
+    sums = np.vstack([np.kron(np.eye(n), np.ones(m)), np.kron(np.ones(n), np.eye(m))])
+    optimum = linprog(costs.ravel(), A_eq=sums, b_eq=np.r_[a / a.sum(), b / b.sum()]).fun
+    check_plan(solve(costs[None], [0, m], [0], token_weights=a[None], word_weights=b), costs, a, b, optimum)
+
+
+@pytest.mark.parametrize("solver", ["exact", "pot"])
+def test_threads_change_nothing(solver):
+    rng = np.random.default_rng(0)
+    offsets = np.cumsum([0, *rng.integers(8, 21, 20)]).tolist()
+    costs = rng.random((4, 255, offsets[-1])).astype(np.float32)
+    index = [0, 1, 2, 3] * 5
+    for alone, together in zip(*(solve(costs, offsets, index, solver=solver, threads=t) for t in (1, 3)), strict=True):
+        np.testing.assert_array_equal(alone, together)
+
+
 @pytest.mark.parametrize("cost", METRICS)
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize(("tokens", "seed"), [*((7, seed) for seed in range(10)), (255, 10)])
-def test_values_equal_pot(cost, weighted, tokens, seed):
-    x, words, offsets, index = problem(seed, tokens=tokens)  # 255: large enough for the threads
-    weights = torch.rand(len(words)) + 0.01 if weighted else None
-    ours = emd(x, words, offsets, index, cost=cost, word_weights=weights, threads=2)
+@pytest.mark.parametrize("solver", ["exact", "pot"])
+@pytest.mark.parametrize(("tokens", "seed"), [(7, 0), (7, 1), (1, 2), (255, 3)])
+def test_values_equal_pot(cost, weighted, solver, tokens, seed):
+    x, words, offsets, index = problem(seed, tokens=tokens)
+    word_weights, token_weights = (torch.rand(len(words)), torch.rand(3, tokens)) if weighted else (None, None)
+    ours = emd(
+        x, words, offsets, index, cost=cost, word_weights=word_weights, token_weights=token_weights, solver=solver
+    )
     for pair, image in enumerate(index):
         span = slice(offsets[pair], offsets[pair + 1])
         matrix = pairwise_distances(x[image].double().numpy(), words[span].double().numpy(), METRICS[cost])
-        mass = np.ones(len(matrix[0])) if weights is None else weights[span].double().numpy()
-        theirs = ot.emd2(np.full(len(matrix), 1 / len(matrix)), mass / mass.sum(), matrix)
-        assert ours[pair].item() == pytest.approx(theirs, rel=1e-5)
+        a, b = (token_weights[image], word_weights[span]) if weighted else map(torch.ones, matrix.shape)
+        a, b = (side.double().numpy() / side.double().sum().item() for side in (a, b))
+        assert ours[pair].item() == pytest.approx(ot.emd2(a, b, matrix), rel=1e-5)
+
+
+@pytest.mark.parametrize("cost", METRICS)
+@pytest.mark.parametrize("seed", range(5))
+def test_gradient_equals_that_of_pots_plan(cost, seed):
+    x, words, offsets, index = problem(seed)
+    words[offsets[-1] // 2] += 0.5  # no repeated word: one optimum
+    factor = torch.randn(len(index))
+    ours = [x.clone().requires_grad_(), words.clone().requires_grad_()]
+    (emd(*ours, offsets, index, cost=cost) * factor).sum().backward()
+    theirs = [x.double().requires_grad_(), words.double().requires_grad_()]
+    for pair, image in enumerate(index):
+        y = theirs[1][offsets[pair] : offsets[pair + 1]]
+        distance = torch.cdist(theirs[0][image], y)
+        if cost == "cosine":
+            distance = 1 - torch.nn.functional.cosine_similarity(theirs[0][image][:, None], y[None], dim=-1)
+        matrix = distance.square() if cost == "sqeuclidean" else distance
+        plan = ot.emd([], [], matrix.detach().numpy())
+        (factor[pair] * (torch.from_numpy(plan) * matrix).sum()).backward()
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine.grad.double(), other.grad, rtol=0, atol=1e-6 * other.grad.abs().max().item())
 
 
 @pytest.mark.parametrize("cost", METRICS)
 def test_gradient_equals_finite_differences(cost):
     x, words, offsets, index = problem(3)
-    x.requires_grad_()
-    emd(x, words, offsets, index, cost=cost).sum().backward()
-    step = 1e-3
-    for place in [(0, 0, 0), (1, 3, 2), (2, 6, 4)]:
-        shift = torch.zeros_like(x)
-        shift[place] = step
-        with torch.no_grad():
-            up, down = (emd(x + s * shift, words, offsets, index, cost=cost).double().sum() for s in (1, -1))
-        assert x.grad[place].item() == pytest.approx(((up - down) / (2 * step)).item(), rel=2e-2, abs=2e-3)
+    ours = x.clone().requires_grad_()
+    emd(ours, words, offsets, index, cost=cost).sum().backward()
+
+    def reference(shift):
+        moved, total = x.double() + shift, 0.0
+        for pair, image in enumerate(index):
+            y = words[offsets[pair] : offsets[pair + 1]].double().numpy()
+            total += ot.emd2([], [], pairwise_distances(moved[image].numpy(), y, METRICS[cost]))
+        return total
+
+    for place in [(0, 0, 0), (1, 3, 2), (2, 6, 4), (0, 5, 1)]:
+        shift = torch.zeros(x.shape, dtype=torch.float64)
+        shift[place] = 1e-5
+        difference = (reference(shift) - reference(-shift)) / 2e-5
+        assert ours.grad[place].item() == pytest.approx(difference, abs=1e-6 * ours.grad.abs().max().item() + 1e-9)
+
+
+def test_points_that_coincide_have_a_finite_gradient():
+    x = torch.tensor([[[1.0, 2.0], [0.0, 0.0]]], requires_grad=True)
+    for cost in METRICS:
+        emd(x, torch.tensor([[1.0, 2.0], [0.0, 0.0]]), [0, 2], [0], cost=cost).sum().backward()
+    assert x.grad.isfinite().all()
 
 
 def test_center_moves_the_cosine():
-    x, words = torch.randn(1, 4, 5), torch.randn(1, 3, 5)
-    center = torch.randn(5)
-    expected = pairwise_distances((x[0] - center).numpy(), (words[0] - center).numpy(), "cosine")
-    np.testing.assert_allclose(cost_matrix(x, words, "cosine", center)[0], expected, atol=1e-5)
-
-
-def test_words_of_no_weight_do_not_count():
     x, words = torch.randn(1, 4, 5), torch.randn(3, 5)
-    alone = emd(x, words[:2], [0, 2], [0], cost="sqeuclidean")
-    ignored = emd(x, words, [0, 3], [0], cost="sqeuclidean", word_weights=torch.tensor([1.0, 1.0, 0.0]))
-    torch.testing.assert_close(alone, ignored)
+    center = torch.randn(5)
+    expected = pairwise_distances((x[0] - center).numpy(), (words - center).numpy(), "cosine")
+    np.testing.assert_allclose(cost_matrix(x - center, (words - center)[None], "cosine")[0], expected, atol=1e-5)
+    value = emd(x, words, [0, 3], [0], cost="cosine", center=center).item()
+    assert value == pytest.approx(ot.emd2([], [], expected.astype(float)), abs=1e-5)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_cost_that_is_not_finite_names_the_pair(bad):
+def test_costs_are_float32_whatever_the_model_computes_in():
+    x, words, offsets, index = problem(0)
+    x, words = x.bfloat16(), words.bfloat16()
+    expected = emd(x.float(), words.float(), offsets, index, cost="sqeuclidean")
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(emd(x, words, offsets, index, cost="sqeuclidean"), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("solver", ["exact", "pot", "sinkhorn"])
+def test_words_of_no_weight_do_not_count(solver):
+    x, words = torch.randn(1, 4, 5), torch.randn(3, 5)
+    alone = emd(x, words[:2], [0, 2], [0], cost="euclidean", solver=solver)
+    ignored = emd(
+        x, words, [0, 3], [0], cost="euclidean", solver=solver, word_weights=torch.tensor([2.0, 2.0, 0.0]),
+        token_weights=torch.full((1, 4), 3.0),
+    )  # fmt: skip
+    torch.testing.assert_close(alone, ignored, rtol=1e-6 if solver != "sinkhorn" else 0.02, atol=0)
+
+
+@pytest.mark.parametrize("solver", ["exact", "pot", "sinkhorn"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_cost_that_is_not_finite_names_the_pair(bad, solver):
     x, words, offsets, index = problem(1)
     x[1, 0, 0] = bad
     with pytest.raises(ValueError, match=r"pair 2 .image 1.: a ground cost is not finite"):
-        emd(x, words, offsets, index, cost="sqeuclidean")
+        emd(x, words, offsets, index, cost="sqeuclidean", solver=solver)
+
+
+@pytest.mark.parametrize("solver", ["exact", "pot", "sinkhorn"])
+@pytest.mark.parametrize("bad", [[0.0, 0.0], [-1.0, 2.0], [float("nan"), 1.0]])
+def test_weights_that_are_none_name_the_pair(bad, solver):
+    x, words = torch.randn(2, 4, 5), torch.randn(5, 5)
+    with pytest.raises(ValueError, match=r"pair 1 .image 0.: weights have to be"):
+        emd(x, words, [0, 3, 5], [1, 0], cost="cosine", solver=solver, word_weights=torch.tensor([1.0, 1, 1, *bad]))
+    with pytest.raises(ValueError, match="pair 1: the caption has no words"):
+        emd(x, words, [0, 5, 5], [1, 0], cost="cosine", solver=solver)
+
+
+def test_sinkhorn_comes_near_from_above():
+    x, words, offsets, index = problem(5, tokens=40)
+    exact = emd(x, words, offsets, index, cost="sqeuclidean")
+    rough, fine = (
+        emd(x, words, offsets, index, cost="sqeuclidean", solver="sinkhorn", regularisation=r) / exact - 1
+        for r in (0.5, 0.02)
+    )
+    assert (fine > -0.005).all()
+    assert (fine < 0.05).all()
+    assert rough.mean() > 3 * fine.mean()
+
+
+def test_needs_neither_pot_nor_numba_to_be_imported():
+    code = """
+import sys
+sys.modules["ot"] = None
+import torch
+from pipeline.emd import emd
+assert "numba" not in sys.modules
+assert emd(torch.ones(1, 2, 3), torch.zeros(2, 3), [0, 2], [0], cost="sqeuclidean").item() == 3
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

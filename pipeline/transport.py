@@ -1,0 +1,397 @@
+"""Exact optimal transport between many points and few, compiled with numba; docs/emd.md explains the algorithm.
+
+Importing numba takes most of a second, so pipeline/emd.py imports this module when it first solves something.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+
+SOLVED, NOT_FINITE, NO_OPTIMUM = 0, 1, 2
+UNITS = 2.0**52  # of mass in a problem at most: whole numbers that float64 holds exactly
+GAP = 1e-9  # what still counts as an optimum: duality gap over the largest cost
+HOP = 1e-14  # of the largest cost: what each arc of a path costs extra, so that of tied paths the shortest wins
+RELEASES = 4  # times the number of columns: the most that the start may take
+ZERO, ONE = np.uint64(0), np.uint64(1)  # indices are unsigned: no wrap-around to check, so loops vectorise
+
+compiled = njit(cache=True, nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+entry = njit(cache=True, nogil=True, error_model="numpy")
+
+
+class _State(NamedTuple):
+    """A problem of n rows and m <= n columns, and its flow; arrays are large enough for every pair of the batch."""
+
+    cost: np.ndarray  # [n, m] float64
+    flow: np.ndarray  # [n, m] int64, units
+    member: np.ndarray  # [m, n] uint64: the rows with flow to a column, in no order
+    place: np.ndarray  # [n, m] uint64: where a row stands in its column's members
+    filled: np.ndarray  # [m] uint64: how many members
+    excess: np.ndarray  # [m] int64: units a column has beyond its share
+    price: np.ndarray  # [m]: v; flow goes only to columns that minimise cost[i, j] - v[j]
+    arc: np.ndarray  # [m, m]: the cheapest move of a unit from one column to another, min over members
+    mover: np.ndarray  # [m, m] uint64: the member that makes it
+    key: np.ndarray  # [n] float64 scratch
+    item: np.ndarray  # [n] uint64 scratch
+    second: np.ndarray  # [n] uint64 scratch
+
+
+@compiled
+def _move(flow, member, place, filled, i, j, k, units):
+    """Move units of row i from column j to column k."""
+    if flow[i, k] == 0:
+        place[i, k] = filled[k]
+        member[k, filled[k]] = i
+        filled[k] += ONE
+    flow[i, k] += units
+    flow[i, j] -= units
+    if flow[i, j] == 0:
+        filled[j] -= ONE
+        last = member[j, filled[j]]
+        member[j, place[i, j]] = last
+        place[last, j] = place[i, j]
+
+
+@compiled
+def _sift(key, item, at, size):
+    """Restore the heap of `item`, least key first, below `at`."""
+    top = item[at]
+    while 2 * at + 1 < size:
+        child = 2 * at + 1
+        if child + 1 < size and key[item[child + 1]] < key[item[child]]:
+            child += 1
+        if key[item[child]] >= key[top]:
+            break
+        item[at] = item[child]
+        at = child
+    item[at] = top
+
+
+@compiled
+def _release(s, j, m):
+    """Lower the price of an over-full column until its excess has left for the second-best columns."""
+    cost, price, key, item, second = s.cost, s.price, s.key, s.item, s.second
+    flow, member, place, filled, excess = s.flow, s.member, s.place, s.filled, s.excess
+    old, price[j] = price[j], -np.inf
+    size = np.int64(filled[j])
+    for p in range(size):
+        i = member[j, p]
+        best, k = np.inf, ZERO
+        for c in range(m):
+            reduced = cost[i, c] - price[c]
+            if reduced < best:
+                best, k = reduced, np.uint64(c)
+        key[i] = best - (cost[i, j] - old)
+        second[i] = k
+        item[p] = i
+    for at in range(size // 2 - 1, -1, -1):
+        _sift(key, item, at, size)
+    drop = 0.0
+    while excess[j] > 0:
+        i = item[0]
+        units = min(flow[i, j], excess[j])
+        drop = max(drop, key[i])
+        _move(flow, member, place, filled, i, j, second[i], units)
+        excess[j] -= units
+        excess[second[i]] += units
+        size -= 1
+        item[0] = item[size]
+        _sift(key, item, 0, size)
+    price[j] = old - drop
+
+
+@compiled
+def _fullest(excess, m):
+    fullest = 0
+    for j in range(m):
+        if excess[j] > excess[fullest]:
+            fullest = j
+    return fullest
+
+
+@compiled
+def _start(s, a, b, total, n, m):
+    """Give each row to its cheapest column, prices being mean costs, then let over-full columns release theirs.
+
+    It stops when no column has more than two rows too many: single rows are moved better along shortest paths.
+    """
+    cost, price, flow, excess = s.cost, s.price, s.flow, s.excess
+    for j in range(m):
+        s.filled[j] = ZERO
+        excess[j] = -b[j]
+    for i in range(n):
+        for j in range(m):
+            flow[i, j] = 0
+        if a[i] > 0:
+            best, k = np.inf, ZERO
+            for c in range(m):
+                reduced = cost[i, c] - price[c]
+                if reduced < best:
+                    best, k = reduced, np.uint64(c)
+            s.place[i, k] = s.filled[k]
+            s.member[k, s.filled[k]] = np.uint64(i)
+            s.filled[k] += ONE
+            flow[i, k] = a[i]
+            excess[k] += a[i]
+    enough = 2 * (total // n)
+    for _ in range(RELEASES * m):
+        fullest = _fullest(excess, m)
+        if excess[fullest] <= enough:
+            break
+        _release(s, fullest, m)
+
+
+@compiled
+def _arcs_of(cost, member, filled, arc, mover, j, m):
+    """The cheapest moves out of column j, from all its members."""
+    for k in range(m):
+        arc[j, k] = np.inf
+    for p in range(filled[j]):
+        _offer(cost, arc, mover, member[j, p], j, m)
+
+
+@compiled
+def _offer(cost, arc, mover, i, j, m):
+    """Row i, a member of column j, may carry its moves."""
+    own = cost[i, j]
+    for k in range(m):
+        move = cost[i, k] - own
+        better = move < arc[j, k]
+        arc[j, k] = move if better else arc[j, k]
+        mover[j, k] = i if better else mover[j, k]
+
+
+@compiled
+def _shortest(excess, price, arc, m, hop, distance, before, done):
+    """Dijkstra from all over-full columns to the nearest under-full one, arcs reduced by the prices; -1: none."""
+    for k in range(m):
+        done[k] = False
+        before[k] = -1
+        distance[k] = 0.0 if excess[k] > 0 else np.inf
+    while True:
+        near, j = np.inf, -1
+        for k in range(m):
+            if not done[k] and distance[k] < near:
+                near, j = distance[k], k
+        if j < 0 or excess[j] < 0:
+            break
+        done[j] = True
+        base = near + price[j] + hop
+        for k in range(m):
+            through = max(near, base + arc[j, k] - price[k])
+            if not done[k] and through < distance[k]:
+                distance[k] = through
+                before[k] = j
+    if j >= 0:
+        for k in range(m):
+            if done[k]:
+                price[k] -= near - distance[k]
+    return j
+
+
+@compiled
+def _balance(s, n, m, hop):
+    """Move units along successive shortest paths until no column is over-full; False when that takes too many."""
+    cost, price, arc, mover = s.cost, s.price, s.arc, s.mover
+    flow, member, place, filled, excess = s.flow, s.member, s.place, s.filled, s.excess
+    distance, before, done = np.empty(m), np.empty(m, np.int64), np.empty(m, np.bool_)
+    over = 0
+    for j in range(m):
+        _arcs_of(cost, member, filled, arc, mover, j, m)
+        over += max(0, excess[j])
+    for _ in range(1000 + 100 * (n + m)):
+        if over == 0:
+            return True
+        end = _shortest(excess, price, arc, m, hop, distance, before, done)
+        if end < 0:
+            return False
+        units, k = -excess[end], end
+        while before[k] >= 0:
+            j = before[k]
+            units = min(units, flow[mover[j, k], j])
+            k = j
+        units = min(units, excess[k])
+        excess[k] -= units
+        excess[end] += units
+        over -= units
+        k = end
+        while before[k] >= 0:
+            j = before[k]
+            i = mover[j, k]
+            _move(flow, member, place, filled, i, j, k, units)
+            if flow[i, j] == 0:
+                _arcs_of(cost, member, filled, arc, mover, j, m)
+            _offer(cost, arc, mover, i, k, m)
+            k = j
+    return False
+
+
+@compiled
+def _state(n, m):
+    unsigned = np.uint64
+    return _State(
+        np.empty((n, m)), np.empty((n, m), np.int64), np.empty((m, n), unsigned), np.empty((n, m), unsigned),
+        np.empty(m, unsigned), np.empty(m, np.int64), np.empty(m), np.empty((m, m)), np.empty((m, m), unsigned),
+        np.empty(n), np.empty(n, unsigned), np.empty(n, unsigned),
+    )  # fmt: skip
+
+
+@compiled
+def _load(s, costs, image, column, tokens, words):
+    """Copy the costs of an image and a caption, turned when words are more; prices start at the columns' means.
+
+    Returns the largest magnitude of a cost, inf when one is not finite.
+    """
+    turned, n, m = words > tokens, max(tokens, words), min(tokens, words)
+    for i in range(tokens):
+        for j in range(words):
+            if turned:
+                s.cost[j, i] = costs[image, i, column + j]
+            else:
+                s.cost[i, j] = costs[image, i, column + j]
+    cost, price, top = s.cost, s.price, s.key
+    for j in range(m):
+        price[j] = top[j] = 0.0
+    for i in range(n):
+        for j in range(m):
+            price[j] += cost[i, j] / n
+            top[j] = max(top[j], abs(cost[i, j]))
+    largest = 0.0
+    for j in range(m):
+        if not np.isfinite(price[j]):  # any cost that is not makes the sum so
+            return np.inf
+        largest = max(largest, top[j])
+    return largest
+
+
+@compiled
+def _units(weights, first, size, total, out):
+    """Weights as whole units that sum to `total`; the rounding goes to the heaviest."""
+    mass = 0.0
+    for i in range(size):
+        mass += weights[first + i]
+    left, heaviest = total, 0
+    for i in range(size):
+        out[i] = np.int64(np.rint(weights[first + i] / mass * total))
+        left -= out[i]
+        if out[i] > out[heaviest]:
+            heaviest = i
+    out[heaviest] += left
+
+
+@compiled
+def _cycle(flow, n, m, parent, depth, stack):
+    """An edge that closes a cycle of flow, as two nodes (columns first, then rows), with the tree it closes it in."""
+    for node in range(n + m):
+        depth[node] = -1
+    for root in range(m):
+        if depth[root] >= 0:
+            continue
+        stack[0], parent[root], depth[root], size = root, -1, 0, 1
+        while size:
+            size -= 1
+            u = stack[size]
+            for other in range(n if u < m else m):
+                w = other + m if u < m else other
+                units = flow[other, u] if u < m else flow[u - m, other]
+                if units == 0 or w == parent[u]:
+                    continue
+                if depth[w] >= 0:
+                    return u, w
+                parent[w], depth[w], stack[size] = u, depth[u] + 1, w
+                size += 1
+    return -1, -1
+
+
+@compiled
+def _thin(flow, n, m):
+    """Cancel cycles of flow, which only tied costs can cause and which cost nothing, until none is left."""
+    parent, depth, stack = np.empty(n + m, np.int64), np.empty(n + m, np.int64), np.empty(n + m, np.int64)
+    while True:
+        u, w = _cycle(flow, n, m, parent, depth, stack)
+        if u < 0:
+            return
+        units = np.int64(UNITS)
+        for change in range(2):  # first find how much every second edge can give up, then do it
+            if change:
+                flow[max(u, w) - m, min(u, w)] += units
+            x, y, sign_x, sign_y = u, w, -1, -1
+            while x != y:
+                if depth[x] >= depth[y]:
+                    node, sign = x, sign_x
+                    x, sign_x = parent[x], -sign_x
+                else:
+                    node, sign = y, sign_y
+                    y, sign_y = parent[y], -sign_y
+                i, j = max(node, parent[node]) - m, min(node, parent[node])
+                if change:
+                    flow[i, j] += sign * units
+                elif sign < 0:
+                    units = min(units, flow[i, j])
+
+
+@compiled
+def _entries(s, m):
+    entries = 0
+    for j in range(m):
+        entries += np.int64(s.filled[j])
+    return entries
+
+
+@compiled
+def _write(s, n, m, total, at, turned, first, token, word, mass):
+    """Write the plan from entry `at` on, at most n + m - 1 entries; returns its duality gap."""
+    cost, price, flow = s.cost, s.price, s.flow
+    gap = 0.0
+    for i in range(n):
+        best = np.inf
+        for j in range(m):
+            best = min(best, cost[i, j] - price[j])
+        s.key[i] = best
+        for j in range(m):
+            if flow[i, j] > 0:
+                token[at] = j if turned else i
+                word[at] = first + (i if turned else j)
+                mass[at] = flow[i, j] / total
+                gap += mass[at] * (cost[i, j] - price[j] - best)
+                at += 1
+    return gap
+
+
+@entry
+def solve_pairs(
+    start, stop, costs, image, column, offsets, token_weights, word_weights, begin, token, word, mass, dual
+):
+    """Solve the pairs from `start` to before `stop`; returns the first that failed, and why, or (-1, SOLVED).
+
+    costs [B, N, L]: pair p is image[p], columns column[p] and on, one for each of words offsets[p] to offsets[p + 1].
+    token_weights [B * N] and word_weights [T], any sum. The plan of pair p goes to begin[p] and on of token, word
+    (index into the T words) and mass, which have room for N + m - 1 entries and are zero; dual [T]: words' potentials.
+    """
+    tokens, widest = costs.shape[1], 0
+    for p in range(start, stop):
+        widest = max(widest, offsets[p + 1] - offsets[p])
+    s = _state(max(tokens, widest), min(tokens, widest))
+    a, b = np.empty(max(tokens, widest), np.int64), np.empty(max(tokens, widest), np.int64)
+    for p in range(start, stop):
+        words = offsets[p + 1] - offsets[p]
+        turned, n, m = words > tokens, max(tokens, words), min(tokens, words)
+        largest = _load(s, costs, image[p], column[p], tokens, words)
+        if not np.isfinite(largest):
+            return p, NOT_FINITE
+        total = np.int64(np.floor(UNITS / (n * m))) * n * m  # so that equal weights are whole units
+        of_tokens, of_words = (b, a) if turned else (a, b)
+        _units(token_weights, image[p] * tokens, tokens, total, of_tokens)
+        _units(word_weights, offsets[p], words, total, of_words)
+        _start(s, a, b, total, n, m)
+        if not _balance(s, n, m, HOP * largest):
+            return p, NO_OPTIMUM
+        if _entries(s, m) > n + m - 1:
+            _thin(s.flow, n, m)
+        if not _write(s, n, m, total, begin[p], turned, offsets[p], token, word, mass) <= GAP * largest:
+            return p, NO_OPTIMUM
+        for j in range(words):
+            dual[offsets[p] + j] = s.key[j] if turned else s.price[j]
+    return -1, SOLVED
