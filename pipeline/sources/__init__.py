@@ -15,7 +15,16 @@ from pipeline.params import Dataset, Params
 from pipeline.sources import coco, food101, imagefolder, manifest, openmoji
 from pipeline.sources.manifest import SCHEMA, Row, check_splits, write
 
-__all__ = ["READERS", "SCHEMA", "check_splits", "ensure_rendered", "manifest_path", "prepare", "write"]
+__all__ = [
+    "READERS",
+    "SCHEMA",
+    "check_splits",
+    "ensure_rendered",
+    "manifest_path",
+    "prepare",
+    "quarantine_path",
+    "write",
+]
 
 Reader = Callable[[Params, Progress], list[Row]]
 
@@ -61,12 +70,14 @@ def prepare(params: Params, data: Dataset, progress: Progress | None = None) -> 
     """The manifest of a data set (columns: SCHEMA, sorted by id), every picture checked by decoding it.
 
     Renders the pictures first where the source is a rendered one. Broken pictures are named on stderr and
-    quarantined. Raises UserError for a fault in the data set, or more broken pictures than max_broken allows.
+    quarantined; quarantine_path lists them. Raises UserError for a fault in the data set, or more broken pictures than
+    max_broken allows.
     """
     section = params.data.captions if data == "captions" else params.data.classes
     progress = progress or Progress(disable=True)
     rows = READERS[section.source](params, progress)
-    return manifest.build(rows, data, section.max_broken, params.runtime.decode_threads, progress)
+    listing = quarantine_path(params, data)
+    return manifest.build(rows, data, section.max_broken, params.runtime.decode_threads, progress, listing)
 
 
 def ensure_rendered(params: Params, data: Dataset, progress: Progress | None = None) -> None:
@@ -79,3 +90,8 @@ def ensure_rendered(params: Params, data: Dataset, progress: Progress | None = N
 def manifest_path(params: Params, data: Dataset) -> Path:
     """Where stage prepare writes the manifest."""
     return Path("data") / params.profile / "prepare" / f"{data}.parquet"
+
+
+def quarantine_path(params: Params, data: Dataset) -> Path:
+    """Where `prepare` lists the pictures it left out, also when they are too many; not an output that DVC knows."""
+    return Path("data") / params.profile / "quarantine" / f"{data}.csv"
