@@ -17,8 +17,8 @@ def prepare(
     """Read a data set and write its manifest: one row per picture, with its split.
 
     Writes data/<profile>/prepare/<data>.parquet, which every later stage reads instead of the data set itself. What
-    the data set is stands in params.yaml under data.<data>: `source` is the layout (coco, food101, imagefolder, or
-    drawings rendered here: openmoji_scenes, openmoji_food), `root` its folder.
+    the data set is stands in params.yaml under data.<data>: `source` is the layout (coco, food101, imagefolder,
+    webdataset, or drawings rendered here: openmoji_scenes, openmoji_food), `root` its folder, or `shards` its tars.
 
     Every picture is decoded once. A broken one is named on stderr and left out, and so is a picture without a caption;
     data/<profile>/quarantine/<data>.csv lists them with their reasons. More broken ones than the share
