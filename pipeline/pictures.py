@@ -43,7 +43,8 @@ def read(image: str) -> bytes:
             file.seek(offset)
             content = file.read(size)
     if len(content) != size:
-        raise OSError(errno.ENODATA, f"the tar ends {size - len(content)} bytes before the picture does")
+        reason = f"{len(content)} bytes came instead of {size}: the tar is cut off, or its server ignores ranges"
+        raise OSError(errno.ENODATA, reason)
     return content
 
 

@@ -183,7 +183,7 @@ def test_reading_files_and_parts_of_tars(tmp_path: Path) -> None:
     assert read(part_of_tar(f"file://{tmp_path}/a.tar", 3, 4)) == b"3456"
     assert read(f"{tmp_path}/b #1:2.jpg") == b"plain"
     for scheme in ("", "file://"):
-        with pytest.raises(OSError, match="the tar ends 3 bytes before"):
+        with pytest.raises(OSError, match="2 bytes came instead of 5"):
             read(part_of_tar(f"{scheme}{tmp_path}/a.tar", 8, 5))
         with pytest.raises(OSError):
             read(part_of_tar(f"{scheme}{tmp_path}/none.tar", 0, 1))

@@ -281,6 +281,14 @@ def test_missing_shards_name_the_parameter(shards: str) -> None:
     assert "no such tar; set data.captions.shards" in fault(shards=shards)
 
 
+def test_a_server_that_does_not_answer_is_not_a_missing_tar(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def info(*_: Any) -> None:
+        raise FileNotFoundError("a.tar") from ConnectionError("no route")  # as fsspec's http has it
+
+    monkeypatch.setattr(type(memory), "info", info)
+    assert "a.tar: cannot be looked up (ConnectionError: no route); " in fault(shards="memory://bucket/a.tar")
+
+
 def test_damaged_shards(capsys: pytest.CaptureFixture[str]) -> None:
     path = write("set/0.tar", captioned(range(6)))
     whole = path.read_bytes()
@@ -320,7 +328,9 @@ def test_broken_pictures_in_shards_are_quarantined() -> None:
     write("set/0.tar", samples)
     rows = prepare()
     assert rows["000000002"]["quarantine"] == "empty file" and "not" in rows["000000005"]["quarantine"]
-    assert "2 of 8 pictures can't be used" in fault(max_broken=0.1)
+    found = fault(max_broken=0.1)
+    assert "2 of 8 pictures can't be used" in found
+    assert re.search(r"first: set/0\.tar#\d+:0 \(000000002\) \(empty file\)", found), "place and key"
 
 
 @pytest.mark.parametrize(

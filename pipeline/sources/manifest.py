@@ -93,7 +93,7 @@ def build(
     checked = check_pictures([_portable(row.image) for row in rows], workers, progress)
     records = [_record(row, sha256, reason) for row, (sha256, reason) in zip(rows, checked, strict=True)]
     _write_listing(records, listing)
-    broken = [(_portable(row.image), reason) for row, (_, reason) in zip(rows, checked, strict=True) if reason]
+    broken = [(_named(row), reason) for row, (_, reason) in zip(rows, checked, strict=True) if reason]
     _report_broken(broken, len(rows), data, max_broken, listing)
     _report_left_out(rows, data)
     if all(record["quarantine"] for record in records):
@@ -204,6 +204,12 @@ def _record(row: Row, sha256: str | None, reason: str | None) -> dict[str, objec
         "split": None if quarantine else row.split,
         "quarantine": quarantine,
     }
+
+
+def _named(row: Row) -> str:
+    """The picture for people: of one in a tar the offset says little, the key more."""
+    image = _portable(row.image)
+    return f"{image} ({row.id})" if ".tar#" in image else image
 
 
 def _portable(path: Path | str) -> str:

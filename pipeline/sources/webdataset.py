@@ -130,13 +130,13 @@ def find_shards(pattern: str, parameter: str) -> list[str]:
     """
     found: dict[str, None] = {}
     for name in _expand(pattern):
-        with _faults_of(name):
+        with _faults_of(name, "cannot be looked up", "correct the address, or check network and access"):
             system, path = fsspec.url_to_fs(name)
-            matches = [name] if system.isfile(path) else []
-            if not matches and any(sign in name for sign in "*?["):
-                matches = system.glob(path)
-                if "://" in name:
-                    matches = [system.unstrip_protocol(match) for match in matches]
+            matches = system.glob(path) if any(sign in name for sign in "*?[") else []
+            if "://" in name:
+                matches = [system.unstrip_protocol(match) for match in matches]
+            if not matches and _is_file(system, path):
+                matches = [name]
         if not matches:
             raise UserError(f"{name}: no such tar; set {parameter} in params.yaml to the shards, or put them there")
         found |= dict.fromkeys(matches)
@@ -160,8 +160,18 @@ def _expand(pattern: str) -> list[str]:
     return [name for number in numbers for name in _expand(pattern[: match.start()] + number + pattern[match.end() :])]
 
 
+def _is_file(system: Any, path: str) -> bool:
+    """Like fsspec's isfile, which answers False also when a server cannot be reached."""
+    try:
+        return bool(system.info(path)["type"] == "file")
+    except FileNotFoundError as error:
+        if error.__cause__ is None or isinstance(error.__cause__, FileNotFoundError):
+            return False
+        raise error.__cause__ from None
+
+
 @contextmanager
-def _faults_of(shard: str) -> Iterator[None]:
+def _faults_of(name: str, what: str, mend: str) -> Iterator[None]:
     """What damage leads tarfile to, and each file system's own exceptions, as one line."""
     try:
         yield
@@ -169,9 +179,7 @@ def _faults_of(shard: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = " ".join(str(error).split()) or "no reason given"
-        raise UserError(
-            f"{shard}: cannot be read as an uncompressed tar ({type(error).__name__}: {reason}); mend or remove it"
-        ) from None
+        raise UserError(f"{name}: {what} ({type(error).__name__}: {reason}); {mend}") from None
 
 
 def _index(shard: str) -> list[_Sample]:
@@ -201,7 +209,8 @@ def _index(shard: str) -> list[_Sample]:
 def _parts(shard: str) -> list[tuple[str, _Part]]:
     """Name and place of every file of a tar, in order, after a check of every member and of the end."""
     found = []
-    with _faults_of(shard), fsspec.open(shard, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+    faults = _faults_of(shard, "cannot be read as an uncompressed tar", "mend or remove it")
+    with faults, fsspec.open(shard, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
         while (member := tar.next()) is not None:
             name = _checked_name(shard, member)
             if member.isdir() or _META.match(name) or PurePosixPath(name).name.startswith("."):
