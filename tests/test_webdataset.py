@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import re
 import tarfile
 from collections.abc import Iterator
@@ -350,17 +349,9 @@ def test_the_doctor_looks_at_the_first_shard() -> None:
     assert doctor.pictures(params(shards="set/{0..2}.tar"), "captions") == 12
     remote = doctor.diagnose(params(shards="s3://bucket/{0..2}.tar"))
     assert remote.checks[0].ok and "remote" in remote.checks[0].found
-    missing = doctor.diagnose(
-        Params.model_validate(
-            {
-                **DEMO,
-                "data": {
-                    "captions": {"source": "webdataset", "shards": "set/{0..2}.tar"},
-                    "classes": {"source": "food101", "root": "none"},
-                },
-            }
-        )
-    )
+    data = {"captions": {"source": "webdataset", "shards": "set/{0..2}.tar"}}
+    data["classes"] = {"source": "food101", "root": "none"}
+    missing = doctor.diagnose(Params.model_validate({**DEMO, "data": data}))
     assert (
         "--set data.captions.source=webdataset --set 'data.captions.shards=set/{0..2}.tar'" in missing.checks[1].remedy
     )
