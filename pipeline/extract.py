@@ -20,12 +20,12 @@ from pipeline.backbones.devices import hash_weights
 from pipeline.backbones.vision import VisionEncoder
 from pipeline.errors import UserError
 from pipeline.params import Dataset, Params
-from pipeline.pictures import decode
+from pipeline.pictures import decode, read
 from pipeline.store import schema
 from pipeline.store.reader import usable_rows
 from pipeline.store.shards import STORE, Manifest, Shard, describe, open_shard, write_shard
 
-EXTRACTOR_VERSION = 1
+EXTRACTOR_VERSION = 2  # since 2: transparency over white, 16-bit grey scaled
 """Raise it when a change here changes the bytes; a golden test notices when that was forgotten."""
 
 Advance = Callable[[int], None]
@@ -165,7 +165,7 @@ def _stack(start: int, futures: list[Any], size: int) -> tuple[int, Tensor]:
 def _read_picture(name: str, sha256: str) -> Any:
     """A picture that still has the content `prepare` saw."""
     try:
-        content = Path(name).read_bytes()
+        content = read(name)
     except OSError as error:
         raise UserError(
             f"{name}: cannot be read ({error.strerror}); run `dvc repro --force` for the prepare stage"

@@ -63,10 +63,17 @@ class Section(BaseModel):
         return value
 
 
-def _fits_source(value: Path | int | None, info: ValidationInfo) -> Path | int | None:
-    """Rendered pictures need a count, folders need a root."""
+def _fits_source(value: Path | str | int | None, info: ValidationInfo) -> Path | str | int | None:
+    """Rendered pictures need a count, tars need shards, folders need a root."""
     source = info.data.get("source")
-    if value is not None or source is None:
+    if source is None:
+        return value
+    if (source == "webdataset") != (value is not None) and info.field_name == "shards":
+        what = f"shards are for source webdataset, not {source}; leave them out" if value else f"needed here: {SHARDS}"
+        raise ValueError(what)
+    if source == "webdataset" and value is not None and info.field_name == "root":
+        raise ValueError("source webdataset reads what shards names; leave root out")
+    if value is not None or source == "webdataset":
         return value
     if source.startswith("openmoji"):
         if info.field_name == "count":
@@ -80,33 +87,38 @@ def _fits_source(value: Path | int | None, info: ValidationInfo) -> Path | int |
     return value
 
 
-class CaptionsData(Section):
-    """Images with captions: rendered scenes, or a folder in the COCO captions layout."""
+SHARDS = "webdataset: tars, as a path, a glob, a range like shard-{0000..0009}.tar, or an fsspec URL"
 
-    source: Literal["openmoji_scenes", "coco"]
-    root: Path | None = Field(None, validate_default=True, description="folder of the data set; not for openmoji")
+
+class CaptionsData(Section):
+    """Images with captions: rendered scenes, a folder in the COCO captions layout, or WebDataset tars."""
+
+    source: Literal["openmoji_scenes", "coco", "webdataset"]
+    root: Path | None = Field(None, validate_default=True, description="folder of the data set; coco only")
+    shards: Name | None = Field(None, validate_default=True, description=SHARDS)
     captions: str = Field("captions.json", description="COCO captions JSON, relative to root")
     images: str = Field("images", description="image folder, relative to root")
     count: Positive | None = Field(
-        None, validate_default=True, description="scenes to render; with coco: at most this many images"
+        None, validate_default=True, description="scenes to render; else: at most this many images"
     )
     max_broken: Share = Field(0.01, description="share of unreadable pictures to quarantine before giving up")
 
-    _sources = field_validator("root", "count")(_fits_source)
+    _sources = field_validator("root", "shards", "count")(_fits_source)
 
 
 class ClassesData(Section):
-    """Labelled images: rendered food, a Food-101 folder, or a plain folder of class folders."""
+    """Labelled images: rendered food, a Food-101 folder, a plain folder of class folders, or WebDataset tars."""
 
-    source: Literal["openmoji_food", "food101", "imagefolder"]
-    root: Path | None = Field(None, validate_default=True, description="folder of the data set; not for openmoji")
+    source: Literal["openmoji_food", "food101", "imagefolder", "webdataset"]
+    root: Path | None = Field(None, validate_default=True, description="folder of the data set; for folders only")
+    shards: Name | None = Field(None, validate_default=True, description=SHARDS)
     count: Positive | None = Field(
-        None, validate_default=True, description="pictures per class to render; with folders: at most this many"
+        None, validate_default=True, description="pictures per class to render; else: at most this many"
     )
     validation: Annotated[float, Field(gt=0, lt=0.5)] = Field(0.1, description="share carved from train by hash")
     max_broken: Share = Field(0.01, description="share of unreadable pictures to quarantine before giving up")
 
-    _sources = field_validator("root", "count")(_fits_source)
+    _sources = field_validator("root", "shards", "count")(_fits_source)
 
 
 class Data(Section):

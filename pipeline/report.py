@@ -15,11 +15,11 @@ from typing import Any
 import pandas as pd
 import yaml
 from jinja2 import Environment, StrictUndefined
-from PIL import Image, UnidentifiedImageError
 
 from pipeline.errors import UserError
 from pipeline.evaluate import convergence, require
 from pipeline.params import DATASETS, AdapterName, Params
+from pipeline.pictures import decode, read
 
 PRETRAIN_KEYS = (
     *("val", "shuffled", "const_token", "const_set", "r1_raw", "r1_debiased"),
@@ -441,15 +441,12 @@ def _pca_pictures(results: Results, adapter: AdapterName) -> list[tuple[str, str
 def thumbnail(path: str) -> str | None:
     """A picture as a small JPEG in a data URI; None when its file is gone or cannot be read."""
     try:
-        with Image.open(path) as picture:
-            rgba = picture.convert("RGBA")
-    except (OSError, UnidentifiedImageError):
+        picture = decode(read(path))
+    except (OSError, ValueError):
         return None
-    rgba.thumbnail((THUMBNAIL, THUMBNAIL))
-    flat = Image.new("RGB", rgba.size, "white")
-    flat.paste(rgba, mask=rgba)
+    picture.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()
-    flat.save(buffer, "JPEG", quality=82, optimize=True)
+    picture.save(buffer, "JPEG", quality=82, optimize=True)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 

@@ -17,12 +17,13 @@ def prepare(
     """Read a data set and write its manifest: one row per picture, with its split.
 
     Writes data/<profile>/prepare/<data>.parquet, which every later stage reads instead of the data set itself. What
-    the data set is stands in params.yaml under data.<data>: `source` is the layout (coco, food101, imagefolder, or
-    drawings rendered here: openmoji_scenes, openmoji_food), `root` its folder.
+    the data set is stands in params.yaml under data.<data>: `source` is the layout (coco, food101, imagefolder,
+    webdataset, or drawings rendered here: openmoji_scenes, openmoji_food), `root` its folder, or `shards` its tars.
 
-    Every picture is decoded once. A broken one is named on stderr and left out; more of them than
-    data.<data>.max_broken stop the stage. A picture's split depends on the hash of its id alone, so pictures added
-    later never move the others.
+    Every picture is decoded once. A broken one is named on stderr and left out, and so is a picture without a caption;
+    data/<profile>/quarantine/<data>.csv lists them with their reasons. More broken ones than the share
+    data.<data>.max_broken stop the stage after all were looked at, without a manifest. A picture's split depends on
+    the hash of its id alone, so pictures added later never move the others.
     """
     params = load_params()
     from pipeline import sources  # pyarrow and PIL: not needed to answer --help
@@ -32,4 +33,6 @@ def prepare(
         sources.check_splits(table, data)
         sources.write(table, sources.manifest_path(params, data))
     parts = ", ".join(f"{table['split'].to_pylist().count(name)} {name}" for name in ("train", "val", "test"))
-    print(f"{sources.manifest_path(params, data)}: {table.num_rows} pictures ({parts})")
+    left_out = table.num_rows - table["quarantine"].null_count
+    where = f", {left_out} in quarantine, see {sources.quarantine_path(params, data)}" if left_out else ""
+    print(f"{sources.manifest_path(params, data)}: {table.num_rows} pictures ({parts}{where})")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from pipeline.errors import UserError
 from pipeline.params import load_params, parse_params
@@ -124,6 +125,21 @@ def test_a_bad_override_is_named_where_it_stands() -> None:
 def test_every_fault_is_reported_on_its_own_line() -> None:
     faults = fault_in(DEMO.replace(EPOCHS, "  epochs: 0", 1).replace("seed: 17", "seed: -1")).splitlines()
     assert len(faults) == 2
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"source": "webdataset"}, "needed here: webdataset: tars"),
+        ({"source": "webdataset", "shards": "a.tar", "root": "set"}, "leave root out"),
+        ({"source": "coco", "root": "set", "shards": "a.tar"}, "for source webdataset, not coco"),
+    ],
+)
+def test_parameters_that_do_not_fit_together(section: dict[str, str], message: str) -> None:
+    values = yaml.safe_load(DEMO)
+    values["data"]["captions"] = section
+    found = fault_in(yaml.safe_dump(values))
+    assert message in found and "data.captions." in found and "\n" not in found
 
 
 def test_a_key_given_twice_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 from collections.abc import Callable
@@ -15,11 +16,13 @@ import pytest
 import yaml
 from PIL import Image
 from rich.progress import Progress
+from typer.testing import CliRunner
 
 from pipeline import sources
 from pipeline.errors import UserError
 from pipeline.params import Params
 from pipeline.sources import coco, manifest, openmoji
+from stages import cli
 
 DEMO = yaml.safe_load((Path(__file__).parents[1] / "profiles" / "demo.yaml").read_text(encoding="utf-8"))
 SILENT = Progress(disable=True)
@@ -161,8 +164,43 @@ def test_too_many_broken_pictures_stop_the_stage() -> None:
     for i in (3, 4):
         Path(f"set/images/{i:012d}.jpg").write_bytes(b"")
     assert len(prepare_coco(max_broken=0.1)) == 20
-    with pytest.raises(UserError, match=r"2 of 20 .*max_broken = 0\.09.*0003\.jpg \(empty file\)"):
-        prepare_coco(max_broken=0.09)
+    Path("set/images/000000000019.jpg").write_text("the last one")
+    message = r"3 of 20 .*max_broken = 0\.14 .*0003\.jpg \(empty file\).*all: data/demo/quarantine/captions\.csv; mend"
+    with pytest.raises(UserError, match=message):
+        prepare_coco(max_broken=0.14)
+    listed = listing()
+    assert [row["id"] for row in listed] == ["19", "3", "4"], "the whole set was looked at"
+    assert listed[0] == {"id": "19", "image": "set/images/000000000019.jpg", "reason": "not a picture"}
+
+
+def listing() -> list[dict[str, str]]:
+    with Path("data/demo/quarantine/captions.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_stage_counts_what_it_left_out_and_leaves_no_manifest_when_it_fails() -> None:
+    coco_set(list(range(60)))
+    Path(f"set/images/{7:012d}.jpg").write_bytes(b"")
+    content = json.loads(Path("set/captions.json").read_text())
+    write_coco(content["images"], [a for a in content["annotations"] if a["image_id"] != 9])
+    values = {**DEMO, "data": {**DEMO["data"], "captions": {"source": "coco", "root": "set", "max_broken": 0.02}}}
+    Path("params.yaml").write_text(yaml.safe_dump(values))
+    result = CliRunner().invoke(cli.app, ["prepare", "captions"])
+    assert result.exit_code == 0, result.output
+    assert (
+        "60 pictures (" in result.output and "2 in quarantine, see data/demo/quarantine/captions.csv" in result.output
+    )
+    assert {row["id"]: row["reason"] for row in listing()} == {"7": "empty file", "9": "no caption"}
+    out = Path("data/demo/prepare/captions.parquet")
+    assert out.exists()
+    out.unlink()  # as DVC does before it runs the stage again
+    Path(f"set/images/{8:012d}.jpg").write_bytes(b"")
+    result = CliRunner().invoke(cli.app, ["prepare", "captions"])
+    assert result.exit_code == 2 and "error: data.captions: 2 of 60 pictures" in result.output
+    assert not list(Path("data/demo/prepare").iterdir()) and len(listing()) == 3
+    coco_set(list(range(60)))
+    assert "quarantine" not in CliRunner().invoke(cli.app, ["prepare", "captions"]).output
+    assert not Path("data/demo/quarantine/captions.csv").exists(), "an old listing does not outlive its reasons"
 
 
 @pytest.mark.parametrize(
@@ -298,7 +336,7 @@ def test_pictures_outside_the_project_have_absolute_paths(project: Path, monkeyp
 def test_one_id_twice_is_refused(project: Path) -> None:
     row = manifest.Row("1", picture(project / "a.png"), ["a"], None, "train")
     with pytest.raises(UserError, match="two pictures have the id '1'"):
-        manifest.build([row, row], "captions", 0.5, 1, SILENT)
+        manifest.build([row, row], "captions", 0.5, 1, SILENT, Path("listing.csv"))
 
 
 # Rendered drawings

@@ -1,6 +1,6 @@
 """Data sets of every layout, read into one manifest: `prepare` is the whole of it.
 
-A new layout is a module with a `read` function that returns rows, and one entry in READERS.
+A new layout is a module with a function that returns rows, and an entry in READERS.
 """
 
 from __future__ import annotations
@@ -12,10 +12,19 @@ import pyarrow as pa
 from rich.progress import Progress
 
 from pipeline.params import Dataset, Params
-from pipeline.sources import coco, food101, imagefolder, manifest, openmoji
+from pipeline.sources import coco, food101, imagefolder, manifest, openmoji, webdataset
 from pipeline.sources.manifest import SCHEMA, Row, check_splits, write
 
-__all__ = ["READERS", "SCHEMA", "check_splits", "ensure_rendered", "manifest_path", "prepare", "write"]
+__all__ = [
+    "READERS",
+    "SCHEMA",
+    "check_splits",
+    "ensure_rendered",
+    "manifest_path",
+    "prepare",
+    "quarantine_path",
+    "write",
+]
 
 Reader = Callable[[Params, Progress], list[Row]]
 
@@ -48,12 +57,24 @@ def _openmoji_food(params: Params, progress: Progress) -> list[Row]:
     return food101.read(root, params.data.classes.validation, count=None)
 
 
-READERS: dict[str, Reader] = {
-    "coco": _coco,
-    "food101": _food101,
-    "imagefolder": _imagefolder,
-    "openmoji_scenes": _openmoji_scenes,
-    "openmoji_food": _openmoji_food,
+def _captioned_shards(params: Params, progress: Progress) -> list[Row]:
+    section = params.data.captions
+    return webdataset.read_captions(str(section.shards), section.count, params.runtime.decode_threads, progress)
+
+
+def _labelled_shards(params: Params, progress: Progress) -> list[Row]:
+    section, workers = params.data.classes, params.runtime.decode_threads
+    return webdataset.read_classes(str(section.shards), section.validation, section.count, workers, progress)
+
+
+READERS: dict[Dataset, dict[str, Reader]] = {
+    "captions": {"coco": _coco, "webdataset": _captioned_shards, "openmoji_scenes": _openmoji_scenes},
+    "classes": {
+        "food101": _food101,
+        "imagefolder": _imagefolder,
+        "webdataset": _labelled_shards,
+        "openmoji_food": _openmoji_food,
+    },
 }
 
 
@@ -61,21 +82,28 @@ def prepare(params: Params, data: Dataset, progress: Progress | None = None) -> 
     """The manifest of a data set (columns: SCHEMA, sorted by id), every picture checked by decoding it.
 
     Renders the pictures first where the source is a rendered one. Broken pictures are named on stderr and
-    quarantined. Raises UserError for a fault in the data set, or more broken pictures than max_broken allows.
+    quarantined; quarantine_path lists them. Raises UserError for a fault in the data set, or more broken pictures than
+    max_broken allows.
     """
     section = params.data.captions if data == "captions" else params.data.classes
     progress = progress or Progress(disable=True)
-    rows = READERS[section.source](params, progress)
-    return manifest.build(rows, data, section.max_broken, params.runtime.decode_threads, progress)
+    rows = READERS[data][section.source](params, progress)
+    listing = quarantine_path(params, data)
+    return manifest.build(rows, data, section.max_broken, params.runtime.decode_threads, progress, listing)
 
 
 def ensure_rendered(params: Params, data: Dataset, progress: Progress | None = None) -> None:
     """Render the pictures of a rendered source if they are not there, e.g. after a manifest came from DVC's cache."""
     section = params.data.captions if data == "captions" else params.data.classes
     if section.source in ("openmoji_scenes", "openmoji_food"):
-        READERS[section.source](params, progress or Progress(disable=True))
+        READERS[data][section.source](params, progress or Progress(disable=True))
 
 
 def manifest_path(params: Params, data: Dataset) -> Path:
     """Where stage prepare writes the manifest."""
     return Path("data") / params.profile / "prepare" / f"{data}.parquet"
+
+
+def quarantine_path(params: Params, data: Dataset) -> Path:
+    """Where `prepare` lists the pictures it left out, also when they are too many; not an output that DVC knows."""
+    return Path("data") / params.profile / "quarantine" / f"{data}.csv"

@@ -30,9 +30,10 @@ def _class_rows(root: Path, folder: Path, validation: float, count: int | None) 
         warn(f"{folder}: {len(files) - len(pictures)} files without a picture's suffix left out")
     label = " ".join(folder.name.replace("_", " ").replace("-", " ").split())
     kept = sorted(pictures, key=order)[:count]
-    return [Row(key, pictures[key], [label], label, _split_of(key, validation)) for key in kept]
+    return [Row(key, pictures[key], [label], label, split_of(key, validation)) for key in kept]
 
 
-def _split_of(key: str, validation: float) -> str:
+def split_of(key: str, validation: float) -> str:
+    """train, val or test (15 %; val: `validation` of all) by the hash of the key."""
     place = share(key)
     return "test" if place < TEST else "val" if place < TEST + validation else "train"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import os
 import sys
@@ -18,7 +19,7 @@ from PIL import Image
 from rich.progress import Progress
 
 from pipeline.errors import UserError
-from pipeline.pictures import decode
+from pipeline.pictures import decode, read
 
 SCHEMA = pa.schema(
     [
@@ -31,15 +32,18 @@ SCHEMA = pa.schema(
         ("quarantine", pa.string()),
     ]
 )
-NAMED = 20  # pictures named one by one on stderr; the manifest names all of them
+NAMED = 20  # pictures named one by one on stderr; the listing names all of them
 
 
 @dataclass(frozen=True)
 class Row:
-    """What a reader says of one picture. `quarantine` is a reason not to use it, known before it is opened."""
+    """What a reader says of one picture. `quarantine` is a reason not to use it, known before it is opened.
+
+    `image` is a path, also one with the ending of `pictures.part_of_tar`, or a text: the same of a remote tar.
+    """
 
     id: str
-    image: Path
+    image: Path | str
     captions: list[str]
     label: str | None
     split: str
@@ -75,18 +79,22 @@ def below(folder: Path, name: str, where: str) -> Path:
     return folder / name
 
 
-def build(rows: Sequence[Row], data: str, max_broken: float, workers: int, progress: Progress) -> pa.Table:
+def build(
+    rows: Sequence[Row], data: str, max_broken: float, workers: int, progress: Progress, listing: Path
+) -> pa.Table:
     """The manifest of `rows`, sorted by id (columns: SCHEMA), after decoding every picture.
 
-    Pictures that do not decode keep their row, with the reason in `quarantine` and no split. Raises UserError when
-    their share exceeds `max_broken`, when two rows have one id, or when no usable picture is left.
+    Pictures that do not decode keep their row, with the reason in `quarantine` and no split. `listing` is where the
+    quarantined ones are written as CSV, whether or not they are too many. Raises UserError when the share of those
+    that do not decode exceeds `max_broken`, when two rows have one id, or when no usable picture is left.
     """
     rows = sorted(rows, key=lambda row: row.id)
     _check_unique(rows, data)
-    checked = check_pictures([row.image for row in rows], workers, progress)
-    broken = [(row.image, reason) for row, (_, reason) in zip(rows, checked, strict=True) if reason]
-    _report_broken(broken, len(rows), data, max_broken)
+    checked = check_pictures([_portable(row.image) for row in rows], workers, progress)
     records = [_record(row, sha256, reason) for row, (sha256, reason) in zip(rows, checked, strict=True)]
+    _write_listing(records, listing)
+    broken = [(_named(row), reason) for row, (_, reason) in zip(rows, checked, strict=True) if reason]
+    _report_broken(broken, len(rows), data, max_broken, listing)
     _report_left_out(rows, data)
     if all(record["quarantine"] for record in records):
         raise UserError(f"data.{data}: no usable picture among {len(rows)}; check the root and files it names")
@@ -111,21 +119,21 @@ def write(table: pa.Table, path: Path) -> None:
     temporary.replace(path)
 
 
-def check_pictures(paths: Sequence[Path], workers: int, progress: Progress) -> list[tuple[str | None, str | None]]:
+def check_pictures(images: Sequence[str], workers: int, progress: Progress) -> list[tuple[str | None, str | None]]:
     """(SHA-256 of the bytes or None, reason it can't be used or None) for each picture, in order."""
     Image.init()  # loads PIL's plug-ins; left to the first picture, the threads would race for it
     with warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool:  # decoders release the GIL: threads scale
         warnings.simplefilter("ignore")  # PIL's remarks on odd metadata; what matters comes back as a reason
-        done: Iterable[tuple[str | None, str | None]] = pool.map(check_picture, paths)
-        return list(progress.track(done, total=len(paths), description="check pictures"))
+        done: Iterable[tuple[str | None, str | None]] = pool.map(check_picture, images)
+        return list(progress.track(done, total=len(images), description="check pictures"))
 
 
-def check_picture(path: Path) -> tuple[str | None, str | None]:
+def check_picture(image: str) -> tuple[str | None, str | None]:
     """Decode one picture to its last row: a truncated file opens without complaint and fails only there."""
-    if not path.is_file():
-        return None, "no such file"
     try:
-        content = path.read_bytes()
+        content = read(image)
+    except FileNotFoundError:
+        return None, "no such file"
     except OSError as error:
         return None, f"can't be read: {error.strerror}"
     return hashlib.sha256(content).hexdigest(), _decoding_fault(content)
@@ -159,17 +167,29 @@ def _check_unique(rows: Sequence[Row], data: str) -> None:
             raise UserError(f"data.{data}: two pictures have the id {one.id!r}: {one.image} and {other.image}")
 
 
-def _report_broken(broken: list[tuple[Path, str]], total: int, data: str, max_broken: float) -> None:
-    for path, reason in broken[:NAMED]:
-        warn(f"{path}: {reason}; left out")
+def _write_listing(records: Sequence[dict[str, object]], path: Path) -> None:
+    """id, image and reason of every quarantined picture, as CSV; no file where there is none."""
+    quarantined = [[record["id"], record["image"], record["quarantine"]] for record in records if record["quarantine"]]
+    if not quarantined:
+        path.unlink(missing_ok=True)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([["id", "image", "reason"], *quarantined])
+
+
+def _report_broken(broken: list[tuple[str, str]], total: int, data: str, max_broken: float, listing: Path) -> None:
+    for image, reason in broken[:NAMED]:
+        warn(f"{image}: {reason}; left out")
     if broken:
         more = f", the first {NAMED} named here" if len(broken) > NAMED else ""
-        warn(f"{len(broken)} of {total} pictures of data.{data} can't be used{more}; the manifest holds every reason")
+        warn(f"{len(broken)} of {total} pictures of data.{data} can't be used{more}; all with their reasons: {listing}")
     if len(broken) > max_broken * total:
-        first = ", ".join(f"{path} ({reason})" for path, reason in broken[:3])
+        first = ", ".join(f"{image} ({reason})" for image, reason in broken[:3])
         raise UserError(
             f"data.{data}: {len(broken)} of {total} pictures can't be used, more than data.{data}.max_broken = "
-            f"{max_broken:g} allows; first: {first}; mend them or raise data.{data}.max_broken in params.yaml"
+            f"{max_broken:g} allows; first: {first}; all: {listing}; mend or remove them, or raise "
+            f"data.{data}.max_broken in params.yaml"
         )
 
 
@@ -186,8 +206,16 @@ def _record(row: Row, sha256: str | None, reason: str | None) -> dict[str, objec
     }
 
 
-def _portable(path: Path) -> str:
+def _named(row: Row) -> str:
+    """The picture for people: of one in a tar the offset says little, the key more."""
+    image = _portable(row.image)
+    return f"{image} ({row.id})" if ".tar#" in image else image
+
+
+def _portable(path: Path | str) -> str:
     """Relative to the project folder if below it, so that a moved project keeps its manifest; links are kept."""
+    if isinstance(path, str):
+        return path
     absolute = Path(os.path.normpath(path.absolute()))  # resolve() would follow a linked data folder
     here = Path.cwd()
     return (absolute.relative_to(here) if absolute.is_relative_to(here) else absolute).as_posix()

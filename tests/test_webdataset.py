@@ -1,0 +1,395 @@
+"""WebDataset tars: read as the library that defines them does, byte for byte, and refused by name where unsafe."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+import webdataset
+import yaml
+from PIL import Image
+from rich.progress import Progress
+from typer.testing import CliRunner
+
+from pipeline import doctor, pictures, sources
+from pipeline.errors import UserError
+from pipeline.extract import extract_images
+from pipeline.params import Params
+from pipeline.report import thumbnail
+from pipeline.sources import coco
+from pipeline.store.reader import ImageTokens
+from stages import cli
+
+DEMO = yaml.safe_load((Path(__file__).parents[1] / "profiles" / "demo.yaml").read_text(encoding="utf-8"))
+SILENT = Progress(disable=True)
+
+
+@pytest.fixture(autouse=True)
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty project folder that is the current one."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def params(data: str = "captions", **section: Any) -> Params:
+    chosen = {"source": "webdataset", "shards": "set/*.tar", "max_broken": 0.5, **section}
+    return Params.model_validate({**DEMO, "data": {**DEMO["data"], data: chosen}})
+
+
+def prepare(data: Any = "captions", **section: Any) -> dict[str, dict[str, Any]]:
+    rows = sources.prepare(params(data, **section), data).to_pylist()
+    return {row["id"]: row for row in rows}
+
+
+def fault(data: Any = "captions", **section: Any) -> str:
+    """The one line that `prepare` fails with."""
+    with pytest.raises(UserError) as caught:
+        prepare(data, **section)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def jpeg(number: int = 0, form: str = "JPEG") -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 24), (number * 5 % 256, 80, 160)).save(buffer, form)
+    return buffer.getvalue()
+
+
+def write(path: str, samples: list[dict[str, Any]]) -> Path:
+    """A shard by the library's own writer."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with webdataset.TarWriter(path) as writer:
+        for sample in samples:
+            writer.write(sample)
+    return Path(path)
+
+
+def captioned(numbers: range) -> list[dict[str, Any]]:
+    """As img2dataset writes them: the caption in txt and, among other things, in json."""
+    return [
+        {"__key__": f"{n:09d}", "jpg": jpeg(n), "txt": f"Picture {n}", "json": {"caption": f"Picture {n}", "url": "?"}}
+        for n in numbers
+    ]
+
+
+def pack(path: str, *members: tuple[Any, bytes]) -> Path:
+    """A tar of any members, by the standard library: (name or TarInfo, content)."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for member, content in members:
+            info = member if isinstance(member, tarfile.TarInfo) else tarfile.TarInfo(member)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return Path(path)
+
+
+def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+@pytest.fixture
+def memory() -> Iterator[Any]:
+    """fsspec's file system in memory, standing in for object storage."""
+    system = fsspec.filesystem("memory")
+    yield system
+    system.store.clear()
+    system.pseudo_dirs[:] = [""]
+
+
+def test_the_same_pictures_and_captions_as_the_library_reads() -> None:
+    write("set/00000.tar", captioned(range(30)))
+    write("set/00001.tar", captioned(range(30, 50)))
+    rows = prepare()
+    library = webdataset.WebDataset([f"set/0000{i}.tar" for i in (0, 1)], shardshuffle=False)
+    theirs = {sample["__key__"]: sample for sample in library}
+    assert rows.keys() == theirs.keys() and len(rows) == 50
+    for key, sample in theirs.items():
+        assert pictures.read(rows[key]["image"]) == sample["jpg"]
+        assert rows[key]["sha256"] == hashlib.sha256(sample["jpg"]).hexdigest()
+        assert rows[key]["captions"] == [sample["txt"].decode()]
+        assert rows[key]["split"] == coco.split_of(key) and rows[key]["label"] is None
+    assert rows["000000000"]["image"].startswith("set/00000.tar#"), "relative to the project folder"
+    few, more = prepare(count=10), prepare(count=20)
+    assert len(few) == 10 and few.keys() < more.keys() < rows.keys()
+
+
+def test_captions_of_json_and_txt_are_joined_and_faults_quarantined(capsys: pytest.CaptureFixture[str]) -> None:
+    texts: dict[str, dict[str, Any]] = {
+        "list": {"json": {"captions": [" one ", "two", "one"]}, "txt": "two"},
+        "both": {"json": {"captions": ["one"], "caption": "two"}, "txt": "three\nin two lines\n"},
+        "failed": {"json": {"caption": None, "status": "failed"}, "txt": ""},
+        "latin": {"txt": b"caf\xe9"},
+        "broken": {"json": b'{"caption": '},
+        "deep": {"json": b"[" * 100_000},
+        "array": {"json": b"[]"},
+        "number": {"json": {"caption": 5}},
+        "word": {"json": {"captions": "one"}},
+        "long": {"txt": "x" * (2**20 + 1)},
+        "alone": {},
+    }
+    write("set/0.tar", [{"__key__": key, "png": jpeg(1, "PNG"), **text} for key, text in texts.items()])
+    rows = prepare(max_broken=0)
+    assert rows["list"]["captions"] == ["one", "two"]
+    assert rows["both"]["captions"] == ["one", "two", "three\nin two lines"]
+    reasons = {key: row["quarantine"] for key, row in rows.items() if row["quarantine"]}
+    assert reasons == {
+        "failed": "no caption",
+        "alone": "no caption",
+        "latin": "its txt is not UTF-8 text",
+        "broken": "its json is not valid JSON",
+        "deep": "its json is not valid JSON",
+        "array": "its json is no object",
+        "number": "a caption in its json is no text",
+        "word": '"captions" in its json is no list',
+        "long": "its txt is over 1048576 bytes long",
+    }
+    assert "9 of 11 left out" in capsys.readouterr().err
+
+
+def test_keys_are_those_of_the_library() -> None:
+    """Folders, several dots, capitals, hidden and meta members."""
+    names = ["a/b.c/0.JPG", "a/b.c/0.txt", "plain.webp", "plain.TXT", "x.y.jpg", "x.txt", "__meta__/m.jpg", "none"]
+    path = pack("set/0.tar", *((name, jpeg(form="WEBP") if "webp" in name else jpeg()) for name in names))
+    theirs = {
+        sample["__key__"]
+        for sample in webdataset.WebDataset(str(path), shardshuffle=False)
+        if {"jpg", "webp"} & sample.keys()
+    }
+    text = b"A caption"
+    pack(
+        "set/0.tar", *((n, text if n.lower().endswith("txt") else jpeg()) for n in [*names, "._plain.jpg", ".DS_Store"])
+    )
+    rows = prepare()
+    assert rows.keys() == theirs == {"a/b.c/0", "plain"}
+    assert all(row["captions"] == ["A caption"] for row in rows.values())
+    pack("set/0.tar", ("./a.txt", text), ("./b.jpg", jpeg()), (special(".", tarfile.DIRTYPE), b""), ("./a.jpg", jpeg()))
+    assert prepare()["a"]["captions"] == ["A caption"], "as `tar cf x.tar .` packs them, in any order"
+
+
+def test_classes_in_words_and_by_number() -> None:
+    samples = {
+        "word": {"cls": "hot_dog"},
+        "label": {"json": {"label": "hot dog"}},
+        "class": {"json": {"class": "apple pie", "label": 7}, "cls": "7"},
+        "number": {"cls": 1},
+        "json number": {"json": {"label": 0}},
+        "none": {"json": {"label": True}},
+    }
+    write("set/0.tar", [{"__key__": key, "jpg": jpeg(), **texts} for key, texts in samples.items()])
+    assert "set/classes.txt: no such file" in fault("classes")
+    Path("set/classes.txt").write_text("pho\n")
+    assert "set/classes.txt: no line for the class 1 of number in" in fault("classes")
+    Path("set/classes.txt").write_text("pho\npeking_duck\n")
+    rows = prepare("classes")
+    assert {key: row["label"] for key, row in rows.items()} == {
+        "word": "hot dog",
+        "label": "hot dog",
+        "class": "apple pie",
+        "number": "peking duck",
+        "json number": "pho",
+        "none": None,
+    }
+    assert rows["none"]["quarantine"] == "no class" and rows["word"]["captions"] == ["hot dog"]
+
+
+def test_count_is_per_class_and_insertion_moves_nothing() -> None:
+    write("set/0.tar", [{"__key__": f"{n:04d}", "jpg": jpeg(), "cls": f"class {n % 2}"} for n in range(80)])
+    rows = prepare("classes")
+    few = prepare("classes", count=5)
+    assert sorted(row["label"] for row in few.values()) == ["class 0"] * 5 + ["class 1"] * 5
+    write("set/1.tar", [{"__key__": f"new{n:04d}", "jpg": jpeg(), "cls": "class 1"} for n in range(9)])
+    grown = prepare("classes")
+    assert all(grown[key]["split"] == row["split"] for key, row in rows.items())
+    assert {row["split"] for row in rows.values()} == {"train", "val", "test"}
+
+
+def test_shards_by_path_glob_and_range() -> None:
+    for number in range(8, 12):
+        write(f"set/shard-{number:04d}.tar", captioned(range(number * 10, number * 10 + 3)))
+    assert len(prepare(shards="set/shard-0009.tar")) == 3
+    assert len(prepare(shards="set/shard-001?.tar")) == 6
+    assert len(prepare(shards="set/shard-{0009..0011}.tar")) == 9
+    assert len(prepare(shards=f"{Path.cwd()}/set/*.tar")) == 12
+    assert len(prepare(shards=f"file://{Path.cwd()}/set/shard-{{0008..0011}}.tar")) == 12
+    Path("odd [1]").mkdir()
+    Path("set/shard-0008.tar").rename("odd [1]/a#1:2.tar")
+    row = prepare(shards="odd [1]/a#1:2.tar")["000000080"]
+    assert pictures.read(row["image"]) == jpeg(80)
+
+
+def test_remote_shards_are_read_by_range(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    local = write("set/0.tar", captioned(range(6)))
+    memory.pipe("/bucket/00000.tar", local.read_bytes())
+    here, there = prepare(), prepare(shards="memory://bucket/*.tar")
+    assert here.keys() == there.keys()
+    assert re.fullmatch(r"memory://+bucket/00000\.tar#\d+:\d+", there["000000003"]["image"])
+    assert there["000000003"]["sha256"] == here["000000003"]["sha256"]
+    asked = []
+    whole = type(memory).cat_file
+    monkeypatch.setattr(
+        type(memory), "cat_file", lambda self, path, start=None, end=None: asked.append((start, end)) or whole(
+            self, path, start, end)
+    )  # fmt: skip
+    content = pictures.read(there["000000003"]["image"])
+    assert content == jpeg(3) and [end - start for start, end in asked] == [len(content)]
+    memory.pipe("/bucket/classes.txt", b"pho\n")
+    memory.pipe("/bucket/c.tar", write("set/c.tar", [{"__key__": "1", "jpg": jpeg(), "cls": 0}]).read_bytes())
+    assert prepare("classes", shards="memory://bucket/c.tar")["1"]["label"] == "pho"
+
+
+@pytest.mark.parametrize(
+    ("member", "message"),
+    [
+        ("../a.jpg", "'../a.jpg' leads out of the shard"),
+        ("b/../../a.jpg", "'b/../../a.jpg' leads out"),
+        ("..\\a.jpg", "leads out of the shard"),
+        ("/etc/a.jpg", "'/etc/a.jpg' leads out"),
+        (special("a.jpg", tarfile.SYMTYPE, "/etc/passwd"), "'a.jpg' is a link"),
+        (special("a.jpg", tarfile.LNKTYPE, "1.jpg"), "'a.jpg' is a link"),
+        (special("a.jpg", tarfile.CHRTYPE), "'a.jpg' is a link, a device"),
+        (special("a.jpg", tarfile.FIFOTYPE), "'a.jpg' is a link, a device"),
+        ("1.JPG", "two members are named '1.JPG'"),
+        ("1.png", "the key '1' has more than one picture (jpg, png)"),
+    ],
+    ids=str,
+)
+def test_unsafe_and_double_members_are_refused_by_name(member: Any, message: str) -> None:
+    pack("set/0.tar", ("1.jpg", jpeg()), ("1.txt", b"a"), (member, b""))
+    found = fault()
+    assert found.startswith(f"{Path.cwd()}/set/0.tar: ") and message in found
+
+
+def test_one_key_in_two_shards_is_refused() -> None:
+    write("set/a.tar", captioned(range(3)))
+    write("set/b.tar", captioned(range(2, 4)))
+    assert "b.tar: the key '000000002' is also in " in fault()
+
+
+@pytest.mark.parametrize("shards", ["set/none.tar", "set/*.tar", "set/{000..002}.tar", "memory://none/*.tar"])
+def test_missing_shards_name_the_parameter(shards: str) -> None:
+    assert "no such tar; set data.captions.shards" in fault(shards=shards)
+
+
+def test_a_server_that_does_not_answer_is_not_a_missing_tar(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def info(*_: Any) -> None:
+        raise FileNotFoundError("a.tar") from ConnectionError("no route")  # as fsspec's http has it
+
+    monkeypatch.setattr(type(memory), "info", info)
+    assert "a.tar: cannot be looked up (ConnectionError: no route); " in fault(shards="memory://bucket/a.tar")
+
+
+def test_damaged_shards(capsys: pytest.CaptureFixture[str]) -> None:
+    path = write("set/0.tar", captioned(range(6)))
+    whole = path.read_bytes()
+    with tarfile.open(path) as tar:
+        fourth = next(member for member in tar if member.name.startswith("000000003."))
+    path.write_bytes(whole[: fourth.offset_data + 2])
+    assert "unexpected end of data" in fault()
+    path.write_bytes(whole[: fourth.offset])  # nothing but the end mark is missing
+    assert len(prepare()) == 3
+    assert "no end mark, as if it were cut off" in capsys.readouterr().err
+    path.write_bytes(whole[: fourth.offset] + b"\xff" * 512 + whole[fourth.offset + 512 :])
+    assert f"damaged at byte {fourth.offset}, after 9 members" in fault()
+    path.write_bytes(b"")
+    assert "empty file" in fault()
+    path.write_bytes(jpeg())
+    assert "cannot be read as an uncompressed tar" in fault()
+    with tarfile.open("set/0.tar", "w:gz") as tar:
+        tar.addfile(tarfile.TarInfo("a.jpg"))
+    assert "cannot be read as an uncompressed tar" in fault()
+    path.rename("set/0.tar.gz")
+    assert "0.tar.gz: not a .tar; decompress it" in fault(shards="set/*")
+    assert "Protocol not known" in fault(shards="nowhere://a.tar")
+
+
+def test_shards_without_pictures_or_captions_say_what_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
+    pack("set/0.tar", ("a.txt", b"a"), ("b.json", b"{}"))
+    assert "set/*.tar: no picture in it; members are named KEY.jpg" in fault()
+    pack("set/0.tar", ("a.jpg", jpeg()), ("b.json", b"{}"))
+    assert "none of 1 pictures (a: no caption) has a caption; each KEY.jpg needs KEY.txt" in fault()
+    assert "none of 1 pictures (a: no class) has a class; each KEY.jpg needs KEY.cls" in fault("classes")
+    assert "1 of 2 keys have no picture; left out" in capsys.readouterr().err
+
+
+def test_broken_pictures_in_shards_are_quarantined() -> None:
+    samples = captioned(range(8))
+    samples[2]["jpg"], samples[5]["jpg"] = b"", samples[5]["jpg"][:100]
+    samples[3]["jpg"] = jpeg(3, "PNG")  # whatever the extension says, the content decides
+    write("set/0.tar", samples)
+    rows = prepare()
+    assert rows["000000003"]["quarantine"] is None
+    assert rows["000000002"]["quarantine"] == "empty file" and "not" in rows["000000005"]["quarantine"]
+    found = fault(max_broken=0.1)
+    assert "2 of 8 pictures can't be used" in found
+    assert re.search(r"first: set/0\.tar#\d+:0 \(000000002\) \(empty file\)", found), "place and key"
+
+
+def test_the_doctor_looks_at_the_first_shard() -> None:
+    def check() -> doctor.Check:
+        return doctor.diagnose(params(shards=f"{Path.cwd()}/set/*.tar")).checks[0]
+
+    assert not check().ok and "no such tar" in check().found and "data.captions.shards" in check().remedy
+    pack("set/0.tar", ("a.txt", b"a"))
+    assert not check().ok and "no picture in it" in check().found
+    pack("set/0.tar", ("a.jpg", jpeg()))
+    assert not check().ok and "KEY.txt" in check().remedy
+    for number in range(3):
+        write(f"set/{number}.tar", captioned(range(number * 10, number * 10 + 4)))
+    assert check().ok and "3 tars, 4 pictures in the first" in check().found
+    assert doctor.pictures(params(shards="set/{0..2}.tar"), "captions") == 12
+    remote = doctor.diagnose(params(shards="s3://bucket/{0..2}.tar"))
+    assert remote.checks[0].ok and "remote" in remote.checks[0].found
+    data = {"captions": {"source": "webdataset", "shards": "set/{0..2}.tar"}}
+    data["classes"] = {"source": "food101", "root": "none"}
+    missing = doctor.diagnose(Params.model_validate({**DEMO, "data": data}))
+    assert (
+        "--set data.captions.source=webdataset --set 'data.captions.shards=set/{0..2}.tar'" in missing.checks[1].remedy
+    )
+
+
+class Pixels:
+    """An encoder whose tokens are the pixels."""
+
+    identity: dict[str, str] = {"encoder": "pixels"}  # noqa: RUF012
+
+    def preprocess(self, image: Image.Image) -> Any:
+        import torch
+
+        return torch.from_numpy(np.asarray(image.resize((4, 4)), np.float32)).permute(2, 0, 1)
+
+    def encode(self, pixels: Any) -> Any:
+        return pixels.flatten(2).transpose(1, 2)
+
+
+def test_from_the_shards_to_image_tokens_and_thumbnails(memory: Any) -> None:
+    content = write("set/0.tar", captioned(range(12))).read_bytes()
+    memory.pipe("/bucket/0.tar", content)
+    for shards in ("set/0.tar", "memory://bucket/0.tar"):
+        chosen = params(shards=shards)
+        Path("params.yaml").write_text(yaml.safe_dump(chosen.model_dump(mode="json")))
+        assert CliRunner().invoke(cli.app, ["prepare", "captions"]).exit_code == 0
+        manifest = extract_images(chosen, "captions", Pixels(), lambda n: None)  # type: ignore[arg-type]
+        manifest.write(Path("data/demo/images/captions/manifest.json"))
+        images = ImageTokens.open(Path("data/demo"), "captions")
+        for position, key in enumerate(images.ids):
+            expected = np.asarray(pictures.decode(jpeg(int(key))))[0, 0]
+            np.testing.assert_array_equal(images.tokens([position])[0].numpy(), np.tile(expected, (16, 1)))
+        assert str(thumbnail(images.rows["image"][0])).startswith("data:image/jpeg;base64,")
+        for shard in manifest.shards:
+            (manifest.folder / shard.name).unlink()
+    memory.pipe("/bucket/0.tar", content.replace(jpeg(3), bytes(len(jpeg(3)))))
+    with pytest.raises(UserError, match=r"#.*changed since it was prepared"):
+        extract_images(chosen, "captions", Pixels(), lambda n: None)  # type: ignore[arg-type]
+    memory.rm("/bucket/0.tar")
+    with pytest.raises(UserError, match=r"cannot be read .*FileNotFoundError"):
+        extract_images(chosen, "captions", Pixels(), lambda n: None)  # type: ignore[arg-type]
