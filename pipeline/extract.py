@@ -258,9 +258,7 @@ def _build_missing(
         parts[STORE / kind / print_ / f"{schema.shard_key(zip(part['id'], digests, strict=True))}.arrow"] = part
     wanted = (print_, [path.name for path in parts])
     if repair is not None and wanted != (repair.fingerprint, [shard.name for shard in repair.shards]):
-        raise UserError(
-            f"{kind} of {data}: its manifest is of other parameters or pictures; run `dvc repro`"
-        )
+        raise UserError(f"{kind} of {data}: its manifest is of other parameters or pictures; run `dvc repro`")
     shards = []
     for path, part in parts.items():
         if path.exists():

@@ -5,16 +5,24 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import fsspec
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
+import yaml
 from PIL import Image
+from typer.testing import CliRunner
 
 from pipeline import sources
 from pipeline.backbones.vision import load_vision_encoder
+from pipeline.errors import UserError
 from pipeline.extract import extract_captions, extract_images
 from pipeline.params import Params
-from pipeline.store.shards import STORE, Manifest, manifest_path, read_record
+from pipeline.store.inventory import folders, timings, verify
+from pipeline.store.reader import ImageTokens
+from pipeline.store.shards import STORE, Manifest, in_use, manifest_path, read_record
+from stages.cli import app
 
 BASE = Path("data/tiny")
 
@@ -157,3 +165,220 @@ def tiny_llm(tiny_params):
     from pipeline.backbones.llm import load_embedding, load_tokenizer
 
     return load_tokenizer(tiny_params.llm), load_embedding(tiny_params.llm)
+
+
+def run(*arguments: str, code: int = 0) -> str:
+    result = CliRunner().invoke(app, ["store", *arguments])
+    assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
+    return " ".join(result.output.split())
+
+
+@pytest.fixture
+def active(pictures: Params, monkeypatch) -> tuple[Counting, Manifest]:
+    """The pictures as the active profile, extracted with a counting encoder that the commands get, too."""
+    encoder = Counting()
+    monkeypatch.setattr("pipeline.backbones.vision.load_vision_encoder", lambda *_: encoder)
+    Path("params.yaml").write_text(yaml.safe_dump(pictures.model_dump(mode="json")))
+    manifest = extract(pictures, encoder)
+    encoder.pictures = 0
+    return encoder, manifest
+
+
+def replace(path: Path, content: bytes) -> None:
+    path.chmod(0o644)
+    path.write_bytes(content)
+
+
+def damage(path: Path, how: str, other: Path, foreign: bytes) -> None:
+    content = path.read_bytes()
+    if how == "missing":
+        path.unlink()
+    elif how == "truncated":
+        replace(path, content[:-100])
+    elif how == "damaged":
+        flip(path, len(content) // 2)
+    elif how == "foreign: holds":
+        replace(path, other.read_bytes())
+    else:
+        replace(path, foreign)
+
+
+@pytest.mark.parametrize("how", ["missing", "truncated", "damaged", "foreign: holds", "foreign: made by another"])
+def test_verify_names_the_damage_and_mends_it(active, pictures, how):
+    encoder, manifest = active
+    before = contents(manifest)
+    foreign = extract_images(pictures, "classes", Counting("another"), lambda n: None)
+    assert "3 files of profile tiny are what its manifests name" in run("verify")
+    victim, other, *_ = (manifest.folder / shard.name for shard in manifest.shards)
+    damage(victim, how, other, (foreign.folder / victim.name).read_bytes())
+    output = run("verify", code=1)
+    assert f"{victim}: {how}" in output and other.name not in output.replace(f"content of {other.name}", "")
+    output = run("verify", "--repair")
+    assert "3 files of profile tiny" in output
+    assert contents(manifest) == before
+    assert encoder.pictures == manifest.shards[0].rows, "the other shards are not extracted again"
+    assert "made anew" not in run("verify")
+
+
+def test_a_stray_file_is_foreign_and_an_older_shard_is_not(active, pictures):
+    encoder, before = active
+    edit("pictures/class1/07.png")
+    prepare(pictures)
+    manifest = extract(pictures, encoder)
+    run("verify")  # the older shard is whole and waits for its pictures to come back
+    stray = manifest.folder / f"{'0' * 24}.arrow"
+    stray.write_bytes((manifest.folder / manifest.shards[0].name).read_bytes())
+    assert f"{stray}: foreign: no manifest names it" in run("verify", code=1)
+    run("verify", "--repair")
+    assert not stray.exists() and all((manifest.folder / shard.name).exists() for shard in before.shards)
+
+
+def test_any_flipped_bit_is_found(active):
+    """Wherever it is: in the numbers, Arrow's metadata, the ids, or the padding between."""
+    _, manifest = active
+    path = manifest.folder / manifest.shards[1].name
+    content = path.read_bytes()
+    generator = np.random.default_rng(1)
+    spots = [*range(0, 2000, 97), *(len(content) - 1 - n for n in range(0, 2000, 97))]
+    for at in [*spots, *generator.integers(0, len(content), 20).tolist()]:
+        flip(path, at, 1 << int(generator.integers(8)))
+        [fault] = verify("tiny")
+        assert fault.path == path and fault.what.startswith(("damaged", "foreign"))
+        replace(path, content)
+
+
+def test_a_repair_that_gives_other_bits_says_so(active, monkeypatch):
+    encoder, manifest = active
+    (manifest.folder / manifest.shards[0].name).unlink()
+    monkeypatch.setattr(encoder, "encode", lambda pixels: Counting.encode(encoder, pixels) * 1.5)
+    assert "has other bits than the manifest names" in run("verify", "--repair", code=2)
+
+
+def test_a_repair_under_other_parameters_says_so(active, monkeypatch):
+    encoder, manifest = active
+    (manifest.folder / manifest.shards[0].name).unlink()
+    monkeypatch.setattr(encoder, "identity", {"encoder": "another"})
+    assert "its manifest is of other parameters or pictures" in run("verify", "--repair", code=2)
+    assert encoder.pictures == 0
+
+
+def test_readers_refuse_another_schema(active):
+    _, manifest = active
+    path = manifest.folder / manifest.shards[0].name
+    table = pa.ipc.open_file(path).read_all()
+    for other, message in [
+        (table.drop_columns("sha256"), "of another schema"),
+        (table.cast(table.schema.set(0, pa.field("id", pa.large_string()))), "of another schema"),
+        (table.replace_schema_metadata({**table.schema.metadata, b"dtype": b"float32"}), "of another schema"),
+        (table.replace_schema_metadata({**table.schema.metadata, b"format": b"terraalign/1"}), "format terraalign/1"),
+    ]:
+        with pa.ipc.new_file(path.with_suffix(".new"), other.schema) as writer:
+            writer.write_table(other)
+        path.with_suffix(".new").replace(path)
+        with pytest.raises(UserError, match=message):
+            ImageTokens.open(BASE, "classes")
+
+
+def test_ls_and_stats_say_what_is_there(active, pictures):
+    encoder, manifest = active
+    extract_images(pictures, "classes", Counting("another"), lambda n: None)
+    used, other = sorted(folders(), key=lambda folder: folder.unused)
+    assert (used.fingerprint, used.files, used.rows, used.unused) == (manifest.fingerprint, 3, 20, 0)
+    assert used.uses == ["tiny: classes"] and used.bytes == sum(map(len, contents(manifest).values()))
+    assert (other.files, other.rows, other.unused, other.uses) == (3, 20, 3, [])
+    assert "used by nobody" in run("ls") and "used by tiny: classes" in run("ls")
+    edit("pictures/class1/07.png")
+    prepare(pictures)
+    extract(pictures, encoder)
+    took = timings("images", manifest.fingerprint)
+    assert took["encoded"] == 21 and took["copied"] > 0
+    assert 0 < took["encode"] + took["write"] + took["copy"] < took["all"]
+    assert min(took["read"], took["decode"]) > 0
+    assert "21 encoded at" in run("stats")
+
+
+def test_prune_removes_what_no_manifest_names(active, pictures):
+    encoder, before = active
+    edit("pictures/class1/07.png")
+    prepare(pictures)
+    manifest = extract(pictures, encoder)
+    extract_images(pictures, "classes", Counting("another"), lambda n: None)
+    (manifest.folder / ".half.arrow.123").write_bytes(b"x")
+    [old] = {s.name for s in before.shards} - {s.name for s in manifest.shards}
+    output = run("prune")
+    assert "9 files" in output and "prune --yes" in output  # 3 + 1 shards with their records, 1 temporary file
+    assert (manifest.folder / old).exists()
+    run("prune", "--yes")
+    assert {path.name for path in manifest.folder.glob("*.arrow")} == {shard.name for shard in manifest.shards}
+    assert len(list((STORE / "images").iterdir())) == 1 and len(list(manifest.folder.iterdir())) == 6
+    assert "nothing to remove" in run("prune", "--yes")
+    assert "3 files of profile tiny" in run("verify")
+
+
+def test_prune_waits_for_extractions_and_warns_of_interrupted_ones(active):
+    with in_use():
+        assert "an extraction is at work" in run("prune", "--yes", code=2)
+    manifest_path(BASE, "images", "classes").unlink()
+    assert "note: images of classes, profile tiny, has no manifest" in run("prune")
+
+
+URLS = ["file", "memory", "s3"]
+
+
+@pytest.fixture(params=URLS)
+def url(request, tmp_path, monkeypatch):
+    """A place to push to: a folder, fsspec's memory, and S3 as a local server gives it."""
+    if request.param != "s3":
+        yield f"file://{tmp_path}/else where" if request.param == "file" else f"memory://{tmp_path.name}"
+        return
+    pytest.importorskip("s3fs")
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    for key, value in {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "x",
+        "AWS_SECRET_ACCESS_KEY": "x",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(key, value)
+    fsspec.filesystem("s3").mkdir("bucket")
+    yield "s3://bucket/features"
+    server.stop()
+
+
+def test_push_and_pull(active, url):
+    _, manifest = active
+    before = contents(manifest)
+    assert "3 files pushed, 0 were there" in run("push", url)
+    assert "0 files pushed, 3 were there" in run("push", url)
+    there, root = fsspec.core.url_to_fs(url)
+    names = [path.rpartition("/")[2] for path in there.find(root)]
+    assert sorted(names) == sorted(before), "nothing but shards under their own names"
+    first, second, _ = (manifest.folder / shard.name for shard in manifest.shards)
+    first.unlink()
+    flip(second, -1000)
+    assert "2 files pulled, 1 were there" in run("pull", url)
+    assert contents(manifest) == before and first.stat().st_mode & 0o222 == 0
+    shutil.rmtree(STORE)
+    assert "3 files pulled" in run("pull", url)
+    assert contents(manifest) == before
+    assert "3 files of profile tiny" in run("verify")
+    target = f"{root}/images/{manifest.fingerprint}/{first.name}"
+    there.pipe_file(target, there.cat_file(target)[:-1])
+    assert "1 files pushed, 2 were there" in run("push", url), "half a file is sent again"
+    there.pipe_file(target, there.cat_file(target)[:-1] + b"x")
+    first.unlink()
+    assert "not what the manifest names" in run("pull", url, code=2)
+    assert not first.exists() and not list(manifest.folder.glob(".*"))
+    there.rm(target)
+    assert "push it first" in run("pull", url, code=2)
+
+
+def test_transfers_refuse_what_cannot_be_right(active):
+    _, manifest = active
+    flip(manifest.folder / manifest.shards[0].name, -1000)
+    assert "not what its manifest names" in run("push", "memory://damaged", code=2)
+    assert "nosuch" in run("push", "nosuch://x", code=2)
+    manifest_path(BASE, "images", "classes").unlink()
+    assert "no feature manifest" in run("pull", "memory://damaged", code=2)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 
@@ -131,7 +131,7 @@ def write_record(path: Path, shard: Shard, **making: object) -> None:
         file.write((json.dumps({"shard": asdict(shard), **making}, indent=1) + "\n").encode())
 
 
-def read_record(path: Path) -> tuple[Shard, dict[str, object]] | None:
+def read_record(path: Path) -> tuple[Shard, dict[str, Any]] | None:
     """What `write_record` kept of the shard at `path`; None when there is nothing or it is no record."""
     try:
         values = json.loads(path.with_suffix(".json").read_text())
