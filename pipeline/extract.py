@@ -226,8 +226,9 @@ def _embedding_table(manifest: Manifest, embedding: torch.nn.Module) -> Shard:
     tables = [open_shard(manifest.folder / shard.name)["captions"].combine_chunks() for shard in manifest.shards]
     token_ids = np.unique(np.concatenate([table.flatten().flatten().to_numpy() for table in tables])).tolist()
     path = manifest.folder / f"{schema.shard_key([('tokens', str(token_ids))])}.embeddings.arrow"
-    if path.exists():
-        return recorded(path)
+    kept = recorded(path) if path.exists() else None
+    if kept is not None:
+        return kept
     with torch.inference_mode():
         rows = embedding(torch.tensor(token_ids)).float().numpy()
     arrow = schema.embedding_schema(rows.shape[1], manifest.fingerprint)
@@ -261,11 +262,12 @@ def _build_missing(
         raise UserError(f"{kind} of {data}: its manifest is of other parameters or pictures; run `dvc repro`")
     shards = []
     for path, part in parts.items():
-        if path.exists():
-            shards.append(recorded(path))
-            advance(len(part))
+        shard = recorded(path) if path.exists() else None
+        if shard is None:
+            shard = build(path, part)
         else:
-            shards.append(build(path, part))
+            advance(len(part))
+        shards.append(shard)
     return shards
 
 

@@ -140,6 +140,23 @@ def flip(path: Path, at: int, bit: int = 1) -> None:
     path.write_bytes(content)
 
 
+def test_half_a_shard_is_made_again(pictures, capsys):
+    encoder = Counting()
+    manifest = extract(pictures, encoder)
+    before = contents(manifest)
+    first = manifest.folder / manifest.shards[0].name
+    replace(first, before[first.name][:-10])
+    assert extract(pictures, encoder) == manifest and contents(manifest) == before
+    assert f"{first}: not a whole Arrow file" in capsys.readouterr().err
+
+
+def test_another_number_of_shards_encodes_nothing(pictures):
+    before = extract(pictures, Counting())
+    after = extract(pictures.model_copy(update={"cache": pictures.cache.model_copy(update={"shards": 5})}), Counting())
+    records = [read_record(after.folder / shard.name)[1] for shard in after.shards if shard not in before.shards]
+    assert len(records) >= 4 and all(record["encoded"] == 0 for record in records)
+
+
 def test_back_to_an_earlier_encoder_costs_nothing(pictures):
     first, second = Counting("one"), Counting("two")
     before = extract(pictures, first)

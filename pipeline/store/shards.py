@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -140,9 +141,16 @@ def read_record(path: Path) -> tuple[Shard, dict[str, Any]] | None:
         return None
 
 
-def recorded(path: Path) -> Shard:
-    """A shard as it was when it was written: so a manifest made anew does not take damage for the truth."""
-    open_shard(path)
+def recorded(path: Path) -> Shard | None:
+    """A shard as it was when it was written: so a manifest made anew does not take damage for the truth.
+
+    None, with a note on stderr, when what is there is no whole shard of its folder's fingerprint.
+    """
+    try:
+        open_shard(path, path.parent.name)
+    except UserError as fault:
+        print(f"{str(fault).partition(';')[0]}; it is made again", file=sys.stderr)
+        return None
     record = read_record(path)
     if record is not None:
         return record[0]
