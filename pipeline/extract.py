@@ -112,8 +112,8 @@ class _ImageShards:
     def _rows_stand_alone(self) -> bool:
         """Whether a picture has the same bits in every place of a batch, whatever else is in it.
 
-        Some encoders have not at some batch sizes (CoCa at 5 on two threads). Then no row is copied: made from nothing,
-        it would stand in another place.
+        Some encoders fail this at some batch sizes (CoCa at 5 on two threads). Then no row is copied: in an extraction
+        from nothing it would stand in another place.
         """
         picture = self.encoder.preprocess(Image.radial_gradient("L").convert("RGB"))
         everywhere = self.encoder.encode(torch.stack([picture] * self.size))

@@ -59,7 +59,9 @@ def _metadata(kind: str, fingerprint: str) -> dict[str, str]:
 
 def fault(found: pa.Schema, expected: str | None) -> str | None:
     """What keeps a file from being a shard of the fingerprint `expected` (None: of any), or None."""
-    metadata = {key.decode(): value.decode() for key, value in (found.metadata or {}).items()}
+    metadata = {
+        key.decode(errors="replace"): value.decode(errors="replace") for key, value in (found.metadata or {}).items()
+    }
     print_, kind = metadata.get("fingerprint", "none"), metadata.get("kind")
     if expected is not None and print_ != expected:
         return f"made by another extraction (fingerprint {print_})"
