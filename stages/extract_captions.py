@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.params import Dataset, load_params
+from pipeline.params import Dataset, Params, load_params
 from stages import timed
+
+if TYPE_CHECKING:
+    from pipeline.store.shards import Manifest
 
 
 def extract_captions(data: Annotated[Dataset, typer.Argument(help="captions or classes.")]) -> None:
@@ -18,13 +21,20 @@ def extract_captions(data: Annotated[Dataset, typer.Argument(help="captions or c
     """
     params = load_params()
     with timed(params, f"extract_captions@{data}"):
-        from pipeline.backbones.llm import load_embedding, load_tokenizer
-        from pipeline.extract import extract_captions
-        from pipeline.progress import progress_bar
-        from pipeline.store.reader import usable_rows
+        from pipeline.store.shards import in_use, manifest_path
 
-        base = Path("data") / params.profile
-        tokenizer, embedding = load_tokenizer(params.llm), load_embedding(params.llm)
-        with progress_bar(f"captions of {data}", len(usable_rows(base, data)), "images") as advance:
-            manifest = extract_captions(params, data, tokenizer, embedding, advance)
-        manifest.write(base / "text" / data / "manifest.json")
+        with in_use():
+            make(params, data).write(manifest_path(Path("data") / params.profile, "text", data))
+
+
+def make(params: Params, data: Dataset, repair: Manifest | None = None) -> Manifest:
+    """The features of a data set, in the store; `repair`: the manifest whose missing shards to make."""
+    from pipeline.backbones.llm import load_embedding, load_tokenizer
+    from pipeline.extract import extract_captions
+    from pipeline.progress import progress_bar
+    from pipeline.store.reader import usable_rows
+
+    tokenizer, embedding = load_tokenizer(params.llm), load_embedding(params.llm)
+    rows = usable_rows(Path("data") / params.profile, data)
+    with progress_bar(f"captions of {data}", len(rows), "images") as advance:
+        return extract_captions(params, data, tokenizer, embedding, advance, repair)

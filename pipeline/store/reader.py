@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.params import Dataset
-from pipeline.store.shards import Manifest, open_shard
+from pipeline.store.dtypes import unpack
+from pipeline.store.schema import dense
+from pipeline.store.shards import Manifest, manifest_path, open_shard
 
 
 def usable_rows(base: Path, data: Dataset) -> pd.DataFrame:
@@ -25,13 +27,16 @@ def usable_rows(base: Path, data: Dataset) -> pd.DataFrame:
     return rows[rows["quarantine"].isna()].sort_values("id", ignore_index=True)
 
 
+Columns = dict[str, "np.ndarray[Any, Any]"]
+
+
 class ImageTokens:
     """Image tokens of one data set: random access to [N, D] samples without a copy until the batch is made."""
 
-    def __init__(self, rows: pd.DataFrame, tokens: list[np.ndarray], places: dict[str, tuple[int, int]]):
-        self.rows, self._tokens, self._places = rows, tokens, places
+    def __init__(self, rows: pd.DataFrame, shards: list[Columns], places: list[tuple[int, int]], dtype: str):
+        self.rows, self._shards, self._places, self.dtype = rows, shards, places, dtype
         self.ids: list[str] = list(rows["id"])
-        self.shape: tuple[int, int] = tokens[0].shape[1:]
+        self.shape: tuple[int, int] = shards[0]["tokens"].shape[1:]
 
     @classmethod
     def open(cls, base: Path, data: Dataset) -> ImageTokens:
@@ -39,13 +44,13 @@ class ImageTokens:
 
         Raises UserError when a shard is gone or foreign, or a picture has no features.
         """
-        manifest = Manifest.read(base / "images" / data / "manifest.json")
-        tokens, places = [], {}
-        for number, shard in enumerate(manifest.shards):
-            table = open_shard(manifest.folder / shard.name, manifest.fingerprint)
-            for row, row_id in enumerate(table["id"].to_pylist()):
-                places[row_id] = (number, row)
-            tokens.append(_dense(table))
+        manifest = Manifest.read(manifest_path(base, "images", data))
+        tables = [open_shard(manifest.folder / shard.name, manifest.fingerprint) for shard in manifest.shards]
+        places = {
+            row_id: (number, row)
+            for number, table in enumerate(tables)
+            for row, row_id in enumerate(table["id"].to_pylist())
+        }
         rows = usable_rows(base, data)
         missing = [row_id for row_id in rows["id"] if row_id not in places]
         if missing:
@@ -53,7 +58,9 @@ class ImageTokens:
                 f"{len(missing)} pictures of {data} have no image tokens, the first is {missing[0]}; "
                 f"run `dvc repro extract_images@{data}`"
             )
-        return cls(rows, tokens, places)
+        shards = [{name: dense(table, name) for name in table.column_names[2:]} for table in tables]
+        dtype = tables[0].schema.metadata[b"dtype"].decode()
+        return cls(rows, shards, [places[row_id] for row_id in rows["id"]], dtype)
 
     def split(self, name: str) -> list[int]:
         """Positions of the rows of train, val or test."""
@@ -61,11 +68,16 @@ class ImageTokens:
 
     def tokens(self, positions: list[int]) -> Tensor:
         """Image tokens of some rows: float32 [B, N, D]."""
-        out = np.empty((len(positions), *self.shape), self._tokens[0].dtype)
+        return unpack(self.stored(positions), self.dtype)
+
+    def stored(self, positions: list[int]) -> Columns:
+        """Some rows as they are stored: tokens [B, N, D] (bfloat16 as uint16), for int8 also scale [B, N]."""
+        out = {name: np.empty((len(positions), *all_.shape[1:]), all_.dtype) for name, all_ in self._shards[0].items()}
         for target, position in enumerate(positions):
-            shard, row = self._places[self.ids[position]]
-            out[target] = self._tokens[shard][row]
-        return torch.from_numpy(out).float()
+            shard, row = self._places[position]
+            for name, column in self._shards[shard].items():
+                out[name][target] = column[row]
+        return out
 
 
 class CaptionTokens:
@@ -79,7 +91,7 @@ class CaptionTokens:
     @classmethod
     def open(cls, base: Path, data: Dataset) -> CaptionTokens:
         """Map the shards and the embedding table that data/<profile>/text/<data>/manifest.json names."""
-        manifest = Manifest.read(base / "text" / data / "manifest.json")
+        manifest = Manifest.read(manifest_path(base, "text", data))
         if manifest.embeddings is None:
             raise UserError(f"{base}/text/{data}/manifest.json names no embedding table; run `dvc repro`")
         captions: dict[str, list[list[int]]] = {}
@@ -87,7 +99,7 @@ class CaptionTokens:
             table = open_shard(manifest.folder / shard.name, manifest.fingerprint)
             captions.update(zip(table["id"].to_pylist(), table["captions"].to_pylist(), strict=True))
         table = open_shard(manifest.folder / manifest.embeddings.name, manifest.fingerprint)
-        return cls(captions, table["token_id"].to_numpy(), torch.from_numpy(_dense(table, "embedding").copy()))
+        return cls(captions, table["token_id"].to_numpy(), torch.from_numpy(dense(table, "embedding").copy()))
 
     def captions(self, row_id: str) -> list[list[int]]:
         """Token ids of each caption of a picture."""
@@ -100,12 +112,3 @@ class CaptionTokens:
     def embeddings(self, token_ids: list[int]) -> Tensor:
         """Input embeddings of some tokens: float32 [n, D]."""
         return self.table[self.rows_of(token_ids)]
-
-
-def _dense(table: pa.Table, column: str = "tokens") -> np.ndarray:
-    """A fixed-shape tensor column as one array [rows, ...]; a shard is one record batch, so no copy is made."""
-    chunks = table[column].chunks
-    if not chunks:
-        return np.empty((0, *table.schema.field(column).type.shape), np.float32)
-    arrays = [chunk.to_numpy_ndarray() for chunk in chunks]
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)

@@ -9,7 +9,10 @@ from typing import Any
 
 import pyarrow as pa
 
-FORMAT = "terraalign/1"
+FORMAT = "terraalign/2"
+
+STORED = {"float16": pa.float16(), "float32": pa.float32(), "bfloat16": pa.uint16(), "int8": pa.int8()}
+"""Arrow type of the numbers for each cache.dtype. Arrow has no bfloat16: its bits are kept in uint16."""
 
 
 def fingerprint(**parts: object) -> str:
@@ -30,10 +33,12 @@ def shard_key(rows: Iterable[tuple[str, str]]) -> str:
 
 
 def image_schema(shape: tuple[int, int], dtype: str, print_: str) -> pa.Schema:
-    """id, sha256 of the picture, and its image tokens as a fixed-shape tensor [N, D]."""
-    tokens = pa.fixed_shape_tensor(pa.from_numpy_dtype(dtype), shape)
+    """id, sha256 of the picture, and its image tokens as a fixed-shape tensor [N, D]; for int8 also scale [N]."""
+    tokens = pa.fixed_shape_tensor(STORED[dtype], shape)
     fields = [("id", pa.string()), ("sha256", pa.string()), ("tokens", tokens)]
-    return pa.schema(fields, metadata=_metadata(kind="images", fingerprint=print_))
+    if dtype == "int8":
+        fields.append(("scale", pa.fixed_shape_tensor(pa.float32(), shape[:1])))
+    return pa.schema(fields, metadata={**_metadata("images", print_), "dtype": dtype})
 
 
 def caption_schema(print_: str) -> pa.Schema:
@@ -52,7 +57,36 @@ def _metadata(kind: str, fingerprint: str) -> dict[str, str]:
     return {"format": FORMAT, "kind": kind, "fingerprint": fingerprint}
 
 
+def fault(found: pa.Schema, expected: str | None) -> str | None:
+    """What keeps a file from being a shard of the fingerprint `expected` (None: of any), or None."""
+    metadata = {
+        key.decode(errors="replace"): value.decode(errors="replace") for key, value in (found.metadata or {}).items()
+    }
+    print_, kind = metadata.get("fingerprint", "none"), metadata.get("kind")
+    if expected is not None and print_ != expected:
+        return f"made by another extraction (fingerprint {print_})"
+    if metadata.get("format") != FORMAT:
+        return f"in the format {metadata.get('format', 'of another program')}, this version reads {FORMAT}"
+    try:
+        if kind == "images":
+            ours = image_schema(tuple(found.field("tokens").type.shape), metadata["dtype"], print_)
+        elif kind == "embeddings":
+            ours = embedding_schema(found.field("embedding").type.shape[0], print_)
+        else:
+            ours = caption_schema(print_)
+    except (KeyError, AttributeError, TypeError, IndexError):
+        ours = None
+    return None if ours is not None and found.equals(ours, check_metadata=True) else "of another schema"
+
+
 def tensor_column(rows: Any, field: pa.Field) -> pa.Array:
-    """A numpy array [R, ...] as a fixed-shape tensor column of R rows, without a copy."""
-    storage = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), int(rows[0].size))
-    return pa.ExtensionArray.from_storage(field.type, storage)
+    """A contiguous numpy array [R, ...] as a fixed-shape tensor column of R rows, without a copy."""
+    # Not pa.array(): it copies float16 number by number.
+    numbers = pa.Array.from_buffers(field.type.value_type, rows.size, [None, pa.py_buffer(rows)])
+    return pa.ExtensionArray.from_storage(field.type, pa.FixedSizeListArray.from_arrays(numbers, rows[0].size))
+
+
+def dense(table: pa.Table, column: str) -> Any:
+    """A fixed-shape tensor column as one numpy array [rows, ...]; a shard is one record batch, so without a copy."""
+    [chunk] = table[column].chunks
+    return chunk.to_numpy_ndarray()

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 
 from pipeline.errors import UserError
+from pipeline.store import schema
 
 STORE = Path("data/store")
 
@@ -22,6 +28,7 @@ class Shard:
     name: str
     sha256: str
     rows: int
+    bytes: int
 
 
 @dataclass(frozen=True)
@@ -37,8 +44,14 @@ class Manifest:
     def folder(self) -> Path:
         return STORE / self.kind / self.fingerprint
 
+    @property
+    def files(self) -> list[Shard]:
+        """The shards and the embedding table."""
+        return self.shards + ([self.embeddings] if self.embeddings else [])
+
     def write(self, path: Path) -> None:
-        write_atomically(path, (json.dumps(asdict(self), indent=1) + "\n").encode())
+        with atomically(path) as file:
+            file.write((json.dumps(asdict(self), indent=1) + "\n").encode())
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
@@ -54,13 +67,19 @@ class Manifest:
             raise UserError(f"{path}: not a feature manifest ({error}); delete it and run `dvc repro`") from None
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def manifest_path(base: Path, kind: str, data: str) -> Path:
+    """The manifest of a data set's features; kind is images or text, base is data/<profile>."""
+    return base / kind / data / "manifest.json"
+
+
+@contextmanager
+def atomically(path: Path) -> Iterator[BinaryIO]:
     """Write to a temporary name, fsync, rename: the file is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -68,36 +87,91 @@ def write_atomically(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def in_use(exclusive: bool = False) -> Iterator[None]:
+    """Hold the store: extractions share it, `prune` needs it alone.
+
+    Raises UserError when it is asked for alone while others are at work.
+    """
+    STORE.mkdir(parents=True, exist_ok=True)
+    with (STORE / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB if exclusive else fcntl.LOCK_SH)
+        except BlockingIOError:
+            raise UserError(f"{STORE}: an extraction is at work here; wait until it has ended") from None
+        yield
+
+
 def write_shard(path: Path, table: pa.Table) -> Shard:
-    """Write a table as an uncompressed Arrow IPC file under its final name, read-only."""
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table.combine_chunks())
-    write_atomically(path, sink.getvalue())
-    path.chmod(0o444)
+    """Write a table as an uncompressed Arrow IPC file of one record batch under its final name, read-only."""
+    with atomically(path) as file:
+        with pa.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table.combine_chunks())
+        os.fchmod(file.fileno(), 0o444)
     return describe(path)
 
 
 def describe(path: Path) -> Shard:
-    """Name, SHA-256 and rows of a shard on disk; raises UserError when it is not a whole Arrow file."""
+    """A shard as it is on disk; raises UserError when it is not a whole Arrow file."""
+    rows = open_shard(path).num_rows
+    return Shard(path.name, sha256_of(path), rows, path.stat().st_size)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return Shard(path.name, digest, open_shard(path).num_rows)
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_record(path: Path, shard: Shard, **making: object) -> None:
+    """Keep beside a shard what it was when it was written, and what its making took: <shard>.json.
+
+    It is no DVC output: timings must not make a later stage stale.
+    """
+    with atomically(path.with_suffix(".json")) as file:
+        file.write((json.dumps({"shard": asdict(shard), **making}, indent=1) + "\n").encode())
+
+
+def read_record(path: Path) -> tuple[Shard, dict[str, Any]] | None:
+    """What `write_record` kept of the shard at `path`; None when there is nothing or it is no record."""
+    try:
+        values = json.loads(path.with_suffix(".json").read_text())
+        return Shard(**values.pop("shard")), values
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def recorded(path: Path) -> Shard | None:
+    """A shard as it was when it was written: so a manifest made anew does not take damage for the truth.
+
+    None, with a note on stderr, when what is there is no whole shard of its folder's fingerprint.
+    """
+    try:
+        open_shard(path, path.parent.name)
+    except UserError as fault:
+        print(f"{str(fault).partition(';')[0]}; it is made again", file=sys.stderr)
+        return None
+    record = read_record(path)
+    if record is not None:
+        return record[0]
+    shard = describe(path)  # the process was killed between shard and record, or the record was deleted
+    write_record(path, shard)
+    return shard
 
 
 def open_shard(path: Path, expected: str | None = None) -> pa.Table:
     """Map a shard into memory; `expected` is the fingerprint it has to carry.
 
-    Raises UserError naming the file when it is missing, cut short, or of another fingerprint.
+    Raises UserError naming the file when it is missing, cut short, of another fingerprint or of another schema.
     """
-    mend = "delete it if it is there, then run `dvc repro --force` for the extract stage"
+    mend = "`terraalign store verify --repair` makes it anew"
     try:
         table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
     except FileNotFoundError:
         raise UserError(f"{path}: this shard is gone; {mend}") from None
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{path}: not a whole Arrow file ({error}); {mend}") from None
-    found = (table.schema.metadata or {}).get(b"fingerprint", b"").decode()
-    if expected is not None and found != expected:
-        raise UserError(f"{path}: made by another extraction (fingerprint {found or 'none'}); {mend}")
+    fault = schema.fault(table.schema, expected)
+    if fault is not None:
+        raise UserError(f"{path}: {fault}; {mend}")
     return table

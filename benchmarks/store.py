@@ -1,0 +1,215 @@
+"""The store beside the usual ways to keep features: reading at random, writing, bytes on disk.
+
+    pip install -e '.[dev,bench]'
+    python benchmarks/store.py [--samples 2048] [--folder /dev/shm]
+
+Samples are CoCa's image tokens, [255, 512] in float16, of random numbers. All ways read the same random batches of 32
+in the same order from files that the system has cached, one after the other in every round; a figure is the median over
+the rounds of the ratio within a round, so what else runs on the machine weighs on both sides.
+"""
+
+import argparse
+import io
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import torch
+import webdataset
+
+from pipeline.backbones.devices import keep_freed_memory
+from pipeline.store import schema
+from pipeline.store.reader import ImageTokens
+from pipeline.store.shards import open_shard, write_shard
+
+SHAPE, BATCH, SHARDS = (255, 512), 32, 8
+SAMPLE = SHAPE[0] * SHAPE[1] * 2  # bytes
+
+
+def write_store(folder: Path, tokens: np.ndarray) -> None:
+    """Shards as extraction writes them, hashed and on the disk (fsync)."""
+    arrow = schema.image_schema(SHAPE, "float16", "bench")
+    for number, part in enumerate(np.split(tokens, SHARDS)):
+        ids = [f"{number * len(part) + row:08}" for row in range(len(part))]
+        columns = [pa.array(ids), pa.array(["0" * 64] * len(part)), schema.tensor_column(part, arrow.field("tokens"))]
+        write_shard(folder / f"{number}.arrow", pa.table(columns, schema=arrow))
+
+
+def write_webdataset(folder: Path, tokens: np.ndarray, sync: bool = False) -> None:
+    """Tar shards of one .npy member a sample, by WebDataset's own writer."""
+    folder.mkdir()
+    for number, part in enumerate(np.split(tokens, SHARDS)):
+        path = folder / f"{number}.tar"
+        with webdataset.TarWriter(str(path)) as tar:
+            for row, sample in enumerate(part):
+                tar.write({"__key__": f"{number * len(part) + row:08}", "tokens.npy": sample})
+        if sync:
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+
+
+def open_store(folder: Path, count: int) -> ImageTokens:
+    tables = [open_shard(folder / f"{number}.arrow", "bench") for number in range(SHARDS)]
+    places = [(number, row) for number, table in enumerate(tables) for row in range(len(table))]
+    columns = [{"tokens": schema.dense(table, "tokens")} for table in tables]
+    return ImageTokens(pd.DataFrame({"id": [str(i) for i in range(count)]}), columns, places, "float16")
+
+
+class TarMembers:
+    """Random access to the .npy members of tar shards, by an index of their places: the best that tar allows."""
+
+    def __init__(self, folder: Path):
+        import tarfile
+
+        self.members = []
+        for path in sorted(folder.glob("*.tar")):
+            file = path.open("rb")
+            with tarfile.open(path) as tar:
+                self.members += [(file, member.offset_data, member.size) for member in tar]
+
+    def read(self, positions: list[int]) -> np.ndarray:
+        samples = []
+        for position in positions:
+            file, offset, size = self.members[position]
+            file.seek(offset)
+            samples.append(np.load(io.BytesIO(file.read(size))))
+        return np.stack(samples)
+
+
+def hf_dataset(folder: Path, tokens: np.ndarray) -> datasets.Dataset:
+    features = datasets.Features({"tokens": datasets.Array2D(SHAPE, "float16")})
+    made = datasets.Dataset.from_generator(
+        lambda: ({"tokens": sample} for sample in tokens), features=features, cache_dir=str(folder)
+    )
+    return made.with_format("torch", dtype=torch.float16)
+
+
+def seconds(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def ratios(ways: dict[str, Callable[[], object]], base: str, rounds: int) -> dict[str, tuple[float, float]]:
+    """For each way: median seconds, and the median of base seconds / its seconds within a round."""
+    took: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, work in ways.items():
+            took[name].append(seconds(work))
+    return {
+        name: (
+            statistics.median(times),
+            statistics.median(b / t for b, t in zip(took[base], times, strict=True)),
+        )
+        for name, times in took.items()
+    }
+
+
+def measure_reading(folder: Path, tokens: np.ndarray, rounds: int) -> None:
+    store = open_store(folder / "store", len(tokens))
+    tars, hub = TarMembers(folder / "tars"), hf_dataset(folder / "hf", tokens)
+    order = np.random.default_rng(1).permutation(len(tokens))[: len(tokens) // BATCH * BATCH].tolist()
+    batches = [order[i : i + BATCH] for i in range(0, len(order), BATCH)]
+    check = batches[0]
+    for name, found in {
+        "store": store.stored(check)["tokens"], "tar": tars.read(check), "hub": hub[check]["tokens"].numpy()
+    }.items():  # fmt: skip
+        assert np.array_equal(found, tokens[check]), name
+    ways: dict[str, Callable[[], object]] = {
+        "memcpy (same bytes, in order)": lambda: [tokens[i : i + BATCH].copy() for i in range(0, len(order), BATCH)],
+        "store, as stored": lambda: [store.stored(batch) for batch in batches],
+        "store, float32": lambda: [store.tokens(batch) for batch in batches],
+        "WebDataset .npy members, indexed": lambda: [tars.read(batch) for batch in batches],
+        "HF datasets, torch": lambda: [hub[batch]["tokens"] for batch in batches],
+    }
+    print(f"\n| reading {len(order)} samples at random | GB/s | store as stored is faster by |\n|---|---|---|")
+    for name, (took, ratio) in ratios(ways, "store, as stored", rounds).items():
+        print(f"| {name} | {len(order) * SAMPLE / took / 1e9:.2f} | {1 / ratio:.2f} x |")
+
+
+def measure_sequential_tar(folder: Path, tokens: np.ndarray, rounds: int) -> None:
+    """WebDataset's own loader reads tars in order; the store reads as many batches at random."""
+    store = open_store(folder / "store", len(tokens))
+    urls = [str(path) for path in sorted((folder / "tars").glob("*.tar"))]
+    order = np.random.default_rng(1).permutation(len(tokens)).tolist()
+
+    def read_tars() -> int:
+        loader = webdataset.WebDataset(urls, shardshuffle=False).decode().to_tuple("tokens.npy").batched(BATCH)
+        return sum(len(batch) for (batch,) in loader)
+
+    assert read_tars() == len(tokens)
+    ways: dict[str, Callable[[], object]] = {
+        "store, as stored, again": lambda: [store.stored(order[i : i + BATCH]) for i in range(0, len(order), BATCH)],
+        "WebDataset loader, in order": read_tars,
+    }
+    for name, (took, ratio) in ratios(ways, "store, as stored, again", rounds).items():
+        print(f"| {name} | {len(tokens) * SAMPLE / took / 1e9:.2f} | {1 / ratio:.2f} x |")
+
+
+def measure_writing(folder: Path, tokens: np.ndarray, rounds: int) -> None:
+    fresh = iter(folder / f"write{n}" for n in range(10**6))
+    ways: dict[str, Callable[[], object]] = {
+        "store (hashed, fsync)": lambda: write_store(next(fresh), tokens),
+        "WebDataset .npy": lambda: write_webdataset(next(fresh), tokens),
+        "WebDataset .npy, fsync": lambda: write_webdataset(next(fresh), tokens, sync=True),
+    }
+    print(f"\n| writing {len(tokens)} samples | GB/s | store is faster by |\n|---|---|---|")
+    for name, (took, ratio) in ratios(ways, "store (hashed, fsync)", rounds).items():
+        print(f"| {name} | {tokens.nbytes / took / 1e9:.2f} | {1 / ratio:.2f} x |")
+
+
+def measure_bytes(folder: Path, tokens: np.ndarray) -> None:
+    stored = sum(path.stat().st_size for path in (folder / "store").glob("*.arrow"))
+    tars = sum(path.stat().st_size for path in (folder / "tars").glob("*.tar"))
+    print(f"\nbytes on disk / raw: store {stored / tokens.nbytes:.5f}, tars {tars / tokens.nbytes:.5f}")
+
+
+def measure_captions(folder: Path, images: int = 118_287, width: int = 4096) -> None:
+    """As many captions as COCO train has, five of 8 to 16 tokens an image, words by Zipf's law, against embeddings."""
+    generator = np.random.default_rng(2)
+    lengths = generator.integers(8, 17, images * 5)
+    words = pa.array(np.minimum(generator.zipf(1.1, lengths.sum()), 30_000) - 1, pa.int32())
+    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
+    captions = pa.ListArray.from_arrays(offsets, words)
+    captions = pa.ListArray.from_arrays(pa.array(np.arange(0, images * 5 + 1, 5), pa.int32()), captions)
+    ids = pa.array([f"{i:012}" for i in range(images)])
+    shard = write_shard(folder / "captions.arrow", pa.table([ids, captions], schema=schema.caption_schema("bench")))
+    used = len(words.unique())
+    kept = shard.bytes + used * (4 * width + 4)  # float32 rows and their token ids
+    print(f"captions: {len(words)} tokens of {used} words at width {width}: {kept / 1e9:.3f} GB kept, "
+          f"of them {shard.bytes / 1e9:.3f} token ids; embeddings of all in float32, as kept: "
+          f"{kept / (len(words) * width * 4):.5f} (1/{len(words) * width * 4 / kept:.0f}), "
+          f"in float16: 1/{len(words) * width * 2 / kept:.0f}")  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=2048)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--folder", help="where to write; a memory file system leaves the disk out")
+    options = parser.parse_args()
+    keep_freed_memory()  # as the training stages do
+    datasets.disable_progress_bars()
+    versions = f"torch {torch.__version__}, arrow {pa.__version__}, webdataset {webdataset.__version__}"
+    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, {versions}, datasets {datasets.__version__}")
+    tokens = np.random.default_rng(0).standard_normal((options.samples, *SHAPE), np.float32).astype(np.float16)
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder = Path(name)
+        write_store(folder / "store", tokens)
+        write_webdataset(folder / "tars", tokens)
+        measure_reading(folder, tokens, options.rounds)
+        measure_sequential_tar(folder, tokens, options.rounds)
+        measure_bytes(folder, tokens)
+        measure_captions(folder)
+        measure_writing(folder, tokens[: options.samples // 4], options.rounds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""Numbers as cache.dtype keeps them, and back: float16, bfloat16, float32, or int8 with a scale per token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class DoesNotFit(ValueError):
+    """A number is not finite in the stored type; `row` is the first row that has one."""
+
+    def __init__(self, row: int):
+        self.row = row
+
+
+def pack(tokens: Tensor, dtype: str) -> dict[str, np.ndarray[Any, Any]]:
+    """Float32 tokens [R, N, D] as the columns that keep them: tokens [R, N, D], for int8 also scale [R, N].
+
+    int8 is symmetric: scale = max |x| / 127 of each token. bfloat16 becomes its bits in uint16, numpy has no name for
+    it. Raises DoesNotFit.
+    """
+    if dtype == "int8":
+        scale = tokens.abs().amax(-1) / 127
+        steps = (tokens / torch.where(scale > 0, scale, 1)[..., None]).round().clamp(-127, 127)
+        columns = {"tokens": steps, "scale": scale}
+    else:
+        columns = {"tokens": tokens.to(getattr(torch, dtype))}
+    for row, whole in enumerate(torch.stack([x.isfinite().flatten(1).all(1) for x in columns.values()]).all(0)):
+        if not whole:
+            raise DoesNotFit(row)
+    if dtype == "int8":
+        columns["tokens"] = columns["tokens"].to(torch.int8)
+    if dtype == "bfloat16":
+        columns["tokens"] = columns["tokens"].view(torch.uint16)
+    return {name: column.numpy() for name, column in columns.items()}
+
+
+def unpack(stored: dict[str, np.ndarray[Any, Any]], dtype: str) -> Tensor:
+    """What `pack` made, as float32 [R, N, D]."""
+    columns = {name: torch.from_numpy(column) for name, column in stored.items()}
+    tokens = columns["tokens"].view(torch.bfloat16) if dtype == "bfloat16" else columns["tokens"]
+    return tokens.float() * columns["scale"][..., None] if dtype == "int8" else tokens.float()
