@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from pipeline.errors import UserError
-from pipeline.params import Params, load_params
+from pipeline.params import Dataset, Params, load_params
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from pipeline.store.inventory import Fault, Use
 
 HELP = """Look after data/store, which holds the extracted features of all profiles.
@@ -21,6 +20,7 @@ A file there (a shard) is written once under a name that follows from its conten
 only the shards that are not there, so what you prune is made again when a profile needs it. docs/store.md describes the
 format, and how another program reads it.
 """
+Format = Literal["webdataset"]
 app = typer.Typer(help=HELP, no_args_is_help=True)
 Url = Annotated[str, typer.Argument(help="A folder (file:///backup/features), s3://bucket/prefix, or any fsspec URL.")]
 
@@ -158,6 +158,29 @@ def pull(url: Url) -> None:
     from pipeline.store import remote
 
     _transfer(remote.pull, url, "pulled")
+
+
+@app.command("export")
+def export(
+    data: Annotated[Dataset, typer.Argument(help="captions or classes.")],
+    destination: Annotated[Path, typer.Argument(help="A new folder.")],
+    layout: Annotated[Format, typer.Option("--format", help="The layout; one so far.")] = "webdataset",
+    per_shard: Annotated[int, typer.Option(min=1, help="Pictures in a tar.")] = 1000,
+) -> None:
+    """Write the features of a data set as WebDataset tars, for use in another program.
+
+    Image tokens as .npy (float16), token ids of the captions as .json, a tar per split and 1,000 pictures, and the
+    embeddings of all tokens beside them; docs/webdataset.md shows how the stock `webdataset` library reads them.
+    """
+    from pipeline.progress import progress_bar
+    from pipeline.store import webdataset
+    from pipeline.store.reader import CaptionTokens, ImageTokens
+
+    base = Path("data") / load_params().profile
+    images, captions = ImageTokens.open(base, data), CaptionTokens.open(base, data)
+    with progress_bar("export", len(images.ids), "pictures") as advance:
+        tars = webdataset.export(images, captions, destination, per_shard, advance)
+    typer.echo(f"{destination}: {len(images.ids):,} pictures in {len(tars)} tars")
 
 
 def _transfer(move: Callable[[list[Use], str, Callable[[int], None]], int], url: str, done: str) -> None:
