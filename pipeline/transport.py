@@ -164,30 +164,43 @@ def _offer(cost, arc, mover, i, j, m):
 
 
 @compiled
-def _shortest(excess, price, arc, m, hop, distance, before, done):
+def _replace(cost, member, filled, arc, mover, gone, j, m):
+    """A row has left column j: the arcs that it carried go to the next best member."""
+    for k in range(m):
+        if mover[j, k] == gone:
+            best, which = np.inf, ZERO
+            for p in range(filled[j]):
+                i = member[j, p]
+                move = cost[i, k] - cost[i, j]
+                if move < best:
+                    best, which = move, i
+            arc[j, k], mover[j, k] = best, which
+
+
+@compiled
+def _shortest(excess, price, arc, m, hop, distance, before, waiting):
     """Dijkstra from all over-full columns to the nearest under-full one, arcs reduced by the prices; -1: none."""
     for k in range(m):
-        done[k] = False
         before[k] = -1
-        distance[k] = 0.0 if excess[k] > 0 else np.inf
+        distance[k] = waiting[k] = 0.0 if excess[k] > 0 else np.inf
     while True:
         near, j = np.inf, -1
         for k in range(m):
-            if not done[k] and distance[k] < near:
-                near, j = distance[k], k
+            if waiting[k] < near:
+                near, j = waiting[k], k
         if j < 0 or excess[j] < 0:
             break
-        done[j] = True
+        waiting[j] = np.inf
         base = near + price[j] + hop
-        for k in range(m):
+        for k in range(m):  # a settled column is no farther than `near`, so it does not change
             through = max(near, base + arc[j, k] - price[k])
-            if not done[k] and through < distance[k]:
-                distance[k] = through
-                before[k] = j
+            better = through < distance[k]
+            distance[k] = through if better else distance[k]
+            waiting[k] = through if better else waiting[k]
+            before[k] = j if better else before[k]
     if j >= 0:
         for k in range(m):
-            if done[k]:
-                price[k] -= near - distance[k]
+            price[k] -= max(0.0, near - distance[k])
     return j
 
 
@@ -196,7 +209,7 @@ def _balance(s, n, m, hop):
     """Move units along successive shortest paths until no column is over-full; False when that takes too many."""
     cost, price, arc, mover = s.cost, s.price, s.arc, s.mover
     flow, member, place, filled, excess = s.flow, s.member, s.place, s.filled, s.excess
-    distance, before, done = np.empty(m), np.empty(m, np.int64), np.empty(m, np.bool_)
+    distance, before, waiting = np.empty(m), np.empty(m, np.int64), np.empty(m)
     over = 0
     for j in range(m):
         _arcs_of(cost, member, filled, arc, mover, j, m)
@@ -204,7 +217,7 @@ def _balance(s, n, m, hop):
     for _ in range(1000 + 100 * (n + m)):
         if over == 0:
             return True
-        end = _shortest(excess, price, arc, m, hop, distance, before, done)
+        end = _shortest(excess, price, arc, m, hop, distance, before, waiting)
         if end < 0:
             return False
         units, k = -excess[end], end
@@ -222,7 +235,7 @@ def _balance(s, n, m, hop):
             i = mover[j, k]
             _move(flow, member, place, filled, i, j, k, units)
             if flow[i, j] == 0:
-                _arcs_of(cost, member, filled, arc, mover, j, m)
+                _replace(cost, member, filled, arc, mover, i, j, m)
             _offer(cost, arc, mover, i, k, m)
             k = j
     return False

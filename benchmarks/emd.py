@@ -1,0 +1,202 @@
+"""How fast is the exact EMD, and how far off is Sinkhorn? Ratios, each measured side by side in this run.
+
+    python benchmarks/emd.py [--quick] [--threads 1] [--only a b c d e f]
+
+Shapes are the thesis's: 255 tokens, an adapter from 512 to 4096 wide, five captions of 8 to 20 words an image; and the
+demo's: 9 tokens, captions of 3 to 12 words, 160 pairs a batch. Tokens and words are random: independent, or of rank 3,
+where most tokens have to leave their nearest word. A time is the best of a few turns, the sides taking turns.
+"""
+
+import argparse
+import itertools
+import os
+import time
+from collections.abc import Callable
+
+import numpy as np
+import ot
+import torch
+from ot.lp.emd_wrap import emd_c
+from torch import Tensor
+
+from pipeline.adapters import build_adapter
+from pipeline.emd import cost_matrix, emd, solve
+
+Batch = tuple[Tensor, Tensor, list[int], list[int]]
+
+
+def batch(
+    images: int, tokens: int, captions: int, words: tuple[int, int], width: int, rank: int | None = None
+) -> Batch:
+    """Tokens [B, N, D], words [T, D], offsets and image index of random captions."""
+    rng = np.random.default_rng(0)
+    offsets = np.cumsum([0, *rng.integers(words[0], words[1] + 1, images * captions)]).tolist()
+    torch.manual_seed(0)
+    base = torch.eye(width)[:rank] if rank else torch.eye(width)
+    x, y = (torch.randn(*shape, len(base)) @ base for shape in ((images, tokens), (offsets[-1],)))
+    return x, y, offsets, [i for i in range(images) for _ in range(captions)]
+
+
+def best(turns: int, *sides: Callable[[], object]) -> list[float]:
+    """Least seconds of each side; the first turn is not counted."""
+    times: list[list[float]] = [[] for _ in sides]
+    for _ in range(turns + 1):
+        for side, mine in zip(sides, times, strict=True):
+            began = time.perf_counter()
+            side()
+            mine.append(time.perf_counter() - began)
+    return [min(mine[1:]) for mine in times]
+
+
+def report(what: str, ours: float, other: float, unit: float = 1e3, name: str = "ms") -> None:
+    print(
+        f"{what}: {other * unit:.1f} {name} against ours {ours * unit:.1f} {name}, ratio {other / ours:.2f}", flush=True
+    )
+
+
+def costs_of(data: Batch) -> np.ndarray:
+    """Squared costs [B, N, L] of a batch whose images have as many columns as the widest needs."""
+    x, y, offsets, index = data
+    spans = [(offsets[index.index(i)], offsets[len(index) - index[::-1].index(i)]) for i in range(len(x))]
+    padded = torch.zeros(len(x), max(end - start for start, end in spans), y.shape[1])
+    for i, (start, end) in enumerate(spans):
+        padded[i, : end - start] = y[start:end]
+    return cost_matrix(x, padded, "sqeuclidean").numpy()
+
+
+def against_core(quick: bool, rank: int | None) -> None:
+    """(a) Solver against POT's C core alone, its float64 matrices ready."""
+    data = batch(8 if quick else 40, 255, 5, (8, 20), 64, rank)
+    costs, (_, _, offsets, index) = costs_of(data), data
+    ready = []
+    for pair, image in enumerate(index):
+        first = offsets[pair] - offsets[index.index(image)]
+        matrix = costs[image, :, first : first + offsets[pair + 1] - offsets[pair]].astype(np.float64)
+        ready.append((*(np.full(side, 1 / side) for side in matrix.shape), np.ascontiguousarray(matrix)))
+    ours, core = best(5, lambda: solve(costs, offsets, index), lambda: [emd_c(*r, 10**6, 1, None, None) for r in ready])
+    report(f"(a) N=255, {data_kind(rank)}: emd_c a pair", ours / len(index), core / len(index), 1e6, "us")
+
+
+def against_path(quick: bool, rank: int | None) -> None:
+    """(b) Many small problems: solver pot is the same front end with emd_c called pair by pair."""
+    data = batch(32, 9, 5, (3, 12), 64, rank)
+    costs, (x, _, offsets, index) = costs_of(data), data
+    x.requires_grad_()
+    turns = 5 if quick else 20
+    ours, pot = best(turns, lambda: solve(costs, offsets, index), lambda: solve(costs, offsets, index, solver="pot"))
+    report(f"(b) N=9, {data_kind(rank)}: emd_c path, plans of 160 pairs", ours, pot)
+    ours, pot = best(
+        turns,
+        lambda: emd(*data, cost="sqeuclidean").sum().backward(),
+        lambda: emd(*data, cost="sqeuclidean", solver="pot").sum().backward(),
+    )
+    report(f"(b) N=9, {data_kind(rank)}: emd_c path, forward and backward", ours, pot)
+
+
+def data_kind(rank: int | None) -> str:
+    return f"rank {rank}" if rank else "independent"
+
+
+def solver(quick: bool, threads: int) -> None:
+    """(a) and (b), on one thread."""
+    for rank in (None, 3):
+        against_core(quick, rank)
+        against_path(quick, rank)
+
+
+def pot_loop(x: Tensor, y: Tensor, offsets: list[int], index: list[int]) -> Tensor:
+    """What one writes with POT's differentiable front end: a loop over the pairs."""
+    of_image = x.unbind(0)
+    captions = [y[start:end] for start, end in itertools.pairwise(offsets)]
+    values = []
+    for image, caption in zip(index, captions, strict=True):
+        matrix = ot.dist(of_image[image], caption)  # squared Euclidean
+        values.append(ot.emd2(matrix.new_tensor([]), matrix.new_tensor([]), matrix))
+    return torch.stack(values)
+
+
+def forward_backward(quick: bool, threads: int) -> None:
+    """(c) Values and token gradients, five captions an image."""
+    data = batch(2 if quick else 8, 255, 5, (8, 20), 4096)
+    x = data[0].requires_grad_()
+    ours, loop = best(
+        3,
+        lambda: emd(x, *data[1:], cost="sqeuclidean", threads=threads).sum().backward(),
+        lambda: pot_loop(x, *data[1:]).sum().backward(),
+    )
+    report("(c) EMD forward and backward: emd2 loop", ours, loop)
+
+
+def whole_step(quick: bool, threads: int) -> None:
+    """(d) An mlp adapter's forward, EMD, backward: images with their five captions, or pair by pair."""
+    images = 1 if quick else 2
+    _, y, offsets, index = batch(images, 255, 5, (8, 20), 4096)
+    x = torch.randn(images, 255, 512)
+    adapter = build_adapter("mlp", 512, 4096)
+    by_pair = x[index]
+    ours, loop = best(
+        1 if quick else 2,
+        lambda: emd(adapter(x), y, offsets, index, cost="sqeuclidean", threads=threads).sum().backward(),
+        lambda: pot_loop(adapter(by_pair), y, offsets, list(range(len(index)))).sum().backward(),
+    )
+    report(f"(d) step, mlp, {len(index)} pairs: pair-wise with POT", ours, loop)
+
+
+def free_loss(quick: bool, threads: int) -> None:
+    """(e) The step against the same adapter under a loss that costs nothing: a fixed gradient."""
+    step_against_free("linear", 4 if quick else 8, 3 if quick else 5, threads)
+    step_against_free("mlp", 1 if quick else 2, 2 if quick else 3, threads)
+
+
+def step_against_free(name: str, images: int, turns: int, threads: int) -> None:
+    _, y, offsets, index = batch(images, 255, 5, (8, 20), 4096)
+    x, adapter = torch.randn(images, 255, 512), build_adapter(name, 512, 4096)
+    gradient = torch.randn(images, 255, 4096)
+    ours, free = best(
+        turns,
+        lambda: emd(adapter(x), y, offsets, index, cost="sqeuclidean", threads=threads).sum().backward(),
+        lambda: adapter(x).backward(gradient),
+    )
+    report(f"(e) step, {name}: free loss", ours, free)
+
+
+def sinkhorn(quick: bool, threads: int) -> None:
+    """(f) Sinkhorn's error: values relative to the exact ones, gradients relative in the 2-norm."""
+    data = batch(2 if quick else 8, 255, 5, (8, 20), 64)
+    x = data[0].requires_grad_()
+
+    def run(**options: object) -> tuple[Tensor, Tensor, float]:
+        x.grad = None
+        began = time.perf_counter()
+        value = emd(x, *data[1:], cost="sqeuclidean", threads=threads, **options)
+        value.sum().backward()
+        return value.detach(), x.grad, time.perf_counter() - began
+
+    run()
+    exact, gradient, seconds = run()
+    for regularisation in (0.1, 0.05, 0.02, 0.01, 0.005):
+        value, other, longer = run(solver="sinkhorn", regularisation=regularisation)
+        error = ((value - exact).abs() / exact).mean()
+        wrong = (other - gradient).norm() / gradient.norm()
+        print(
+            f"(f) Sinkhorn at {regularisation} of the mean cost: value off by {error:.2%}, gradient by {wrong:.0%}, "
+            f"time ratio {longer / seconds:.1f}",
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small batches, few turns")
+    parser.add_argument("--threads", type=int, default=1, help="of torch and of the solver")
+    parser.add_argument("--only", nargs="+", default=list("acdef"), choices=list("acdef"), help="a: also b")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    print(f"{os.cpu_count()} cores, {arguments.threads} threads used, torch {torch.__version__}, POT {ot.__version__}")
+    parts = {"a": solver, "c": forward_backward, "d": whole_step, "e": free_loss, "f": sinkhorn}
+    for letter in arguments.only:
+        parts[letter](arguments.quick, arguments.threads)
+
+
+if __name__ == "__main__":
+    main()
