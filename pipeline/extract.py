@@ -27,7 +27,7 @@ from pipeline.params import Dataset, Params
 from pipeline.pictures import decode, read
 from pipeline.store import schema
 from pipeline.store.donors import Donors
-from pipeline.store.dtypes import DoesNotFit, pack
+from pipeline.store.dtypes import Columns, DoesNotFit, pack
 from pipeline.store.reader import usable_rows
 from pipeline.store.shards import STORE, Manifest, Shard, open_shard, recorded, write_record, write_shard
 
@@ -35,7 +35,6 @@ EXTRACTOR_VERSION = 2  # since 2: transparency over white, 16-bit grey scaled
 """Raise it when a change here changes the bytes; a golden test notices when that was forgotten."""
 
 Advance = Callable[[int], None]
-Columns = dict[str, np.ndarray[Any, Any]]
 
 
 class Clock:
