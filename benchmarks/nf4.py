@@ -28,12 +28,12 @@ BUSY = "while True: sum(i * i for i in range(10000))"
 def step_seconds(params: LLM, steps: int) -> float:
     """Median seconds of forward and backward: 8 images of 9 tokens, a prompt, a caption."""
     torch.manual_seed(0)
-    llm = load_llm(params)
+    llm = load_llm(params, expand=False)
     add_lora(llm, LoRA())
     model = VLM(build_adapter("mlp", 1280, llm.width, pool=3), llm).train()
     example = (
         torch.randn(8, 49, 1280),
-        ["Describe this image"] * 8,
+        "Describe this image",
         ["A red tractor beside a book."] * 8,
     )
     times = []

@@ -31,17 +31,17 @@ class Examples:
         order = torch.randperm(len(val), generator=torch.Generator().manual_seed(seed)).tolist()
         self.val = [val[i] for i in order[: settings.validation_images]]
 
-    def draw(self, batch: list[int]) -> tuple[Tensor, list[str], list[str]]:
-        """Training images with a random prompt and one random answer each; random by torch's own state."""
+    def draw(self, batch: list[int]) -> tuple[Tensor, str, list[str]]:
+        """Training images, a random prompt for all, and a random answer for each; random by torch's own state."""
         positions = [self.train[i] for i in batch]
-        prompts = [self.prompts[int(torch.randint(len(self.prompts), ()))] for _ in positions]
+        prompt = self.prompts[int(torch.randint(len(self.prompts), ()))]
         answers = [self.answers[p][int(torch.randint(len(self.answers[p]), ()))] for p in positions]
-        return self.images.tokens(positions), prompts, answers
+        return self.images.tokens(positions), prompt, answers
 
-    def fixed(self, positions: list[int]) -> tuple[Tensor, list[str], list[str]]:
+    def fixed(self, positions: list[int]) -> tuple[Tensor, str, list[str]]:
         """The same images with the first prompt and the first answer."""
         answers = [self.answers[position][0] for position in positions]
-        return self.images.tokens(positions), [self.prompts[0]] * len(positions), answers
+        return self.images.tokens(positions), self.prompts[0], answers
 
 
 def finetune(params: Params, name: AdapterName, data: Dataset, pretrained: Path | None, out: Path) -> None:

@@ -39,22 +39,22 @@ class VLM(nn.Module):
         before, after = chat.split(IMAGE)
         return self._ids(before), self._ids(after)
 
-    def loss(self, tokens: Tensor, prompts: Sequence[str], answers: Sequence[str]) -> tuple[Tensor, int]:
-        """Next-token cross-entropy of the answers: its sum over answer tokens, and their number.
+    def loss(self, tokens: Tensor, prompt: str, answers: Sequence[str]) -> tuple[Tensor, int]:
+        """Next-token cross-entropy of the answers to a prompt: its sum over answer tokens, and their number.
 
-        tokens [B, N, D_img]; prompts and answers, one of each per image. The end-of-turn token is part of an answer.
+        tokens [B, N, D_img]; an answer per image. The end-of-turn token is part of an answer.
         """
         answer_ids = [[*self._ids(answer), self.tokenizer.eos_token_id] for answer in answers]
-        inputs, mask = self._splice(tokens, prompts, answer_ids)
+        inputs, mask, cache = self._splice(tokens, prompt, answer_ids)
         longest = max(map(len, answer_ids))
         labels = torch.full((len(answers), longest), IGNORED, device=self.device)
         for row, ids in enumerate(answer_ids):
             labels[row, longest - len(ids) :] = torch.tensor(ids, device=self.device)
         # Answers end at the right edge, so logits are computed at their positions only: [B, longest + 1, V].
-        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        cached = cache.get_seq_length()
         output = self.network(
-            inputs_embeds=inputs, attention_mask=mask, position_ids=positions,
-            logits_to_keep=longest + 1, use_cache=False,
+            inputs_embeds=inputs[:, cached:], attention_mask=mask, position_ids=(mask.cumsum(1) - 1)[:, cached:],
+            cache=cache, use_cache=True, logits_to_keep=longest + 1,
         )  # fmt: skip
         logits = output.logits[:, :-1].float().flatten(0, 1)
         total = F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORED, reduction="sum")
@@ -69,9 +69,9 @@ class VLM(nn.Module):
         Each answer begins with `prefix`, which the LLM goes on from; `repetition_penalty` is that of Keskar et al.
         (2019), over the tokens generated.
         """
-        inputs, mask = self._splice(tokens, [prompt] * len(tokens), [self._ids(prefix)] * len(tokens))
+        inputs, mask, cache = self._splice(tokens, prompt, [self._ids(prefix)] * len(tokens))
         ids = self.network.generate(
-            inputs_embeds=inputs, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False,
+            inputs_embeds=inputs, attention_mask=mask, cache=cache, max_new_tokens=max_new_tokens, do_sample=False,
             repetition_penalty=repetition_penalty,
             eos_token_id=self.tokenizer.eos_token_id, pad_token_id=self.tokenizer.eos_token_id,
         )  # fmt: skip
@@ -92,21 +92,28 @@ class VLM(nn.Module):
                 advance(len(part))
         return texts
 
-    def _splice(self, tokens: Tensor, prompts: Sequence[str], answers: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
-        """LLM inputs [B, L, D] and their mask [B, L], padded on the left."""
+    def _splice(self, tokens: Tensor, prompt: str, answers: Sequence[list[int]]) -> tuple[Tensor, Tensor, Any]:
+        """LLM inputs [B, L, D] and their mask [B, L], both whole; and the cache of the words before the image.
+
+        Those words are the same in every row, so they go through the LLM once. Rows are padded after them, on the left
+        of the image.
+        """
         embed = self.network.get_input_embeddings()
-        dtype = embed.weight.dtype
-        soft_prompts = self.adapter(tokens.to(self.device).float()).to(dtype)  # [B, M, D]
-        rows = []
-        for soft_prompt, prompt, answer in zip(soft_prompts.unbind(0), prompts, answers, strict=True):
-            before, after = self.prompt(prompt)
-            head, tail = (embed(torch.tensor(ids, device=self.device)) for ids in (before, after + answer))
-            rows.append(torch.cat([head, soft_prompt, tail]))
+        before, after = self.prompt(prompt)
+        head = embed(torch.tensor([before], device=self.device))
+        cache = self.network(inputs_embeds=head, use_cache=True, logits_to_keep=1).cache
+        cache.batch_repeat_interleave(len(answers))
+        soft_prompts = self.adapter(tokens.to(self.device).float()).to(head.dtype)  # [B, M, D]
+        rows = [
+            torch.cat([soft_prompt, embed(torch.tensor(after + answer, device=self.device))])
+            for soft_prompt, answer in zip(soft_prompts.unbind(0), answers, strict=True)
+        ]
         longest = max(map(len, rows))
-        inputs = torch.stack([F.pad(row, (0, 0, longest - len(row), 0)) for row in rows])
+        padded = torch.stack([F.pad(row, (0, 0, longest - len(row), 0)) for row in rows])
         lengths = torch.tensor([[len(row)] for row in rows], device=self.device)
         mask = torch.arange(longest, device=self.device)[None] >= longest - lengths
-        return inputs, mask.long()
+        inputs = torch.cat([head.expand(len(rows), -1, -1), padded], 1)
+        return inputs, F.pad(mask.long(), (len(before), 0), value=1), cache
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -136,7 +143,7 @@ def load_vlm(params: LLM, adapter_folder: Path, weights: str, device: str = "aut
     Raises UserError naming the file when something is missing.
     """
     adapter = load_adapter(adapter_folder, weights)
-    llm = load_llm(params, device, for_answers=True)
+    llm = load_llm(params, device)
     if (adapter_folder / "lora").exists():
         from peft import PeftModel
 

