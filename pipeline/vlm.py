@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,9 @@ from pipeline.backbones.llm import LanguageModel, load_llm
 from pipeline.errors import UserError
 from pipeline.params import LLM, LoRA
 from pipeline.progress import progress_bar
-from pipeline.store.reader import ImageTokens
+
+if TYPE_CHECKING:
+    from pipeline.store.reader import ImageTokens
 
 IMAGE = "<|terraalign-image|>"
 IGNORED = -100
