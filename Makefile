@@ -6,6 +6,8 @@ PYTHON ?= python3
 BIN := $(CURDIR)/.venv/bin
 export PATH := $(BIN):$(PATH)
 export OMP_WAIT_POLICY ?= passive
+# Python keeps the modules that it compiles; where this is set, every stage would compile all it imports again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test clean
 
