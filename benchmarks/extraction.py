@@ -168,9 +168,7 @@ def measure_memory() -> None:
     table = sources.prepare(params, "classes").to_pylist()
     for rows in (2_000, 20_000):
         repeated = [{**table[i % 100], "id": f"{i:06}"} for i in range(rows)]
-        sources.write(
-            pa.Table.from_pylist(repeated, schema=sources.SCHEMA), sources.manifest_path(params, "classes")
-        )
+        sources.write(pa.Table.from_pylist(repeated, schema=sources.SCHEMA), sources.manifest_path(params, "classes"))
         shutil.rmtree(STORE, ignore_errors=True)
         command = [sys.executable, __file__, "--peak", str(rows)]
         peaks.append(float(subprocess.run(command, capture_output=True, text=True, check=True).stdout))

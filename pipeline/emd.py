@@ -74,7 +74,8 @@ def emd(
                 word_weights=_numpy(word_weights), solver=solver, threads=threads,
             )  # fmt: skip
             places = layout.places(plan, costs.shape)
-            return tuple(torch.from_numpy(a).to(costs.device) for a in (places, plan.pair, plan.mass))  # type: ignore[return-value]
+            place, pair, mass = (torch.from_numpy(a).to(costs.device) for a in (places, plan.pair, plan.mass))
+            return place, pair, mass
 
         value: Tensor = _EMD.apply(x, y, cost, entries, len(image_index))
     return value

@@ -28,7 +28,7 @@ from pipeline.params import Dataset, Params
 from pipeline.pictures import decode, read
 from pipeline.store import schema
 from pipeline.store.donors import Donors
-from pipeline.store.dtypes import DoesNotFit, pack
+from pipeline.store.dtypes import Columns, DoesNotFit, pack
 from pipeline.store.reader import usable_rows
 from pipeline.store.shards import (
     STORE,
@@ -47,7 +47,6 @@ EXTRACTOR_VERSION = 2  # since 2: transparency over white, 16-bit grey scaled
 """Raise it when a change here changes the bytes; a golden test notices when that was forgotten."""
 
 Advance = Callable[[int], None]
-Columns = dict[str, np.ndarray[Any, Any]]
 Parts = dict[Path, pd.DataFrame]
 """The shards a data set needs, in the order of its manifest, and the rows of each."""
 Build = Callable[[Path, Advance], Shard]
@@ -86,7 +85,7 @@ def extract_images(
     Shards that are there are kept, so an interrupted run loses at most the shard in work; of a shard that has to be
     made, rows of pictures that other shards hold are copied. The bytes are those of an extraction from nothing.
     `repair`: make only what this manifest names. `make`: how, unless in this process. Raises UserError when a picture
-    changed since `prepare`, its tokens do not fit cache.dtype, or the parameters and pictures are not those of `repair`.
+    changed since `prepare`, its tokens do not fit cache.dtype, or parameters and pictures are not those of `repair`.
     """
     work = ImageShards(params, data, encoder)
     _check_repair("images", data, work.fingerprint, work.parts, repair)

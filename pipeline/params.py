@@ -266,7 +266,9 @@ class Runtime(Section):
     """What does not decide the result; DVC does not track it."""
 
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
-    engine: Literal["local", "ray"] = Field("local", description="where images are extracted: here, or a Ray cluster")
+    engine: Literal["local", "ray"] = Field(
+        default="local", description="where images are extracted: here, or a Ray cluster"
+    )
     decode_threads: Positive = 2
     emd_threads: Positive = 2
 

@@ -26,7 +26,7 @@ History = list[dict[str, float]]
 
 @dataclass
 class Checkpoint:
-    """Where a run is kept while it is under way; `key` is a hash of all that decides its course."""
+    """Where a run is kept while it is under way, or what runs share; `key` is a hash of all that decides it."""
 
     path: Path
     key: str

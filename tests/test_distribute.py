@@ -27,7 +27,7 @@ from pipeline.extract import ImageShards, extract_images
 from pipeline.params import Params
 from pipeline.store import schema
 from pipeline.store.dtypes import pack
-from pipeline.store.shards import STORE, Manifest, ShardFile, atomically, manifest_path, write_shard
+from pipeline.store.shards import STORE, ShardFile, atomically, manifest_path, write_shard
 from stages.cli import app
 
 MANIFEST = manifest_path(Path("data/tiny"), "images", "classes")
@@ -39,7 +39,7 @@ def weights(tmp_path_factory) -> Path:
     """A file of weights: random ones would differ from process to process."""
     path = tmp_path_factory.mktemp("weights") / "resnet10t.safetensors"
     torch.manual_seed(0)
-    save_file(timm.create_model("resnet10t").state_dict(), path)
+    save_file(timm.create_model("resnet10t", num_classes=0).state_dict(), path)
     return path
 
 
@@ -134,7 +134,7 @@ def test_a_killed_worker_is_named_and_another_makes_its_shard(params, alone, cap
 def test_without_workers_left_extraction_ends_and_goes_on_later(params, alone):
     killer, encoder = Killer(), load_vision_encoder(params.vision)
     make = distribute.with_workers(params, "classes", encoder, 1)
-    with pytest.raises(UserError, match=r"worker 0 \(process \d+\) was killed by SIGKILL .* run the same command again"):
+    with pytest.raises(UserError, match=r"worker 0 \(process \d+\) was killed by SIGKILL .* run the same command"):
         extract_images(params, "classes", encoder, killer, make=make)
     assert not list(STORE.glob("images/*/.*")), "nothing half written is left"
     extract_images(params, "classes", encoder, lambda n: None)
@@ -143,7 +143,9 @@ def test_without_workers_left_extraction_ends_and_goes_on_later(params, alone):
 
 def test_what_a_worker_raises_is_raised(params):
     Path("pictures/class1/07.png").write_bytes(b"x")
-    assert "07.png: changed since it was prepared" in run("--workers", "2", code=2)
+    encoder = load_vision_encoder(params.vision)
+    with pytest.raises(UserError, match=r"07.png: changed since it was prepared"):
+        extract_images(params, "classes", encoder, print, make=distribute.with_workers(params, "classes", encoder, 1))
     assert not multiprocessing.active_children()
 
 

@@ -6,7 +6,7 @@ import io
 import re
 import tarfile
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import unquote
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 import webdataset
 import yaml
 from PIL import Image
+from typer.testing import CliRunner
 
 from pipeline import sources
 from pipeline.errors import UserError
@@ -22,6 +23,7 @@ from pipeline.extract import extract_captions, extract_images
 from pipeline.params import Params
 from pipeline.store.reader import CaptionTokens, ImageTokens
 from pipeline.store.webdataset import export, key_of
+from stages.cli import app
 
 PROJECT = Path(__file__).parents[1]
 BASE = Path("data/demo")
@@ -30,7 +32,7 @@ BASE = Path("data/demo")
 class Pixels:
     """An encoder whose tokens are pixels."""
 
-    identity = {"encoder": "pixels"}  # noqa: RUF012
+    identity: ClassVar = {"encoder": "pixels"}
     scale = 1.0
 
     def preprocess(self, image: Image.Image) -> torch.Tensor:
@@ -107,6 +109,17 @@ def test_the_documented_lines_run(params: Params, capsys: pytest.CaptureFixture[
     assert len(lines) == len(list(webdataset.WebDataset("exported/train-000000.tar", shardshuffle=False)))
     assert all("(16, 3)" in line for line in lines)
     assert names["embeddings"].shape == (len(names["captions"][0]), 6)
+
+
+def test_the_command_exports_the_active_profile(params: Params) -> None:
+    extract(params, Pixels())
+    Path("params.yaml").write_text(yaml.safe_dump(params.model_dump(mode="json")))
+    command = ["store", "export", "classes", "exported", "--format", "webdataset", "--per-shard", "7"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    tars = list(Path("exported").glob("*.tar"))
+    assert f"exported: 60 pictures in {len(tars)} tars" in result.output and len(tars) >= 9
+    assert "there already" in CliRunner().invoke(app, command).output
 
 
 def test_the_same_bytes_each_time_and_neighbours_are_mixed(params: Params) -> None:

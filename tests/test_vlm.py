@@ -1,10 +1,14 @@
 """The vision-language model against transformers itself, on a real architecture with tiny random weights."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from pipeline.adapters import build_adapter
+from pipeline.backbones import llm as backbone
 from pipeline.backbones.llm import load_embedding, load_llm
 from pipeline.errors import UserError
 from pipeline.params import LLM, LoRA
@@ -112,6 +116,36 @@ def test_lora_learns_also_after_an_evaluation_pass(params, quantization):
     assert after / count < before / count - 0.2
     quantised = [m for m in llm.network.modules() if type(m).__name__ == "Linear4bit"]
     assert bool(quantised) == (quantization == "nf4")
+
+
+def test_four_bit_weights_are_the_same_kept_expanded_and_made(params, monkeypatch):
+    """Quantised weights are kept beside a converted model alone, and expanded for answers to the same values."""
+    params = params.model_copy(update={"quantization": "nf4"})
+    ids = torch.arange(12)[None] + 3
+    folder = Path(params.model)
+    kept = folder.with_name(f"{folder.name}-nf4-float32")
+
+    def logits(**options):
+        network = load_llm(params, "cpu", **options).network
+        return network(ids).logits, {type(module).__name__ for module in network.modules()}
+
+    params = params.model_copy(update={"dtype": "float32"})
+    made, kinds = logits()
+    assert "Linear4bit" in kinds and not kept.exists()
+    monkeypatch.setattr(backbone, "MODELS", folder.parent)
+    logits()
+    assert kept.exists()
+    again, kinds = logits()
+    assert "Linear4bit" in kinds
+    torch.testing.assert_close(again, made, rtol=0, atol=0)
+    expanded, kinds = logits(for_answers=True)
+    assert "Linear4bit" not in kinds
+    torch.testing.assert_close(expanded, made)
+    monkeypatch.setattr(backbone, "MODELS", folder)  # now it is someone else's folder that has this name
+    shutil.rmtree(kept)
+    kept.mkdir()
+    torch.testing.assert_close(logits()[0], made, rtol=0, atol=0)
+    kept.rmdir()
 
 
 def test_what_was_saved_answers_the_same(params, tmp_path):

@@ -8,7 +8,7 @@ import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import fsspec
 import numpy as np
@@ -30,13 +30,7 @@ from stages import cli
 
 DEMO = yaml.safe_load((Path(__file__).parents[1] / "profiles" / "demo.yaml").read_text(encoding="utf-8"))
 SILENT = Progress(disable=True)
-
-
-@pytest.fixture(autouse=True)
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty project folder that is the current one."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("project")
 
 
 def params(data: str = "captions", **section: Any) -> Params:
@@ -360,7 +354,7 @@ def test_the_doctor_looks_at_the_first_shard() -> None:
 class Pixels:
     """An encoder whose tokens are the pixels."""
 
-    identity: dict[str, str] = {"encoder": "pixels"}  # noqa: RUF012
+    identity: ClassVar = {"encoder": "pixels"}
 
     def preprocess(self, image: Image.Image) -> Any:
         import torch
@@ -378,7 +372,7 @@ def test_from_the_shards_to_image_tokens_and_thumbnails(memory: Any) -> None:
         chosen = params(shards=shards)
         Path("params.yaml").write_text(yaml.safe_dump(chosen.model_dump(mode="json")))
         assert CliRunner().invoke(cli.app, ["prepare", "captions"]).exit_code == 0
-        manifest = extract_images(chosen, "captions", Pixels(), lambda n: None)  # type: ignore[arg-type]
+        manifest = extract_images(chosen, "captions", Pixels(), lambda n: None)
         manifest.write(Path("data/demo/images/captions/manifest.json"))
         images = ImageTokens.open(Path("data/demo"), "captions")
         for position, key in enumerate(images.ids):
@@ -389,7 +383,7 @@ def test_from_the_shards_to_image_tokens_and_thumbnails(memory: Any) -> None:
             (manifest.folder / shard.name).unlink()
     memory.pipe("/bucket/0.tar", content.replace(jpeg(3), bytes(len(jpeg(3)))))
     with pytest.raises(UserError, match=r"#.*changed since it was prepared"):
-        extract_images(chosen, "captions", Pixels(), lambda n: None)  # type: ignore[arg-type]
+        extract_images(chosen, "captions", Pixels(), lambda n: None)
     memory.rm("/bucket/0.tar")
     with pytest.raises(UserError, match=r"cannot be read .*FileNotFoundError"):
-        extract_images(chosen, "captions", Pixels(), lambda n: None)  # type: ignore[arg-type]
+        extract_images(chosen, "captions", Pixels(), lambda n: None)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from pipeline.errors import UserError
+from pipeline.store.dtypes import Columns
 from pipeline.store.schema import dense
 from pipeline.store.shards import open_shard, read_record, sha256_of
 
@@ -36,7 +35,7 @@ class Donors:
                 places[sha256] = (path, table, row)
         return places
 
-    def find(self, sha256: str) -> dict[str, np.ndarray[Any, Any]] | None:
+    def find(self, sha256: str) -> Columns | None:
         """The columns of a picture's row, [1, ...] each, mapped from disk; None when no intact shard has it."""
         if sha256 not in self._places:
             return None

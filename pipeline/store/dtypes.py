@@ -8,6 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+Columns = dict[str, np.ndarray[Any, Any]]
+"""Columns of some rows of a shard, by name: [R, ...] each."""
+
 
 class DoesNotFit(ValueError):
     """A number is not finite in the stored type; `row` is the first row that has one."""
@@ -16,7 +19,7 @@ class DoesNotFit(ValueError):
         self.row = row
 
 
-def pack(tokens: Tensor, dtype: str) -> dict[str, np.ndarray[Any, Any]]:
+def pack(tokens: Tensor, dtype: str) -> Columns:
     """Float32 tokens [R, N, D] as the columns that keep them: tokens [R, N, D], for int8 also scale [R, N].
 
     int8 is symmetric: scale = max |x| / 127 of each token. bfloat16 becomes its bits in uint16, numpy has no name for
@@ -38,7 +41,7 @@ def pack(tokens: Tensor, dtype: str) -> dict[str, np.ndarray[Any, Any]]:
     return {name: column.numpy() for name, column in columns.items()}
 
 
-def unpack(stored: dict[str, np.ndarray[Any, Any]], dtype: str) -> Tensor:
+def unpack(stored: Columns, dtype: str) -> Tensor:
     """What `pack` made, as float32 [R, N, D]."""
     columns = {name: torch.from_numpy(column) for name, column in stored.items()}
     tokens = columns["tokens"].view(torch.bfloat16) if dtype == "bfloat16" else columns["tokens"]

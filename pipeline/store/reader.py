@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.params import Dataset
-from pipeline.store.dtypes import unpack
+from pipeline.store.dtypes import Columns, unpack
 from pipeline.store.schema import dense
 from pipeline.store.shards import Manifest, manifest_path, open_shard
 
@@ -25,9 +24,6 @@ def usable_rows(base: Path, data: Dataset) -> pd.DataFrame:
         raise UserError(f"{path}: no such manifest; run `dvc repro prepare@{data}`")
     rows = pq.read_table(path).to_pandas()
     return rows[rows["quarantine"].isna()].sort_values("id", ignore_index=True)
-
-
-Columns = dict[str, "np.ndarray[Any, Any]"]
 
 
 class ImageTokens:

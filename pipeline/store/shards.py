@@ -167,7 +167,7 @@ class ShardFile:
 
 
 def _zeros(rows: int, field: pa.Field) -> np.ndarray[Any, Any]:
-    """Zeros [rows, ...] for a fixed-shape column. They take no memory: pages that nobody wrote to are one and the same."""
+    """Zeros [rows, ...] for a fixed-shape column. They take no memory: pages that nobody wrote to are all one page."""
     shape, dtype = (rows, *field.type.shape), np.dtype(field.type.value_type.to_pandas_dtype())
     pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, mmap.MAP_PRIVATE)
     return np.frombuffer(pages, dtype).reshape(shape)
