@@ -26,8 +26,9 @@ import webdataset
 
 from pipeline.backbones.devices import keep_freed_memory
 from pipeline.store import schema
-from pipeline.store.reader import ImageTokens
+from pipeline.store.reader import CaptionTokens, ImageTokens, Mapped
 from pipeline.store.shards import open_shard, write_shard
+from pipeline.store.webdataset import export, read_tars
 
 SHAPE, BATCH, SHARDS = (255, 512), 32, 8
 SAMPLE = SHAPE[0] * SHAPE[1] * 2  # bytes
@@ -59,7 +60,8 @@ def open_store(folder: Path, count: int) -> ImageTokens:
     tables = [open_shard(folder / f"{number}.arrow", "bench") for number in range(SHARDS)]
     places = [(number, row) for number, table in enumerate(tables) for row in range(len(table))]
     columns = [{"tokens": schema.dense(table, "tokens")} for table in tables]
-    return ImageTokens(pd.DataFrame({"id": [str(i) for i in range(count)]}), columns, places, "float16")
+    rows = pd.DataFrame({"id": [f"{i:08}" for i in range(count)], "split": "train"})
+    return ImageTokens(rows, SHAPE, "float16", Mapped(columns, places))
 
 
 class TarMembers:
@@ -81,6 +83,13 @@ class TarMembers:
             file.seek(offset)
             samples.append(np.load(io.BytesIO(file.read(size))))
         return np.stack(samples)
+
+
+def open_export(folder: Path, store: ImageTokens) -> ImageTokens:
+    """What `cache.reader: webdataset` reads, of the same samples."""
+    captions = CaptionTokens({row_id: [[0]] for row_id in store.ids}, np.zeros(1, np.int32), torch.zeros(1, 1))
+    export(store, captions, "bench", folder, 256, lambda n: None)
+    return read_tars(str(folder), "bench", "")[0]
 
 
 def hf_dataset(folder: Path, tokens: np.ndarray) -> datasets.Dataset:
@@ -115,17 +124,20 @@ def ratios(ways: dict[str, Callable[[], object]], base: str, rounds: int) -> dic
 def measure_reading(folder: Path, tokens: np.ndarray, rounds: int) -> None:
     store = open_store(folder / "store", len(tokens))
     tars, hub = TarMembers(folder / "tars"), hf_dataset(folder / "hf", tokens)
+    exported = open_export(folder / "exported", store)
     order = np.random.default_rng(1).permutation(len(tokens))[: len(tokens) // BATCH * BATCH].tolist()
     batches = [order[i : i + BATCH] for i in range(0, len(order), BATCH)]
     check = batches[0]
     for name, found in {
-        "store": store.stored(check)["tokens"], "tar": tars.read(check), "hub": hub[check]["tokens"].numpy()
+        "store": store.stored(check)["tokens"], "tar": tars.read(check),
+        "exported": exported.stored(check)["tokens"], "hub": hub[check]["tokens"].numpy()
     }.items():  # fmt: skip
         assert np.array_equal(found, tokens[check]), name
     ways: dict[str, Callable[[], object]] = {
         "memcpy (same bytes, in order)": lambda: [tokens[i : i + BATCH].copy() for i in range(0, len(order), BATCH)],
         "store, as stored": lambda: [store.stored(batch) for batch in batches],
         "store, float32": lambda: [store.tokens(batch) for batch in batches],
+        "exported tars, as pretrain reads them": lambda: [exported.stored(batch) for batch in batches],
         "WebDataset .npy members, indexed": lambda: [tars.read(batch) for batch in batches],
         "HF datasets, torch": lambda: [hub[batch]["tokens"] for batch in batches],
     }
