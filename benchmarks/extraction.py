@@ -13,6 +13,7 @@ a round, so what else runs on the machine weighs on all sides.
 """
 
 import argparse
+import importlib.util
 import os
 import shutil
 import statistics
@@ -42,7 +43,7 @@ SHARDS = 2
 PROFILE = Path(__file__).parents[1] / "profiles" / "demo.yaml"
 VISION = {
     "coca": {"encoder": "open_clip", "model": "coca_ViT-B-32", "pretrained": "random", "dtype": "float32"},
-    "lite0": {"encoder": "efficientnet_lite0", "dtype": "float32"},
+    "lite0": {"encoder": "efficientnet_lite0", "dtype": "auto"},  # bfloat16 where the processor computes in it
 }
 
 
@@ -92,9 +93,31 @@ def ways(params: Params, encoder: VisionEncoder) -> dict[str, Callable[[], objec
     }
 
 
+def _without_its_web_server() -> None:
+    """Make the packages importable without their __init__, which load a web server and an index."""
+    for name in ("clip_retrieval", "clip_retrieval.clip_inference"):
+        spec = importlib.util.find_spec(name)
+        if spec is None:
+            raise SystemExit("clip-retrieval is not there; the first lines of this file say how to get it")
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+
+
+class NoLogger:
+    """Takes what clip-retrieval's loop tells its logger."""
+
+    def start(self) -> None: ...
+
+    def end(self) -> None: ...
+
+    def __call__(self, stats: dict[str, float]) -> None: ...
+
+
 def clip_retrieval(encoder: VisionEncoder, cores: int) -> Callable[[], object]:
-    """clip-retrieval's inference: its runner, reader, logger and writer; its mapper, which loads CLIP, is ours."""
-    from clip_retrieval.clip_inference.logger import LoggerWriter
+    """clip-retrieval's inference: its reader, loop and writer, in one part as by its default.
+
+    Its mapper, which loads CLIP, is ours. Its logger is left out: a process a part that has to start first.
+    """
+    _without_its_web_server()
     from clip_retrieval.clip_inference.reader import FilesReader
     from clip_retrieval.clip_inference.runner import Runner
     from clip_retrieval.clip_inference.writer import NumpyWriter
@@ -110,12 +133,11 @@ def clip_retrieval(encoder: VisionEncoder, cores: int) -> Callable[[], object]:
         runner = Runner(
             lambda sampler: FilesReader(sampler, encoder.preprocess, None, "pictures", 8, cores, **what),
             lambda: mapper,
-            lambda part: NumpyWriter(part, "theirs", **what, output_partition_count=SHARDS),
-            lambda part: LoggerWriter(part, "theirs/stats"),
-            SHARDS,
+            lambda part: NumpyWriter(part, "theirs", **what, output_partition_count=1),
+            lambda part: NoLogger(),
+            1,
         )
-        for part in range(SHARDS):
-            runner(part)
+        runner(0)
 
     return inference
 
@@ -128,6 +150,7 @@ def measure(params: Params, encoder: VisionEncoder, rounds: int, cores: int) -> 
             spent = seconds(work)
             if number:  # the first round is for warming up
                 took.setdefault(name, []).append(spent)
+    print("computed in", encoder.identity["dtype"])
     print({name: round(statistics.median(times), 3) for name, times in took.items()})
     print("where extraction's time went:", dict(timings("images", next(STORE.glob("images/*")).name)))
     for name, best in {

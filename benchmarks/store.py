@@ -183,22 +183,22 @@ def measure_bytes(folder: Path, tokens: np.ndarray) -> None:
     print(f"\nbytes on disk / raw: store {stored / tokens.nbytes:.5f}, tars {tars / tokens.nbytes:.5f}")
 
 
-def measure_captions(folder: Path, images: int = 118_287, width: int = 4096) -> None:
-    """As many captions as COCO train has, five of 8 to 16 tokens an image, words by Zipf's law, against embeddings."""
+def measure_captions(folder: Path, used: int, images: int = 118_287, width: int = 4096) -> None:
+    """As many captions as COCO train has, five of 8 to 16 tokens an image, of `used` words by Zipf's law."""
     generator = np.random.default_rng(2)
     lengths = generator.integers(8, 17, images * 5)
-    words = pa.array(np.minimum(generator.zipf(1.1, lengths.sum()), 30_000) - 1, pa.int32())
+    words = pa.array(np.minimum(generator.zipf(1.1, lengths.sum()), used) - 1, pa.int32())
     offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
     captions = pa.ListArray.from_arrays(offsets, words)
     captions = pa.ListArray.from_arrays(pa.array(np.arange(0, images * 5 + 1, 5), pa.int32()), captions)
     ids = pa.array([f"{i:012}" for i in range(images)])
-    shard = write_shard(folder / "captions.arrow", pa.table([ids, captions], schema=schema.caption_schema("bench")))
-    used = len(words.unique())
-    kept = shard.bytes + used * (4 * width + 4)  # float32 rows and their token ids
+    path = folder / f"captions{used}.arrow"
+    shard = write_shard(path, pa.table([ids, captions], schema=schema.caption_schema("bench")))
+    kept = shard.bytes + len(words.unique()) * (4 * width + 4)  # float32 rows and their token ids
+    whole = len(words) * width
     print(f"captions: {len(words)} tokens of {used} words at width {width}: {kept / 1e9:.3f} GB kept, "
-          f"of them {shard.bytes / 1e9:.3f} token ids; embeddings of all in float32, as kept: "
-          f"{kept / (len(words) * width * 4):.5f} (1/{len(words) * width * 4 / kept:.0f}), "
-          f"in float16: 1/{len(words) * width * 2 / kept:.0f}")  # fmt: skip
+          f"{shard.bytes / 1e9:.3f} of them token ids; embeddings of all: 1/{whole * 4 / kept:.0f} in float32, "
+          f"1/{whole * 2 / kept:.0f} in float16")  # fmt: skip
 
 
 def main() -> None:
@@ -219,7 +219,8 @@ def main() -> None:
         measure_reading(folder, tokens, options.rounds)
         measure_sequential_tar(folder, tokens, options.rounds)
         measure_bytes(folder, tokens)
-        measure_captions(folder)
+        for used in (10_000, 20_000, 30_000):
+            measure_captions(folder, used)
         measure_writing(folder, tokens[: options.samples // 4], options.rounds)
 
 
