@@ -137,7 +137,8 @@ def measure_reading(folder: Path, tokens: np.ndarray, rounds: int) -> None:
         "memcpy (same bytes, in order)": lambda: [tokens[i : i + BATCH].copy() for i in range(0, len(order), BATCH)],
         "store, as stored": lambda: [store.stored(batch) for batch in batches],
         "store, float32": lambda: [store.tokens(batch) for batch in batches],
-        "exported tars, as pretrain reads them": lambda: [exported.stored(batch) for batch in batches],
+        "exported tars, as stored": lambda: [exported.stored(batch) for batch in batches],
+        "exported tars, float32": lambda: [exported.tokens(batch) for batch in batches],
         "WebDataset .npy members, indexed": lambda: [tars.read(batch) for batch in batches],
         "HF datasets, torch": lambda: [hub[batch]["tokens"] for batch in batches],
     }
