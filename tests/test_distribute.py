@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pytest
 import timm
@@ -69,7 +70,7 @@ def run(*options: str, code: int = 0) -> str:
 
 def taken() -> dict[str, bytes]:
     """All that is in the store now, which is then emptied."""
-    found = {path.name: path.read_bytes() for path in STORE.glob("images/*/*") if path.suffix != ".json"}
+    found = {path.name: path.read_bytes() for path in STORE.glob("images/*/[!.]*") if path.suffix != ".json"}
     shutil.rmtree(STORE)
     return found
 
@@ -90,16 +91,24 @@ def test_two_workers_make_what_one_process_makes(alone):
     assert (MANIFEST.read_text(), taken()) == (alone[1], alone[0])
 
 
-def test_ray_makes_what_one_process_makes(params, alone, monkeypatch):
+def test_ray_makes_what_one_process_makes_though_a_process_of_it_dies(params, alone):
     ray = pytest.importorskip("ray")
     ray.init(num_cpus=2 * torch.get_num_threads(), include_dashboard=False, log_to_driver=False)
-    rows = []
+    rows, killed = [], []
+
+    def advance(number: int) -> None:
+        rows.append(number)
+        for process in psutil.Process().children(recursive=True) if number and not killed else ():
+            if not killed and "ray::_build" in " ".join(process.cmdline()):
+                process.kill()
+                killed.append(process.pid)
+
     encoder = load_vision_encoder(params.vision)
     try:
-        made = extract_images(params, "classes", encoder, rows.append, make=distribute.with_ray(params, "classes"))
+        made = extract_images(params, "classes", encoder, advance, make=distribute.with_ray(params, "classes"))
     finally:
         ray.shutdown()
-    assert sum(rows) == 30 and len(made.shards) == SHARDS
+    assert killed and sum(rows) == 30 and len(made.shards) == SHARDS
     assert taken() == alone[0]
 
 
