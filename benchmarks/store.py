@@ -195,11 +195,11 @@ def measure_captions(folder: Path, used: int, images: int = 118_287, width: int 
     ids = pa.array([f"{i:012}" for i in range(images)])
     path = folder / f"captions{used}.arrow"
     shard = write_shard(path, pa.table([ids, captions], schema=schema.caption_schema("bench")))
-    kept = shard.bytes + len(words.unique()) * (4 * width + 4)  # float32 rows and their token ids
-    whole = len(words) * width
-    print(f"captions: {len(words)} tokens of {used} words at width {width}: {kept / 1e9:.3f} GB kept, "
-          f"{shard.bytes / 1e9:.3f} of them token ids; embeddings of all: 1/{whole * 4 / kept:.0f} in float32, "
-          f"1/{whole * 2 / kept:.0f} in float16")  # fmt: skip
+    print(f"captions: {len(words)} tokens of {used} words at width {width}, token ids {shard.bytes / 1e9:.3f} GB")
+    for dtype, size in (("bfloat16", 2), ("float32", 4)):
+        kept = shard.bytes + len(words.unique()) * (size * width + 4)  # rows and their token ids
+        share = len(words) * width * 2 / kept
+        print(f"  and a table in {dtype}: {kept / 1e9:.3f} GB, 1/{share:.0f} of all embeddings in 16 bits")
 
 
 def main() -> None:

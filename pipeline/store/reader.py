@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
-import torch
 from torch import Tensor
 
 from pipeline.errors import UserError
@@ -106,7 +105,8 @@ class CaptionTokens:
             table = open_shard(manifest.folder / shard.name, manifest.fingerprint)
             captions.update(zip(table["id"].to_pylist(), table["captions"].to_pylist(), strict=True))
         table = open_shard(manifest.folder / manifest.embeddings.name, manifest.fingerprint)
-        return cls(captions, table["token_id"].to_numpy(), torch.from_numpy(dense(table, "embedding").copy()))
+        rows = unpack({"tokens": dense(table, "embedding").copy()}, table.schema.metadata[b"dtype"].decode())
+        return cls(captions, table["token_id"].to_numpy(), rows)
 
     def captions(self, row_id: str) -> list[list[int]]:
         """Token ids of each caption of a picture."""

@@ -191,13 +191,11 @@ def read_tars(folder: str, identity: str, mend: str) -> tuple[ImageTokens, Capti
     files.check_sizes(json.loads(about["bytes"]))
     index = index.sort_by("id")
     rows = index.select(["id", "split"]).to_pandas()
+    shape, dtype = tuple(json.loads(about["shape"])), about["dtype"]
+    images = ImageTokens(rows, shape, dtype, _Members(files, index, identity, shape, dtype))
     captions = dict(zip(index["id"].to_pylist(), index["captions"].to_pylist(), strict=True))
-    token_ids, table = files.numbers("token_ids.npy"), files.numbers("embeddings.npy")
-    shape = tuple(json.loads(about["shape"]))
-    members = _Members(files, index, identity, shape, about["dtype"])
-    return ImageTokens(rows, shape, about["dtype"], members), CaptionTokens(
-        captions, token_ids, torch.from_numpy(table)
-    )
+    table = torch.from_numpy(files.numbers("embeddings.npy"))
+    return images, CaptionTokens(captions, files.numbers("token_ids.npy"), table)
 
 
 class _Files:
