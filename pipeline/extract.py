@@ -45,7 +45,6 @@ from pipeline.store.shards import (
 
 EXTRACTOR_VERSION = 2  # since 2: transparency over white, 16-bit grey scaled
 """Raise it when a change here changes the bytes; a golden test notices when that was forgotten."""
-TABLE_VERSION = 2  # of the table of input embeddings alone; since 2: bfloat16 where that is exact
 
 Advance = Callable[[int], None]
 Parts = dict[Path, pd.DataFrame]
@@ -250,9 +249,7 @@ def extract_captions(
     captions changed is tokenised anew as a whole: that is cheap. `repair` as for extract_images.
     """
     vocabulary = hashlib.sha256(str(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
-    print_ = schema.fingerprint(
-        embedding=hash_weights(embedding), vocabulary=vocabulary, version=EXTRACTOR_VERSION, table=TABLE_VERSION
-    )
+    print_ = schema.fingerprint(embedding=hash_weights(embedding), vocabulary=vocabulary, version=EXTRACTOR_VERSION)
 
     def tokenise(rows: pd.DataFrame) -> list[list[list[int]]]:
         return [tokenizer(list(texts), add_special_tokens=False)["input_ids"] for texts in rows["captions"]]
@@ -282,13 +279,14 @@ def _embedding_table(manifest: Manifest, embedding: torch.nn.Module) -> Shard:
     """
     tables = [open_shard(manifest.folder / shard.name)["captions"].combine_chunks() for shard in manifest.shards]
     token_ids = np.unique(np.concatenate([table.flatten().flatten().to_numpy() for table in tables])).tolist()
-    path = manifest.folder / f"{schema.shard_key([('tokens', str(token_ids))])}.embeddings.arrow"
-    kept = recorded(path) if path.exists() else None
-    if kept is not None:
-        return kept
     with torch.inference_mode():
         rows = embedding(torch.tensor(token_ids)).float()
     dtype = "bfloat16" if torch.equal(rows.bfloat16().float(), rows) else "float32"
+    held = [("tokens", str(token_ids)), *([] if dtype == "float32" else [("dtype", dtype)])]
+    path = manifest.folder / f"{schema.shard_key(held)}.embeddings.arrow"
+    kept = recorded(path) if path.exists() else None
+    if kept is not None:
+        return kept
     arrow = schema.embedding_schema(rows.shape[1], dtype, manifest.fingerprint)
     numbers = pack(rows, dtype)["tokens"]
     columns = [pa.array(token_ids, pa.int32()), schema.tensor_column(numbers, arrow.field("embedding"))]

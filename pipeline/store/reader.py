@@ -105,7 +105,9 @@ class CaptionTokens:
             table = open_shard(manifest.folder / shard.name, manifest.fingerprint)
             captions.update(zip(table["id"].to_pylist(), table["captions"].to_pylist(), strict=True))
         table = open_shard(manifest.folder / manifest.embeddings.name, manifest.fingerprint)
-        rows = unpack({"tokens": dense(table, "embedding").copy()}, table.schema.metadata[b"dtype"].decode())
+        rows = unpack(
+            {"tokens": dense(table, "embedding").copy()}, table.schema.metadata.get(b"dtype", b"float32").decode()
+        )
         return cls(captions, table["token_id"].to_numpy(), rows)
 
     def captions(self, row_id: str) -> list[list[int]]:
