@@ -26,8 +26,9 @@ import webdataset
 
 from pipeline.backbones.devices import keep_freed_memory
 from pipeline.store import schema
-from pipeline.store.reader import ImageTokens
+from pipeline.store.reader import CaptionTokens, ImageTokens, Mapped
 from pipeline.store.shards import open_shard, write_shard
+from pipeline.store.webdataset import export, read_tars
 
 SHAPE, BATCH, SHARDS = (255, 512), 32, 8
 SAMPLE = SHAPE[0] * SHAPE[1] * 2  # bytes
@@ -59,7 +60,8 @@ def open_store(folder: Path, count: int) -> ImageTokens:
     tables = [open_shard(folder / f"{number}.arrow", "bench") for number in range(SHARDS)]
     places = [(number, row) for number, table in enumerate(tables) for row in range(len(table))]
     columns = [{"tokens": schema.dense(table, "tokens")} for table in tables]
-    return ImageTokens(pd.DataFrame({"id": [str(i) for i in range(count)]}), columns, places, "float16")
+    rows = pd.DataFrame({"id": [f"{i:08}" for i in range(count)], "split": "train"})
+    return ImageTokens(rows, SHAPE, "float16", Mapped(columns, places))
 
 
 class TarMembers:
@@ -81,6 +83,13 @@ class TarMembers:
             file.seek(offset)
             samples.append(np.load(io.BytesIO(file.read(size))))
         return np.stack(samples)
+
+
+def open_export(folder: Path, store: ImageTokens) -> ImageTokens:
+    """What `cache.reader: webdataset` reads, of the same samples."""
+    captions = CaptionTokens({row_id: [[0]] for row_id in store.ids}, np.zeros(1, np.int32), torch.zeros(1, 1))
+    export(store, captions, "bench", folder, 256, lambda n: None)
+    return read_tars(str(folder), "bench", "")[0]
 
 
 def hf_dataset(folder: Path, tokens: np.ndarray) -> datasets.Dataset:
@@ -115,17 +124,21 @@ def ratios(ways: dict[str, Callable[[], object]], base: str, rounds: int) -> dic
 def measure_reading(folder: Path, tokens: np.ndarray, rounds: int) -> None:
     store = open_store(folder / "store", len(tokens))
     tars, hub = TarMembers(folder / "tars"), hf_dataset(folder / "hf", tokens)
+    exported = open_export(folder / "exported", store)
     order = np.random.default_rng(1).permutation(len(tokens))[: len(tokens) // BATCH * BATCH].tolist()
     batches = [order[i : i + BATCH] for i in range(0, len(order), BATCH)]
     check = batches[0]
     for name, found in {
-        "store": store.stored(check)["tokens"], "tar": tars.read(check), "hub": hub[check]["tokens"].numpy()
+        "store": store.stored(check)["tokens"], "tar": tars.read(check),
+        "exported": exported.stored(check)["tokens"], "hub": hub[check]["tokens"].numpy()
     }.items():  # fmt: skip
         assert np.array_equal(found, tokens[check]), name
     ways: dict[str, Callable[[], object]] = {
         "memcpy (same bytes, in order)": lambda: [tokens[i : i + BATCH].copy() for i in range(0, len(order), BATCH)],
         "store, as stored": lambda: [store.stored(batch) for batch in batches],
         "store, float32": lambda: [store.tokens(batch) for batch in batches],
+        "exported tars, as stored": lambda: [exported.stored(batch) for batch in batches],
+        "exported tars, float32": lambda: [exported.tokens(batch) for batch in batches],
         "WebDataset .npy members, indexed": lambda: [tars.read(batch) for batch in batches],
         "HF datasets, torch": lambda: [hub[batch]["tokens"] for batch in batches],
     }
@@ -171,22 +184,22 @@ def measure_bytes(folder: Path, tokens: np.ndarray) -> None:
     print(f"\nbytes on disk / raw: store {stored / tokens.nbytes:.5f}, tars {tars / tokens.nbytes:.5f}")
 
 
-def measure_captions(folder: Path, images: int = 118_287, width: int = 4096) -> None:
-    """As many captions as COCO train has, five of 8 to 16 tokens an image, words by Zipf's law, against embeddings."""
+def measure_captions(folder: Path, used: int, images: int = 118_287, width: int = 4096) -> None:
+    """As many captions as COCO train has, five of 8 to 16 tokens an image, of `used` words by Zipf's law."""
     generator = np.random.default_rng(2)
     lengths = generator.integers(8, 17, images * 5)
-    words = pa.array(np.minimum(generator.zipf(1.1, lengths.sum()), 30_000) - 1, pa.int32())
+    words = pa.array(np.minimum(generator.zipf(1.1, lengths.sum()), used) - 1, pa.int32())
     offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
     captions = pa.ListArray.from_arrays(offsets, words)
     captions = pa.ListArray.from_arrays(pa.array(np.arange(0, images * 5 + 1, 5), pa.int32()), captions)
     ids = pa.array([f"{i:012}" for i in range(images)])
-    shard = write_shard(folder / "captions.arrow", pa.table([ids, captions], schema=schema.caption_schema("bench")))
-    used = len(words.unique())
-    kept = shard.bytes + used * (4 * width + 4)  # float32 rows and their token ids
-    print(f"captions: {len(words)} tokens of {used} words at width {width}: {kept / 1e9:.3f} GB kept, "
-          f"of them {shard.bytes / 1e9:.3f} token ids; embeddings of all in float32, as kept: "
-          f"{kept / (len(words) * width * 4):.5f} (1/{len(words) * width * 4 / kept:.0f}), "
-          f"in float16: 1/{len(words) * width * 2 / kept:.0f}")  # fmt: skip
+    path = folder / f"captions{used}.arrow"
+    shard = write_shard(path, pa.table([ids, captions], schema=schema.caption_schema("bench")))
+    print(f"captions: {len(words)} tokens of {used} words at width {width}, token ids {shard.bytes / 1e9:.3f} GB")
+    for dtype, size in (("bfloat16", 2), ("float32", 4)):
+        kept = shard.bytes + len(words.unique()) * (size * width + 4)  # rows and their token ids
+        share = len(words) * width * 2 / kept
+        print(f"  and a table in {dtype}: {kept / 1e9:.3f} GB, 1/{share:.0f} of all embeddings in 16 bits")
 
 
 def main() -> None:
@@ -207,7 +220,8 @@ def main() -> None:
         measure_reading(folder, tokens, options.rounds)
         measure_sequential_tar(folder, tokens, options.rounds)
         measure_bytes(folder, tokens)
-        measure_captions(folder)
+        for used in (10_000, 20_000, 30_000):
+            measure_captions(folder, used)
         measure_writing(folder, tokens[: options.samples // 4], options.rounds)
 
 

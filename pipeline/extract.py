@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pandas as pd
@@ -29,83 +30,132 @@ from pipeline.store import schema
 from pipeline.store.donors import Donors
 from pipeline.store.dtypes import Columns, DoesNotFit, pack
 from pipeline.store.reader import usable_rows
-from pipeline.store.shards import STORE, Manifest, Shard, open_shard, recorded, write_record, write_shard
+from pipeline.store.shards import (
+    STORE,
+    Manifest,
+    Shard,
+    ShardFile,
+    atomically,
+    describe,
+    open_shard,
+    recorded,
+    write_record,
+    write_shard,
+)
 
 EXTRACTOR_VERSION = 2  # since 2: transparency over white, 16-bit grey scaled
 """Raise it when a change here changes the bytes; a golden test notices when that was forgotten."""
 
 Advance = Callable[[int], None]
+Parts = dict[Path, pd.DataFrame]
+"""The shards a data set needs, in the order of its manifest, and the rows of each."""
+Build = Callable[[Path, Advance], Shard]
+Make = Callable[[list[Path], Advance], dict[Path, Shard]]
+"""Makes some shards: in this process, or by many (pipeline/distribute.py)."""
 
 
 class Clock:
     """Seconds by kind of work. Threads add up: reading and decoding may take more of them than passed on the wall."""
 
     def __init__(self) -> None:
-        self._spent: list[tuple[str, float]] = []
+        self._seconds: dict[str, float] = {}
+        self._lock = threading.Lock()
 
     @contextmanager
     def __call__(self, work: str) -> Iterator[None]:
         began = time.perf_counter()
         yield
-        self._spent.append((work, time.perf_counter() - began))
+        with self._lock:
+            self._seconds[work] = self._seconds.get(work, 0) + time.perf_counter() - began
 
     def seconds(self) -> dict[str, float]:
-        works = dict.fromkeys(work for work, _ in self._spent)
-        return {work: round(sum(seconds for name, seconds in self._spent if name == work), 4) for work in works}
+        return {work: round(seconds, 4) for work, seconds in self._seconds.items()}
 
 
 def extract_images(
-    params: Params, data: Dataset, encoder: VisionEncoder, advance: Advance, repair: Manifest | None = None
+    params: Params,
+    data: Dataset,
+    encoder: VisionEncoder,
+    advance: Advance,
+    repair: Manifest | None = None,
+    make: Make | None = None,
 ) -> Manifest:
     """Image tokens of all usable pictures of a data set, in the store.
 
     Shards that are there are kept, so an interrupted run loses at most the shard in work; of a shard that has to be
     made, rows of pictures that other shards hold are copied. The bytes are those of an extraction from nothing.
-    `repair`: make only what this manifest names. Raises UserError when a picture changed since `prepare`, its tokens
-    do not fit cache.dtype, or the parameters and pictures are not those of `repair`.
+    `repair`: make only what this manifest names. `make`: how, unless in this process. Raises UserError when a picture
+    changed since `prepare`, its tokens do not fit cache.dtype, or parameters and pictures are not those of `repair`.
     """
-    print_ = schema.fingerprint(
-        **encoder.identity, stored=params.cache.dtype, batch=params.vision.batch, version=EXTRACTOR_VERSION
-    )
-    work = _ImageShards(params, encoder, print_, advance)
-    return Manifest("images", print_, _build_missing("images", print_, params, data, work.build, advance, repair))
+    work = ImageShards(params, data, encoder)
+    _check_repair("images", data, work.fingerprint, work.parts, repair)
+    shards = _build_missing(work.parts, make or _in_turn(work.build), advance)
+    return Manifest("images", work.fingerprint, shards)
 
 
-class _ImageShards:
-    """Makes single shards of image tokens."""
+class ImageShards:
+    """The shards of image tokens that a data set needs from an encoder, and how a single one is made.
 
-    def __init__(self, params: Params, encoder: VisionEncoder, print_: str, advance: Advance):
-        self.params, self.encoder, self.print_, self.advance = params, encoder, print_, advance
-        self.size = params.vision.batch
-        self.donors = Donors(STORE / "images" / print_)
+    Raises UserError when the data set has no usable picture.
+    """
 
-    def build(self, path: Path, rows: pd.DataFrame) -> Shard:
-        """The shard of some rows: copied from other shards where their picture is there, else encoded."""
-        clock, columns, fresh = Clock(), {}, []
+    def __init__(self, params: Params, data: Dataset, encoder: VisionEncoder):
+        self.params, self.encoder, self.size = params, encoder, params.vision.batch
+        self.fingerprint = schema.fingerprint(
+            **encoder.identity, stored=params.cache.dtype, batch=self.size, version=EXTRACTOR_VERSION
+        )
+        self.parts = _parts("images", self.fingerprint, params, data)
+        self.donors = Donors(STORE / "images" / self.fingerprint)
 
-        def put(at: list[int], values: Columns) -> None:
-            for name, value in values.items():
-                if name not in columns:
-                    columns[name] = np.empty((len(rows), *value.shape[1:]), value.dtype)
-                columns[name][at] = value
-            self.advance(len(at))
+    def part(self, number: int, of: int) -> list[Path]:
+        """Every `of`-th shard, from `number` on, whether it is in the store or not.
 
+        So `of` processes that know nothing of one another, on machines that share the store, make each shard once.
+        """
+        return list(self.parts)[number::of]
+
+    def build_missing(self, paths: list[Path], advance: Advance) -> None:
+        """Make those of some shards that are not in the store yet."""
+        _build_missing({path: self.parts[path] for path in paths}, _in_turn(self.build), advance)
+
+    def build(self, path: Path, advance: Advance) -> Shard:
+        """Make one shard: rows are copied from other shards where their picture is there, else encoded.
+
+        Whoever makes a shard calls this, here, in another process or on another machine. Numbers go to the disk batch
+        by batch: memory does not grow with the shard.
+        """
+        rows, clock, fresh = self.parts[path], Clock(), list[int]()
         with clock("all"):
-            with clock("copy"):
-                for row, sha256 in enumerate(rows["sha256"]):
-                    found = self.donors.find(sha256)
-                    if found is not None and self._rows_stand_alone:
-                        put([row], found)
-                    else:
-                        fresh.append(row)
-            for at, values in self._encode(rows, fresh, clock):
-                put(at, values)
-            arrow = schema.image_schema(columns["tokens"].shape[1:], self.params.cache.dtype, self.print_)
-            tensors = [schema.tensor_column(columns[name], arrow.field(name)) for name in arrow.names[2:]]
+            with atomically(path) as stream:
+                file = None
+                for at, values in self._tokens(rows, fresh, clock):
+                    with clock("write"):
+                        file = file or self._file(stream, rows, values["tokens"].shape[1:])
+                        file.put(at, values)
+                    advance(len(at))
+                with clock("write"):
+                    assert file is not None, "a part has at least one row"
+                    file.finish()
             with clock("write"):
-                shard = write_shard(path, pa.table([pa.array(rows["id"]), pa.array(rows["sha256"]), *tensors], arrow))
+                shard = describe(path)
         write_record(path, shard, encoded=len(fresh), copied=len(rows) - len(fresh), seconds=clock.seconds())
         return shard
+
+    def _file(self, stream: BinaryIO, rows: pd.DataFrame, shape: tuple[int, int]) -> ShardFile:
+        arrow = schema.image_schema(shape, self.params.cache.dtype, self.fingerprint)
+        return ShardFile(stream, arrow, [pa.array(rows["id"]), pa.array(rows["sha256"])])
+
+    def _tokens(self, rows: pd.DataFrame, fresh: list[int], clock: Clock) -> Iterator[tuple[list[int], Columns]]:
+        """Positions and columns of all rows: copies first. `fresh` receives the positions that had to be encoded."""
+        for row, sha256 in enumerate(rows["sha256"]):
+            with clock("copy"):
+                found = self.donors.find(sha256)
+                copied = found is not None and self._rows_stand_alone
+            if copied and found is not None:
+                yield [row], found
+            else:
+                fresh.append(row)
+        yield from self._encode(rows, fresh, clock)
 
     @cached_property
     def _rows_stand_alone(self) -> bool:
@@ -204,8 +254,8 @@ def extract_captions(
     def tokenise(rows: pd.DataFrame) -> list[list[list[int]]]:
         return [tokenizer(list(texts), add_special_tokens=False)["input_ids"] for texts in rows["captions"]]
 
-    def build(path: Path, rows: pd.DataFrame) -> Shard:
-        arrow, clock = schema.caption_schema(print_), Clock()
+    def build(path: Path, advance: Advance) -> Shard:
+        rows, arrow, clock = parts[path], schema.caption_schema(print_), Clock()
         with clock("all"):
             with clock("encode"):
                 captions = tokenise(rows)
@@ -215,38 +265,38 @@ def extract_captions(
         advance(len(rows))
         return shard
 
-    shards = _build_missing("text", print_, params, data, build, advance, repair)
+    parts = _parts("text", print_, params, data)
+    _check_repair("text", data, print_, parts, repair)
+    shards = _build_missing(parts, _in_turn(build), advance)
     manifest = Manifest("text", print_, shards)
     return Manifest("text", print_, shards, _embedding_table(manifest, embedding))
 
 
 def _embedding_table(manifest: Manifest, embedding: torch.nn.Module) -> Shard:
-    """The rows of the input-embedding matrix that the shards of a manifest use."""
+    """The rows of the input-embedding matrix that the shards of a manifest use.
+
+    In bfloat16 if that changes no number, as with models that are published in it, else in float32.
+    """
     tables = [open_shard(manifest.folder / shard.name)["captions"].combine_chunks() for shard in manifest.shards]
     token_ids = np.unique(np.concatenate([table.flatten().flatten().to_numpy() for table in tables])).tolist()
-    path = manifest.folder / f"{schema.shard_key([('tokens', str(token_ids))])}.embeddings.arrow"
+    with torch.inference_mode():
+        rows = embedding(torch.tensor(token_ids)).float()
+    dtype = "bfloat16" if torch.equal(rows.bfloat16().float(), rows) else "float32"
+    held = [("tokens", str(token_ids)), *([] if dtype == "float32" else [("dtype", dtype)])]
+    path = manifest.folder / f"{schema.shard_key(held)}.embeddings.arrow"
     kept = recorded(path) if path.exists() else None
     if kept is not None:
         return kept
-    with torch.inference_mode():
-        rows = embedding(torch.tensor(token_ids)).float().numpy()
-    arrow = schema.embedding_schema(rows.shape[1], manifest.fingerprint)
-    columns = [pa.array(token_ids, pa.int32()), schema.tensor_column(rows, arrow.field("embedding"))]
+    arrow = schema.embedding_schema(rows.shape[1], dtype, manifest.fingerprint)
+    numbers = pack(rows, dtype)["tokens"]
+    columns = [pa.array(token_ids, pa.int32()), schema.tensor_column(numbers, arrow.field("embedding"))]
     shard = write_shard(path, pa.table(columns, schema=arrow))
     write_record(path, shard)
     return shard
 
 
-def _build_missing(
-    kind: str,
-    print_: str,
-    params: Params,
-    data: Dataset,
-    build: Callable[[Path, pd.DataFrame], Shard],
-    advance: Advance,
-    repair: Manifest | None,
-) -> list[Shard]:
-    """Build each shard that is not in the store yet."""
+def _parts(kind: str, print_: str, params: Params, data: Dataset) -> Parts:
+    """The shards that a data set needs; UserError when it has no usable picture."""
     rows = usable_rows(Path("data") / params.profile, data)
     if rows.empty:
         raise UserError(f"{data}: no usable picture; see the quarantine column of the prepared manifest")
@@ -256,18 +306,25 @@ def _build_missing(
         part = part.reset_index(drop=True)
         digests = part["sha256"] if kind == "images" else [_text_hash(texts) for texts in part["captions"]]
         parts[STORE / kind / print_ / f"{schema.shard_key(zip(part['id'], digests, strict=True))}.arrow"] = part
+    return parts
+
+
+def _check_repair(kind: str, data: Dataset, print_: str, parts: Parts, repair: Manifest | None) -> None:
     wanted = (print_, [path.name for path in parts])
     if repair is not None and wanted != (repair.fingerprint, [shard.name for shard in repair.shards]):
         raise UserError(f"{kind} of {data}: its manifest is of other parameters or pictures; run `dvc repro`")
-    shards = []
-    for path, part in parts.items():
-        shard = recorded(path) if path.exists() else None
-        if shard is None:
-            shard = build(path, part)
-        else:
-            advance(len(part))
-        shards.append(shard)
-    return shards
+
+
+def _build_missing(parts: Parts, make: Make, advance: Advance) -> list[Shard]:
+    """All shards of some parts; `make` makes those that are not in the store yet."""
+    there = {path: recorded(path) if path.exists() else None for path in parts}
+    advance(sum(len(parts[path]) for path, shard in there.items() if shard is not None))
+    made = make([path for path, shard in there.items() if shard is None], advance)
+    return [shard or made[path] for path, shard in there.items()]
+
+
+def _in_turn(build: Build) -> Make:
+    return lambda paths, advance: {path: build(path, advance) for path in paths}
 
 
 def _text_hash(texts: Any) -> str:

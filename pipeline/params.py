@@ -169,6 +169,14 @@ class Cache(Section):
     dtype: Literal["float16", "bfloat16", "float32", "int8"] = Field(
         "float16", description="int8: with a scale per token; docs/store.md has the errors"
     )
+    reader: Literal["arrow", "webdataset"] = Field(
+        default="arrow", description="what pretrain reads: the store, or the tars of `terraalign store export`"
+    )
+    tars: Name | None = Field(
+        default=None,
+        description="where the exports captions/ and classes/ are, a folder or an fsspec URL; "
+        "null: data/PROFILE/webdataset",
+    )
 
 
 class Optimisation(Section):
@@ -266,6 +274,9 @@ class Runtime(Section):
     """What does not decide the result; DVC does not track it."""
 
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
+    engine: Literal["local", "ray"] = Field(
+        default="local", description="where images are extracted: here, or a Ray cluster"
+    )
     decode_threads: Positive = 2
     emd_threads: Positive = 2
 

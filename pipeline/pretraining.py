@@ -15,8 +15,9 @@ from pipeline.adapters import Adapter, build_adapter
 from pipeline.backbones.devices import keep_freed_memory, pick_device
 from pipeline.emd import emd
 from pipeline.errors import UserError
-from pipeline.params import AdapterName, Params, Pretrain
+from pipeline.params import AdapterName, Dataset, Params, Pretrain
 from pipeline.store.reader import CaptionTokens, ImageTokens
+from pipeline.store.webdataset import open_tars
 from pipeline.training import Checkpoint, Trainer, steps_per_epoch, total_steps, write_history
 
 
@@ -27,11 +28,10 @@ class Pairs:
     """
 
     def __init__(self, params: Params, settings: Pretrain):
-        base = Path("data") / params.profile
         self.device = pick_device(params.runtime.device)
         self.settings, self.threads = settings, params.runtime.emd_threads
-        self._images = [ImageTokens.open(base, data) for data in settings.data]
-        texts = [CaptionTokens.open(base, data) for data in settings.data]
+        features = [_features(params, data) for data in settings.data]
+        self._images, texts = [images for images, _ in features], [text for _, text in features]
         self.table, row_of = _one_table(texts)
         self.rows: list[list[list[int]]] = []
         self._places: list[tuple[int, int]] = []
@@ -108,6 +108,13 @@ class Pairs:
         distances = self.distance(tokens, captions, index)
         sums = distances.new_zeros(len(positions)).index_add(0, torch.tensor(index, device=distances.device), distances)
         return sums / torch.bincount(torch.tensor(index)).to(sums)
+
+
+def _features(params: Params, data: Dataset) -> tuple[ImageTokens, CaptionTokens]:
+    if params.cache.reader == "webdataset":
+        return open_tars(params, data)
+    base = Path("data") / params.profile
+    return ImageTokens.open(base, data), CaptionTokens.open(base, data)
 
 
 def _one_table(texts: list[CaptionTokens]) -> tuple[Tensor, dict[int, int]]:

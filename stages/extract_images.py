@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pipeline.errors import UserError
 from pipeline.params import Dataset, Params, load_params
 from stages import timed
 
@@ -14,31 +16,68 @@ if TYPE_CHECKING:
     from pipeline.store.shards import Manifest
 
 
-def extract_images(data: Annotated[Dataset, typer.Argument(help="captions or classes.")]) -> None:
+def extract_images(
+    data: Annotated[Dataset, typer.Argument(help="captions or classes.")],
+    workers: Annotated[int, typer.Option(min=1, help="Processes on this machine that share the work.")] = 1,
+    worker: Annotated[
+        str | None, typer.Option(metavar="I/N", help="Make only part I (from 0) of N, and no manifest; for job arrays.")
+    ] = None,
+) -> None:
     """Run the frozen vision encoder over all pictures once and keep their image tokens in data/store.
 
     Writes data/<profile>/images/<data>/manifest.json, which names the shards. Shards that exist are not computed
     again, so an interrupted run goes on, and switching encoders and back costs nothing; of a shard that changed, only
     the pictures that changed are encoded.
+
+    With --workers, --worker or runtime.engine: ray, many processes make the shards, with the same bytes. docs/store.md
+    has a job array for SLURM.
     """
     params = load_params()
-    with timed(params, f"extract_images@{data}"):
-        from pipeline.store.shards import in_use, manifest_path
+    from pipeline.store.shards import in_use, manifest_path
 
+    if worker is not None:
         with in_use():
-            make(params, data).write(manifest_path(Path("data") / params.profile, "images", data))
+            _make_part(params, data, worker)
+        return
+    with timed(params, f"extract_images@{data}"), in_use():
+        made = make(params, data, workers=workers)
+        made.write(manifest_path(Path("data") / params.profile, "images", data))
 
 
-def make(params: Params, data: Dataset, repair: Manifest | None = None) -> Manifest:
+def make(params: Params, data: Dataset, repair: Manifest | None = None, workers: int = 1) -> Manifest:
     """The features of a data set, in the store; `repair`: the manifest whose missing shards to make."""
-    from pipeline import sources
+    from pipeline import distribute, sources
     from pipeline.backbones.vision import load_vision_encoder
     from pipeline.extract import extract_images
     from pipeline.progress import progress_bar
     from pipeline.store.reader import usable_rows
 
     sources.ensure_rendered(params, data)  # DVC may have restored the manifest alone
-    encoder = load_vision_encoder(params.vision, params.runtime.device)
+    encoder, by = load_vision_encoder(params.vision, params.runtime.device), None
+    if workers > 1:
+        by = distribute.with_workers(params, data, encoder, workers)
+    elif params.runtime.engine == "ray":
+        by = distribute.with_ray(params, data)
     rows = usable_rows(Path("data") / params.profile, data)
     with progress_bar(f"image tokens of {data}", len(rows), "images") as advance:
-        return extract_images(params, data, encoder, advance, repair)
+        return extract_images(params, data, encoder, advance, repair, by)
+
+
+def _make_part(params: Params, data: Dataset, worker: str) -> None:
+    """Make the shards of part I of N; the stage, run afterwards without options, writes the manifest."""
+    part = re.fullmatch(r"(\d+)/(\d+)", worker)
+    if not part or int(part[1]) >= int(part[2]):
+        raise UserError(f"--worker {worker}: expected I/N with I from 0 to N - 1, such as 0/4")
+    from pipeline import distribute, sources
+    from pipeline.backbones.vision import load_vision_encoder
+    from pipeline.extract import ImageShards
+    from pipeline.progress import progress_bar
+
+    distribute.check_named_weights(params)
+    sources.ensure_rendered(params, data)
+    work = ImageShards(params, data, load_vision_encoder(params.vision, params.runtime.device))
+    paths = work.part(int(part[1]), int(part[2]))
+    rows = sum(len(work.parts[path]) for path in paths)
+    with progress_bar(f"image tokens of {data}, part {worker}", rows, "images") as advance:
+        work.build_missing(paths, advance)
+    typer.echo(f"part {worker}: {len(paths)} of {len(work.parts)} shards are there")

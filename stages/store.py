@@ -169,8 +169,9 @@ def export(
 ) -> None:
     """Write the features of a data set as WebDataset tars, for use in another program.
 
-    Image tokens as .npy (float16), token ids of the captions as .json, a tar per split and 1,000 pictures, and the
-    embeddings of all tokens beside them; docs/webdataset.md shows how the stock `webdataset` library reads them.
+    Image tokens as .npy, token ids of the captions as .json, a tar per split and 1,000 pictures, and the embeddings of
+    all tokens beside them; docs/webdataset.md shows how the stock `webdataset` library reads them, and how `pretrain`
+    does.
     """
     from pipeline.progress import progress_bar
     from pipeline.store import webdataset
@@ -179,7 +180,7 @@ def export(
     base = Path("data") / load_params().profile
     images, captions = ImageTokens.open(base, data), CaptionTokens.open(base, data)
     with progress_bar("export", len(images.ids), "pictures") as advance:
-        tars = webdataset.export(images, captions, destination, per_shard, advance)
+        tars = webdataset.export(images, captions, webdataset.identity(base, data), destination, per_shard, advance)
     typer.echo(f"{destination}: {len(images.ids):,} pictures in {len(tars)} tars")
 
 

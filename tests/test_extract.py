@@ -122,6 +122,17 @@ def test_caption_tokens_and_embeddings(prepared):
     torch.testing.assert_close(words.embeddings(ids), embedding(torch.tensor(ids)), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(("dtype", "kept"), [(torch.bfloat16, pa.uint16()), (torch.float32, pa.float32())])
+def test_embeddings_are_exact_in_half_the_space_where_the_model_is_bfloat16(prepared, dtype, kept):
+    tokenizer, embedding = load_tokenizer(prepared.llm), torch.nn.Embedding(400, 6).to(dtype).float()
+    manifest = extract_captions(prepared, "captions", tokenizer, embedding, lambda n: None)
+    manifest.write(Path("data/tiny/text/captions/manifest.json"))
+    table = open_shard(manifest.folder / manifest.embeddings.name, manifest.fingerprint)
+    assert table.schema.field("embedding").type.value_type == kept
+    words = CaptionTokens.open(Path("data/tiny"), "captions")
+    assert torch.equal(words.table, embedding(torch.tensor(words.token_ids)))
+
+
 def test_damaged_shards_are_named(prepared):
     manifest = run(prepared, Counting())
     first = manifest.folder / manifest.shards[0].name

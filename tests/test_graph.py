@@ -196,6 +196,11 @@ def test_the_runtime_decides_nothing(repo: Repo) -> None:
     assert repo.repro() == set()
 
 
+def test_the_reader_decides_nothing(repo: Repo) -> None:
+    repo.set("cache.reader", "webdataset")
+    assert repo.repro() == {"report"}  # which prints all parameters
+
+
 def test_the_graph_can_be_drawn(repo: Repo) -> None:
     drawn = repo.dvc("dag", "--mermaid")
     for name in ("prepare@captions", "finetune@mlp-classes", "finetune_scratch@query", "pca@query", "report"):

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import io
 import re
+import shutil
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import unquote
 
+import fsspec
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import webdataset
@@ -20,9 +24,10 @@ from typer.testing import CliRunner
 from pipeline import sources
 from pipeline.errors import UserError
 from pipeline.extract import extract_captions, extract_images
-from pipeline.params import Params
+from pipeline.params import DATASETS, Dataset, Params
 from pipeline.store.reader import CaptionTokens, ImageTokens
-from pipeline.store.webdataset import export, key_of
+from pipeline.store.shards import STORE, manifest_path
+from pipeline.store.webdataset import export, identity, key_of, open_tars, read_tars
 from stages.cli import app
 
 PROJECT = Path(__file__).parents[1]
@@ -33,13 +38,19 @@ class Pixels:
     """An encoder whose tokens are pixels."""
 
     identity: ClassVar = {"encoder": "pixels"}
-    scale = 1.0
 
     def preprocess(self, image: Image.Image) -> torch.Tensor:
-        return torch.from_numpy(np.asarray(image.resize((4, 4)), np.float32)).permute(2, 0, 1) * self.scale
+        return torch.from_numpy(np.asarray(image.resize((4, 4)), np.float32)).permute(2, 0, 1)
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         return pixels.flatten(2).transpose(1, 2)
+
+
+class Noise(Pixels):
+    """Tokens whose bits no type but the stored one holds."""
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        return super().encode(pixels) * 1e3 / 7  # beyond the largest float16 for some
 
 
 class Letters:
@@ -69,18 +80,19 @@ def params(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Params:
     return params
 
 
-def extract(params: Params, encoder: Any) -> tuple[ImageTokens, CaptionTokens]:
-    extract_images(params, "classes", encoder, lambda n: None).write(BASE / "images/classes/manifest.json")
+def extract(params: Params, encoder: Any, data: Dataset = "classes") -> tuple[ImageTokens, CaptionTokens]:
+    base = Path("data") / params.profile
+    extract_images(params, data, encoder, lambda n: None).write(manifest_path(base, "images", data))
     torch.manual_seed(0)
-    words = extract_captions(params, "classes", Letters(), torch.nn.Embedding(128, 6), lambda n: None)
-    words.write(BASE / "text/classes/manifest.json")
-    return ImageTokens.open(BASE, "classes"), CaptionTokens.open(BASE, "classes")
+    words = extract_captions(params, data, Letters(), torch.nn.Embedding(128, 6), lambda n: None)
+    words.write(manifest_path(base, "text", data))
+    return ImageTokens.open(base, data), CaptionTokens.open(base, data)
 
 
 def test_the_library_reads_back_what_the_store_holds(params: Params) -> None:
     images, captions = extract(params, Pixels())
     done: list[int] = []
-    shards = export(images, captions, Path("deep/er/exported"), 10, done.append)
+    shards = export(images, captions, "x", Path("deep/er/exported"), 10, done.append)
     assert sum(done) == len(images.ids) == 60
     assert sorted(shards) == sorted(Path("deep/er/exported").glob("*.tar"))
     token_ids = np.load("deep/er/exported/token_ids.npy", allow_pickle=False)
@@ -92,7 +104,7 @@ def test_the_library_reads_back_what_the_store_holds(params: Params) -> None:
         assert max(np.unique([s["__url__"] for s in samples], return_counts=True)[1]) <= 10
         for sample in samples:
             row_id = unquote(sample["__key__"])
-            assert sample["tokens.npy"].dtype == np.float16
+            assert sample["tokens.npy"].dtype == np.float16, "as the store keeps them"
             expected = images.tokens([images.ids.index(row_id)])[0].numpy()
             np.testing.assert_array_equal(sample["tokens.npy"], expected)
             assert sample["captions.json"] == captions.captions(row_id)
@@ -101,7 +113,7 @@ def test_the_library_reads_back_what_the_store_holds(params: Params) -> None:
 
 
 def test_the_documented_lines_run(params: Params, capsys: pytest.CaptureFixture[str]) -> None:
-    export(*extract(params, Pixels()), Path("exported"), 1000, lambda n: None)
+    export(*extract(params, Pixels()), "x", Path("exported"), 1000, lambda n: None)
     names: dict[str, Any] = {}
     for block in re.findall(r"```python\n(.*?)```", (PROJECT / "docs/webdataset.md").read_text("utf-8"), re.DOTALL):
         exec(block, names)
@@ -124,7 +136,7 @@ def test_the_command_exports_the_active_profile(params: Params) -> None:
 
 def test_the_same_bytes_each_time_and_neighbours_are_mixed(params: Params) -> None:
     features = extract(params, Pixels())
-    paths = [export(*features, Path(name), 25, lambda n: None) for name in ("one", "two")]
+    paths = [export(*features, "x", Path(name), 25, lambda n: None) for name in ("one", "two")]
     assert len(paths[0]) > 3
     assert [path.read_bytes() for path in paths[0]] == [path.read_bytes() for path in paths[1]]
     with tarfile.open(paths[0][0]) as tar:
@@ -135,33 +147,27 @@ def test_the_same_bytes_each_time_and_neighbours_are_mixed(params: Params) -> No
 def test_a_folder_with_something_in_it_is_left_alone(params: Params) -> None:
     features = extract(params, Pixels())
     Path("empty").mkdir()
-    assert export(*features, Path("empty"), 100, lambda n: None)
+    assert export(*features, "x", Path("empty"), 100, lambda n: None)
     Path("file").write_text("mine")
     for taken in ("empty", "file"):
         with pytest.raises(UserError, match=f"{taken}: there already; name a new folder"):
-            export(*features, Path(taken), 100, lambda n: None)
+            export(*features, "x", Path(taken), 100, lambda n: None)
     assert Path("file").read_text() == "mine"
 
 
 def test_a_failed_export_leaves_nothing(params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
-    wide = params.model_copy(update={"cache": params.cache.model_copy(update={"dtype": "float32"})})
-    large = Pixels()
-    large.scale = 1e4  # beyond float16's 65504
-    images, captions = extract(wide, large)
+    _, captions = extract(params, Pixels())
     before = sorted(Path().iterdir())
-    with pytest.raises(UserError, match="do not fit float16"):
-        export(images, captions, Path("exported"), 100, lambda n: None)
-
     with pytest.raises(UserError, match="has image tokens, but no caption tokens"):
         with monkeypatch.context() as patch:
             patch.setattr(captions, "captions", {}.__getitem__)
-            export(extract(params, Pixels())[0], captions, Path("exported"), 100, lambda n: None)
+            export(extract(params, Pixels())[0], captions, "x", Path("exported"), 100, lambda n: None)
 
     def stop(_: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        export(*extract(params, Pixels()), Path("exported"), 100, stop)
+        export(*extract(params, Pixels()), "x", Path("exported"), 100, stop)
     assert sorted(Path().iterdir()) == before
 
 
@@ -178,3 +184,140 @@ def test_any_id_survives_as_a_key(row_id: str, tmp_path: Path) -> None:
     assert unquote(sample["__key__"]) == row_id and "captions.json" in sample
     assert key_of("42") == "42" and key_of("hot_dog/0001") == "hot_dog/0001", "plain ids stay as they are"
     assert not key_of(row_id).startswith("/") and ".." not in key_of(row_id)
+
+
+def test_any_id_is_found_in_a_tar(tmp_path: Path) -> None:
+    ids = sorted([*IDS, *(f"{'deep/' * 30}{number}" for number in range(3))])
+    numbers = np.random.default_rng(0).standard_normal((len(ids), 2, 3), np.float32)
+    rows = pd.DataFrame({"id": ids, "split": "train"})
+    images = ImageTokens(rows, (2, 3), "float32", lambda positions: {"tokens": numbers[positions]})
+    captions = CaptionTokens({row_id: [[7]] for row_id in ids}, np.array([7]), torch.zeros(1, 4))
+    export(images, captions, "x", tmp_path / "tars", 4, lambda n: None)
+    read, _ = read_tars(str(tmp_path / "tars"), "x", "")
+    assert read.ids == ids
+    for position in range(len(ids)):
+        np.testing.assert_array_equal(read.tokens([position])[0], numbers[position])
+
+
+def with_cache(params: Params, **values: Any) -> Params:
+    return params.model_copy(update={"cache": params.cache.model_copy(update=values)})
+
+
+@pytest.fixture
+def bucket() -> Iterator[str]:
+    """A place that is read by requests of byte ranges."""
+    yield "memory://bucket"
+    fsspec.filesystem("memory").rm("/bucket", recursive=True)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kept"), [("float16", "<f2"), ("bfloat16", "<f4"), ("int8", "<f4"), ("float32", "<f4")]
+)
+def test_tars_give_what_the_store_gives(params: Params, bucket: str, dtype: str, kept: str) -> None:
+    """The same bits, from a folder and from a URL, and without the store."""
+    params = with_cache(params, dtype=dtype)
+    images, captions = extract(params, Pixels() if dtype == "float16" else Noise())
+    tars = export(images, captions, identity(BASE, "classes"), BASE / "webdataset/classes", 13, lambda n: None)
+    with tarfile.open(tars[0]) as tar:
+        assert f"'descr': '{kept}'".encode() in (tar.extractfile(tar.getnames()[0]) or io.BytesIO()).read(128)
+    fsspec.filesystem("memory").put(str(BASE / "webdataset"), "/bucket", recursive=True)
+    order = np.random.default_rng(0).permutation(len(images.ids)).tolist()
+    expected, table = images.tokens(order), captions.table.clone()
+    shutil.rmtree(STORE)
+    for place in (None, bucket):
+        read, words = open_tars(with_cache(params, tars=place), "classes")
+        assert read.ids == images.ids and read.shape == images.shape
+        assert all(read.split(split) == images.split(split) for split in ("train", "val", "test"))
+        assert torch.equal(read.tokens(order), expected)
+        assert [words.captions(row_id) for row_id in read.ids] == [captions.captions(row_id) for row_id in images.ids]
+        assert words.token_ids.tolist() == captions.token_ids.tolist() and torch.equal(words.table, table)
+
+
+def test_pretraining_has_the_same_losses_from_tars(tiny_params: Params) -> None:
+    values = tiny_params.model_dump(mode="json")
+    for data in DATASETS:
+        sources.write(sources.prepare(tiny_params, data), sources.manifest_path(tiny_params, data))
+        extract(tiny_params, Pixels(), data)
+        run("store", "export", data, f"data/tiny/webdataset/{data}", "--per-shard", "7")
+    out, kept = Path("data/tiny/pretrain/mlp"), ("history.csv", "metrics.json", "last.safetensors", "first.safetensors")
+    run("pretrain", "mlp")
+    from_store = {name: (out / name).read_bytes() for name in kept}
+    shutil.rmtree(out)
+    shutil.rmtree(STORE)
+    values["cache"]["reader"] = "webdataset"
+    Path("params.yaml").write_text(yaml.safe_dump(values))
+    run("pretrain", "mlp")
+    assert {name: (out / name).read_bytes() for name in kept} == from_store
+    assert len(from_store["history.csv"].splitlines()) == 4
+
+    shutil.rmtree("data/tiny/webdataset/captions")
+    fault = "captions/index.parquet: no such file; delete data/tiny/webdataset/captions, if it is there, and run " \
+        "`terraalign store export captions data/tiny/webdataset/captions`"  # fmt: skip
+    assert fault in run("pretrain", "mlp", code=2)
+
+
+def run(*command: str, code: int = 0) -> str:
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
+    return " ".join(result.output.split())
+
+
+def cut(folder: Path) -> None:
+    content = (folder / "train-000001.tar").read_bytes()
+    (folder / "train-000001.tar").write_bytes(content[:3000])
+
+
+def remove(folder: Path) -> None:
+    (folder / "train-000001.tar").unlink()
+
+
+def other_order(folder: Path) -> None:
+    """Tars of the same size with each other's names."""
+    one, two = folder / "train-000000.tar", folder / "train-000001.tar"
+    assert one.stat().st_size == two.stat().st_size
+    one.rename(folder / "x")
+    two.rename(one)
+    (folder / "x").rename(two)
+
+
+def other_tar(folder: Path) -> None:
+    """The tar of an export of other features of the same pictures, sizes and names."""
+    (folder / "train-000001.tar").write_bytes(Path("other/train-000001.tar").read_bytes())
+
+
+def other_folder(folder: Path) -> None:
+    shutil.rmtree(folder)
+    Path("other").rename(folder)
+
+
+def no_index(folder: Path) -> None:
+    (folder / "index.parquet").write_bytes(b"PAR1")
+
+
+def no_table(folder: Path) -> None:
+    path = folder / "embeddings.npy"
+    path.write_bytes(b"x" * path.stat().st_size)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut, r"train-000001.tar: has 3000 bytes instead of \d+"),
+        (remove, r"train-000001.tar: no such file"),
+        (other_order, r"train-00000[01].tar: damaged or of another export at \S+"),
+        (other_tar, r"train-000001.tar: damaged or of another export at \S+"),
+        (other_folder, r"index.parquet: of other features than the profile's manifests name"),
+        (no_index, r"index.parquet: not a whole Parquet file"),
+        (no_table, r"embeddings.npy: not a whole .npy file"),
+    ],
+)
+def test_missing_cut_and_foreign_tars_are_named(params: Params, damage: Any, message: str) -> None:
+    features, folder = extract(params, Pixels()), BASE / "webdataset/classes"
+    export(*features, "another", Path("other"), 10, lambda n: None)
+    export(*features, identity(BASE, "classes"), folder, 10, lambda n: None)
+    damage(folder)
+    with pytest.raises(
+        UserError, match=rf"^{folder}/{message}.*; delete {folder}, .* `terraalign store export classes"
+    ):
+        images, _ = open_tars(params, "classes")
+        images.tokens(images.split("train"))

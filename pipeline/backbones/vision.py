@@ -181,7 +181,7 @@ class _weights_of:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if isinstance(error, OSError | RuntimeError | ValueError):
-            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise UserError(
                 f"weights of {self.what} cannot be loaded: {reason}; `terraalign doctor` says how"
             ) from None

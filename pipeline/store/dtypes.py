@@ -20,7 +20,7 @@ class DoesNotFit(ValueError):
 
 
 def pack(tokens: Tensor, dtype: str) -> Columns:
-    """Float32 tokens [R, N, D] as the columns that keep them: tokens [R, N, D], for int8 also scale [R, N].
+    """Float32 tokens [R, ..., D] as the columns that keep them: tokens [R, ..., D], for int8 also scale [R, ...].
 
     int8 is symmetric: scale = max |x| / 127 of each token. bfloat16 becomes its bits in uint16, numpy has no name for
     it. Raises DoesNotFit.
@@ -42,7 +42,7 @@ def pack(tokens: Tensor, dtype: str) -> Columns:
 
 
 def unpack(stored: Columns, dtype: str) -> Tensor:
-    """What `pack` made, as float32 [R, N, D]."""
+    """What `pack` made, as float32 [R, ..., D]."""
     columns = {name: torch.from_numpy(column) for name, column in stored.items()}
     tokens = columns["tokens"].view(torch.bfloat16) if dtype == "bfloat16" else columns["tokens"]
     return tokens.float() * columns["scale"][..., None] if dtype == "int8" else tokens.float()

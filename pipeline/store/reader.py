@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
-import torch
 from torch import Tensor
 
 from pipeline.errors import UserError
@@ -27,12 +27,15 @@ def usable_rows(base: Path, data: Dataset) -> pd.DataFrame:
 
 
 class ImageTokens:
-    """Image tokens of one data set: random access to [N, D] samples without a copy until the batch is made."""
+    """Image tokens [N, D] of one data set: random access, from wherever `stored` reads them.
 
-    def __init__(self, rows: pd.DataFrame, shards: list[Columns], places: list[tuple[int, int]], dtype: str):
-        self.rows, self._shards, self._places, self.dtype = rows, shards, places, dtype
+    `stored` gives some rows as they are kept: tokens [B, N, D] in `dtype` (bfloat16 as uint16), for int8 also scale
+    [B, N].
+    """
+
+    def __init__(self, rows: pd.DataFrame, shape: tuple[int, ...], dtype: str, stored: Callable[[list[int]], Columns]):
+        self.rows, self.shape, self.dtype, self.stored = rows, shape, dtype, stored
         self.ids: list[str] = list(rows["id"])
-        self.shape: tuple[int, int] = shards[0]["tokens"].shape[1:]
 
     @classmethod
     def open(cls, base: Path, data: Dataset) -> ImageTokens:
@@ -56,7 +59,8 @@ class ImageTokens:
             )
         shards = [{name: dense(table, name) for name in table.column_names[2:]} for table in tables]
         dtype = tables[0].schema.metadata[b"dtype"].decode()
-        return cls(rows, shards, [places[row_id] for row_id in rows["id"]], dtype)
+        mapped = Mapped(shards, [places[row_id] for row_id in rows["id"]])
+        return cls(rows, shards[0]["tokens"].shape[1:], dtype, mapped)
 
     def split(self, name: str) -> list[int]:
         """Positions of the rows of train, val or test."""
@@ -66,8 +70,14 @@ class ImageTokens:
         """Image tokens of some rows: float32 [B, N, D]."""
         return unpack(self.stored(positions), self.dtype)
 
-    def stored(self, positions: list[int]) -> Columns:
-        """Some rows as they are stored: tokens [B, N, D] (bfloat16 as uint16), for int8 also scale [B, N]."""
+
+class Mapped:
+    """Rows of shards that are mapped into memory, by shard and row: no copy until a batch is made."""
+
+    def __init__(self, shards: list[Columns], places: list[tuple[int, int]]):
+        self._shards, self._places = shards, places
+
+    def __call__(self, positions: list[int]) -> Columns:
         out = {name: np.empty((len(positions), *all_.shape[1:]), all_.dtype) for name, all_ in self._shards[0].items()}
         for target, position in enumerate(positions):
             shard, row = self._places[position]
@@ -95,7 +105,10 @@ class CaptionTokens:
             table = open_shard(manifest.folder / shard.name, manifest.fingerprint)
             captions.update(zip(table["id"].to_pylist(), table["captions"].to_pylist(), strict=True))
         table = open_shard(manifest.folder / manifest.embeddings.name, manifest.fingerprint)
-        return cls(captions, table["token_id"].to_numpy(), torch.from_numpy(dense(table, "embedding").copy()))
+        rows = unpack(
+            {"tokens": dense(table, "embedding").copy()}, table.schema.metadata.get(b"dtype", b"float32").decode()
+        )
+        return cls(captions, table["token_id"].to_numpy(), rows)
 
     def captions(self, row_id: str) -> list[list[int]]:
         """Token ids of each caption of a picture."""

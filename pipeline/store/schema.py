@@ -47,10 +47,11 @@ def caption_schema(print_: str) -> pa.Schema:
     return pa.schema([("id", pa.string()), ("captions", captions)], metadata=_metadata("captions", print_))
 
 
-def embedding_schema(width: int, print_: str) -> pa.Schema:
-    """token_id and its row of the LLM's input-embedding matrix, float32 [D]."""
-    row = pa.fixed_shape_tensor(pa.float32(), (width,))
-    return pa.schema([("token_id", pa.int32()), ("embedding", row)], metadata=_metadata("embeddings", print_))
+def embedding_schema(width: int, dtype: str, print_: str) -> pa.Schema:
+    """token_id and its row of the LLM's input-embedding matrix [D]; the metadata say if it is bfloat16, not float32."""
+    fields = [("token_id", pa.int32()), ("embedding", pa.fixed_shape_tensor(STORED[dtype], (width,)))]
+    said = {} if dtype == "float32" else {"dtype": dtype}
+    return pa.schema(fields, metadata={**_metadata("embeddings", print_), **said})
 
 
 def _metadata(kind: str, fingerprint: str) -> dict[str, str]:
@@ -71,7 +72,7 @@ def fault(found: pa.Schema, expected: str | None) -> str | None:
         if kind == "images":
             ours = image_schema(tuple(found.field("tokens").type.shape), metadata["dtype"], print_)
         elif kind == "embeddings":
-            ours = embedding_schema(found.field("embedding").type.shape[0], print_)
+            ours = embedding_schema(found.field("embedding").type.shape[0], metadata.get("dtype", "float32"), print_)
         else:
             ours = caption_schema(print_)
     except (KeyError, AttributeError, TypeError, IndexError):

@@ -5,7 +5,11 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
+import mmap
 import os
+import platform
+import secrets
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import pyarrow as pa
 
 from pipeline.errors import UserError
@@ -74,17 +79,27 @@ def manifest_path(base: Path, kind: str, data: str) -> Path:
 
 @contextmanager
 def atomically(path: Path) -> Iterator[BinaryIO]:
-    """Write to a temporary name, fsync, rename: the file is there whole or not at all."""
+    """Write to a temporary name, fsync, rename: the file is there whole or not at all.
+
+    The temporary name is of this process alone, also among machines that share the store: processes that make the same
+    file at once do not meet, and the last one's bytes, the same as the first one's, stay.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_temporary(folder: Path, process: int) -> None:
+    """Remove what a process of this machine that is no more left half written in a folder of the store."""
+    for path in folder.glob(f".*.{platform.node()}.{process}.*"):
+        path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -105,10 +120,75 @@ def in_use(exclusive: bool = False) -> Iterator[None]:
 def write_shard(path: Path, table: pa.Table) -> Shard:
     """Write a table as an uncompressed Arrow IPC file of one record batch under its final name, read-only."""
     with atomically(path) as file:
-        with pa.ipc.new_file(file, table.schema) as writer:
-            writer.write_table(table.combine_chunks())
+        _write_table(file, table)
         os.fchmod(file.fileno(), 0o444)
     return describe(path)
+
+
+def _write_table(file: Any, table: pa.Table) -> None:
+    with pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table.combine_chunks())
+
+
+class ShardFile:
+    """A shard that is written row by row, in any order: memory does not grow with its size.
+
+    The file has its final layout from the start, with holes where the numbers go. Its bytes are those of write_shard.
+    `leading` are the columns [rows] before the fixed-shape ones of the schema `arrow`.
+    """
+
+    def __init__(self, file: BinaryIO, arrow: pa.Schema, leading: list[pa.Array]):
+        rows, fields = len(leading[0]), list(arrow)[len(leading) :]
+        blank = [_zeros(rows, field) for field in fields]
+        columns = [schema.tensor_column(zeros, field) for zeros, field in zip(blank, fields, strict=True)]
+        _write_table(_Holes(file, {zeros.ctypes.data for zeros in blank}), pa.table([*leading, *columns], arrow))
+        file.flush()
+        mapped = pa.memory_map(file.name)
+        start = mapped.read_buffer().address
+        mapped.seek(0)
+        table = pa.ipc.open_file(mapped).read_all()
+        found = {field.name: schema.dense(table, field.name) for field in fields}
+        self._file = file
+        self._places = {name: (column.ctypes.data - start, column[0].nbytes) for name, column in found.items()}
+
+    def put(self, at: list[int], columns: dict[str, np.ndarray[Any, Any]]) -> None:
+        """Write rows to the positions `at`; columns [len(at), ...] in the numbers of the schema."""
+        for name, column in columns.items():
+            offset, size = self._places[name]
+            for row, numbers in zip(at, column, strict=True):
+                self._file.seek(offset + row * size)
+                self._file.write(np.ascontiguousarray(numbers).data)
+
+    def finish(self) -> None:
+        """Bring all to the disk and make the file read-only."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        os.fchmod(self._file.fileno(), 0o444)
+
+
+def _zeros(rows: int, field: pa.Field) -> np.ndarray[Any, Any]:
+    """Zeros [rows, ...] for a fixed-shape column. They take no memory: pages that nobody wrote to are all one page."""
+    shape, dtype = (rows, *field.type.shape), np.dtype(field.type.value_type.to_pandas_dtype())
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, mmap.MAP_PRIVATE)
+    return np.frombuffer(pages, dtype).reshape(shape)
+
+
+class _Holes:
+    """A file that is not written to where Arrow writes one of the `blank` buffers, named by their addresses."""
+
+    closed = False
+
+    def __init__(self, file: BinaryIO, blank: set[int]):
+        self.file, self.blank = file, blank
+        self.tell, self.flush = file.tell, file.flush
+
+    def write(self, data: Any) -> int:
+        buffer = pa.py_buffer(data)
+        if buffer.address in self.blank:
+            self.file.seek(buffer.size, os.SEEK_CUR)
+        else:
+            self.file.write(data)
+        return buffer.size
 
 
 def describe(path: Path) -> Shard:

@@ -1,12 +1,15 @@
-"""Features as WebDataset tars, which https://github.com/webdataset/webdataset reads as they are, for use elsewhere.
+"""Features as WebDataset tars, which https://github.com/webdataset/webdataset reads: written, and read back.
 
-A folder of tars `<split>-000000.tar` with the members `<key>.tokens.npy`, float16 [N, D], and `<key>.captions.json`,
-a list of token-id lists; beside them `token_ids.npy`, int32 [V], sorted, and `embeddings.npy`, float32 [V, D]: their
-rows of the LLM's input embeddings. docs/webdataset.md shows how to read them.
+A folder of tars `<split>-000000.tar` with the members `<key>.tokens.npy`, [N, D], and `<key>.captions.json`, a list of
+token-id lists; beside them `token_ids.npy`, int32 [V], sorted, `embeddings.npy`, float32 [V, D]: their rows of the
+LLM's input embeddings, and `index.parquet`: a row per picture, with its captions and the place of its tokens. The
+owner's name of each member is the identity of the export, so a tar of another one is noticed wherever it is read.
+docs/webdataset.md shows how others read them.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import shutil
@@ -14,23 +17,61 @@ import tarfile
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, BinaryIO
 from urllib.parse import quote
 
+import fsspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
 
 from pipeline.errors import UserError
+from pipeline.params import Dataset, Params
+from pipeline.store.dtypes import Columns
 from pipeline.store.reader import CaptionTokens, ImageTokens
 from pipeline.store.schema import shard_of
+from pipeline.store.shards import manifest_path, sha256_of
+
+FORMAT = "terraalign-webdataset/1"
+INDEX = pa.schema(
+    [
+        ("id", pa.string()), ("split", pa.string()), ("captions", pa.list_(pa.list_(pa.int32()))),
+        ("tar", pa.string()), ("offset", pa.int64()), ("size", pa.int64()),
+    ]
+)  # fmt: skip
+"""A row per picture; offset and size are those of <key>.tokens.npy in its tar, in bytes."""
+
+
+def identity(base: Path, data: Dataset) -> str:
+    """Hash of the manifests that say what the features of a data set are, and so what tars of them hold.
+
+    Raises UserError when one of them is missing.
+    """
+    paths = [
+        manifest_path(base, "images", data),
+        manifest_path(base, "text", data),
+        base / "prepare" / f"{data}.parquet",
+    ]
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"{path}: no such manifest; run `dvc repro`, or `dvc pull`")
+    return hashlib.sha256(json.dumps([FORMAT, *map(sha256_of, paths)]).encode()).hexdigest()[:24]
 
 
 def export(
-    images: ImageTokens, captions: CaptionTokens, destination: Path, per_shard: int, advance: Callable[[int], None]
+    images: ImageTokens,
+    captions: CaptionTokens,
+    identity: str,
+    destination: Path,
+    per_shard: int,
+    advance: Callable[[int], None],
 ) -> list[Path]:
     """Write the features of one data set to a new folder and return its tars, at most `per_shard` pictures in each.
 
-    Within a split the order is that of the ids' hashes, so neighbours are not of one class. The same features give the
-    same bytes. Raises UserError when the folder is not empty, a picture has no caption tokens, or its tokens do not
-    fit float16; then, and when interrupted, no folder is left.
+    Numbers are those of the store: float16 if it keeps float16, else float32. Within a split the order is that of the
+    ids' hashes, so neighbours are not of one class. The same features give the same bytes. Raises UserError when the
+    folder is not empty or a picture has no caption tokens; then, and when interrupted, no folder is left.
     """
     if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
         raise UserError(f"{destination}: there already; name a new folder, or delete this one first")
@@ -40,16 +81,17 @@ def export(
         order = np.argsort(captions.token_ids)
         np.save(temporary / "token_ids.npy", captions.token_ids[order].astype(np.int32), allow_pickle=False)
         np.save(temporary / "embeddings.npy", captions.table.numpy()[order], allow_pickle=False)
-        names = [
-            name
+        rows = [
+            row
             for split in ("train", "val", "test")
-            for name in _write_split(images, captions, temporary, split, per_shard, advance)
+            for row in _write_split(images, captions, identity, temporary, split, per_shard, advance)
         ]
+        _write_index(temporary, identity, images, rows)
         temporary.chmod(0o755)  # mkdtemp makes it private
         temporary.rename(destination)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return [destination / name for name in names]
+    return [destination / name for name in dict.fromkeys(row["tar"] for row in rows)]
 
 
 def key_of(row_id: str) -> str:
@@ -61,45 +103,176 @@ def key_of(row_id: str) -> str:
 def _write_split(
     images: ImageTokens,
     captions: CaptionTokens,
+    identity: str,
     folder: Path,
     split: str,
     per_shard: int,
     advance: Callable[[int], None],
-) -> list[str]:
+) -> list[dict[str, Any]]:
+    """The tars of one split; returns their rows of the index."""
     positions = sorted(images.split(split), key=lambda position: shard_of(images.ids[position], 2**64))
-    names = []
+    rows = []
     for number, start in enumerate(range(0, len(positions), per_shard)):
-        part = positions[start : start + per_shard]
-        names.append(f"{split}-{number:06d}.tar")
-        with tarfile.open(folder / names[-1], "w") as tar:
-            for position in part:
-                key = key_of(images.ids[position])
-                _add(tar, f"{key}.tokens.npy", _tokens(images, position))
-                _add(tar, f"{key}.captions.json", _captions(captions, images.ids[position]))
+        name = f"{split}-{number:06d}.tar"
+        with tarfile.open(folder / name, "w") as tar:
+            for position in positions[start : start + per_shard]:
+                row_id = images.ids[position]
+                key, token_ids = key_of(row_id), _captions(captions, row_id)
+                place = _add(tar, f"{key}.tokens.npy", _tokens(images, position), identity)
+                _add(tar, f"{key}.captions.json", json.dumps(token_ids).encode(), identity)
+                rows.append({"id": row_id, "split": split, "captions": token_ids, "tar": name, **place})
                 advance(1)
-    return names
+    return rows
+
+
+def _write_index(folder: Path, identity: str, images: ImageTokens, rows: list[dict[str, Any]]) -> None:
+    about = {
+        "format": FORMAT, "identity": identity, "shape": json.dumps(images.shape), "dtype": _exact(images.dtype),
+        "bytes": json.dumps({path.name: path.stat().st_size for path in sorted(folder.iterdir())}),
+    }  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(rows, INDEX.with_metadata(about)), folder / "index.parquet")
+
+
+def _exact(dtype: str) -> str:
+    """The type in which a .npy file keeps the numbers of a cache.dtype as they are; numpy knows no bfloat16."""
+    return "float16" if dtype == "float16" else "float32"
 
 
 def _tokens(images: ImageTokens, position: int) -> bytes:
-    """The image tokens of a picture as a .npy file of float16 [N, D]."""
-    tokens = images.tokens([position])[0].numpy()
-    with np.errstate(over="ignore"):  # seen by the next line
-        half = tokens.astype(np.float16)
-    if not np.isfinite(half).all():
-        raise UserError(f"{images.ids[position]}: its image tokens do not fit float16, the type of WebDataset tars")
+    """The image tokens of a picture as a .npy file [N, D]."""
     buffer = io.BytesIO()
-    np.save(buffer, half, allow_pickle=False)
+    np.save(buffer, images.tokens([position])[0].numpy().astype(_exact(images.dtype)), allow_pickle=False)
     return buffer.getvalue()
 
 
-def _captions(captions: CaptionTokens, row_id: str) -> bytes:
+def _captions(captions: CaptionTokens, row_id: str) -> list[list[int]]:
     try:
-        return json.dumps(captions.captions(row_id)).encode()
+        return captions.captions(row_id)
     except KeyError:
         raise UserError(f"{row_id}: has image tokens, but no caption tokens; run `dvc repro`") from None
 
 
-def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    member = tarfile.TarInfo(name)  # its time, owner and mode are constants: the same bytes each time
-    member.size = len(content)
+def _add(tar: tarfile.TarFile, name: str, content: bytes, identity: str) -> dict[str, int]:
+    """Append a member and return its place."""
+    member = tarfile.TarInfo(name)  # its time and mode are constants: the same bytes each time
+    member.size, member.uname = len(content), identity
     tar.addfile(member, io.BytesIO(content))
+    blocks = -(-len(content) // tarfile.BLOCKSIZE)
+    return {"offset": tar.offset - blocks * tarfile.BLOCKSIZE, "size": len(content)}
+
+
+def open_tars(params: Params, data: Dataset) -> tuple[ImageTokens, CaptionTokens]:
+    """The features of a data set from the tars at cache.tars, local or remote, as the store would give them.
+
+    They are those that the profile's manifests describe, which is checked; the store itself is not needed. Raises
+    UserError when a file is missing, cut short or of another export.
+    """
+    base = Path("data") / params.profile
+    folder = f"{params.cache.tars or base / 'webdataset'}/{data}"
+    if "://" in folder:
+        mend = f"run `terraalign store export {data} FOLDER` where the store is, and copy it there"
+    else:
+        mend = f"delete {folder}, if it is there, and run `terraalign store export {data} {folder}`"
+    return read_tars(folder, identity(base, data), mend)
+
+
+def read_tars(folder: str, identity: str, mend: str) -> tuple[ImageTokens, CaptionTokens]:
+    """What `export` wrote to a folder or fsspec URL under this identity; `mend` ends every UserError."""
+    files = _Files(folder, mend)
+    try:
+        index = pq.read_table(files.whole("index.parquet"))
+        about = {key.decode(): value.decode() for key, value in (index.schema.metadata or {}).items()}
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise files.fault("index.parquet", f"not a whole Parquet file ({error})") from None
+    if not index.schema.equals(INDEX) or about.get("format") != FORMAT:
+        raise files.fault("index.parquet", "written by another program or version")
+    if about["identity"] != identity:
+        raise files.fault("index.parquet", "of other features than the profile's manifests name")
+    files.check_sizes(json.loads(about["bytes"]))
+    index = index.sort_by("id")
+    rows = index.select(["id", "split"]).to_pandas()
+    shape, dtype = tuple(json.loads(about["shape"])), about["dtype"]
+    images = ImageTokens(rows, shape, dtype, _Members(files, index, identity, shape, dtype))
+    captions = dict(zip(index["id"].to_pylist(), index["captions"].to_pylist(), strict=True))
+    table = torch.from_numpy(files.numbers("embeddings.npy"))
+    return images, CaptionTokens(captions, files.numbers("token_ids.npy"), table)
+
+
+class _Files:
+    """The files of an export in a folder or at an fsspec URL; every failure is a UserError that names the file."""
+
+    def __init__(self, folder: str, mend: str):
+        self.folder, self.mend = folder, mend
+        try:
+            self._system, self._root = fsspec.url_to_fs(folder)
+        except Exception as error:
+            raise self._failed("", error) from None
+
+    def fault(self, name: str, what: str) -> UserError:
+        return UserError(f"{self.folder}/{name}: {what}; {self.mend}")
+
+    def _failed(self, name: str, error: Exception) -> UserError:
+        """Each file system raises its own exceptions."""
+        if isinstance(error, FileNotFoundError):
+            return self.fault(name, "no such file")
+        return self.fault(name, f"cannot be read ({type(error).__name__}: {' '.join(str(error).split())})")
+
+    def whole(self, name: str) -> BinaryIO:
+        try:
+            return io.BytesIO(self._system.cat_file(f"{self._root}/{name}"))
+        except Exception as error:
+            raise self._failed(name, error) from None
+
+    def numbers(self, name: str) -> np.ndarray[Any, Any]:
+        try:
+            return np.load(self.whole(name), allow_pickle=False)
+        except ValueError as error:
+            raise self.fault(name, f"not a whole .npy file ({error})") from None
+
+    def check_sizes(self, expected: dict[str, int]) -> None:
+        """Raises UserError when a file is missing or of another size."""
+        for name, size in expected.items():
+            try:
+                found = self._system.size(f"{self._root}/{name}")
+            except Exception as error:
+                raise self._failed(name, error) from None
+            if found != size:
+                raise self.fault(name, f"has {found} bytes instead of {size}")
+
+    def ranges(self, names: list[str], starts: list[int], ends: list[int]) -> list[bytes]:
+        """Parts of files, fetched at once where the file system can."""
+        found = self._system.cat_ranges([f"{self._root}/{name}" for name in names], starts, ends)
+        for name, content in zip(names, found, strict=True):
+            if isinstance(content, Exception):
+                raise self._failed(name, content) from None
+        return list(found)
+
+
+class _Members:
+    """Reads image tokens out of tars, each by its place: any order costs the same, and nothing is unpacked."""
+
+    def __init__(self, files: _Files, index: pa.Table, identity: str, shape: tuple[int, ...], dtype: str):
+        self._files, self._identity = files, identity.encode()
+        self._names = [f"{key_of(row_id)}.tokens.npy".encode()[:100] for row_id in index["id"].to_pylist()]
+        self._tars, self._offsets, self._sizes = (index[name].to_pylist() for name in ("tar", "offset", "size"))
+        self._blank = np.empty(shape, dtype)
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(self._blank))
+        self._header = header.getvalue()
+
+    def __call__(self, positions: list[int]) -> Columns:
+        """tokens [B, N, D] of some rows; raises UserError when a member is not the one the index names."""
+        starts = [self._offsets[i] - tarfile.BLOCKSIZE for i in positions]  # from the tar's own header on
+        ends = [self._offsets[i] + self._sizes[i] for i in positions]
+        parts = self._files.ranges([self._tars[i] for i in positions], starts, ends)
+        tokens = np.empty((len(positions), *self._blank.shape), self._blank.dtype)
+        for row, (position, part) in enumerate(zip(positions, parts, strict=True)):
+            name, owner = part[:100].rstrip(b"\0"), part[265:297].rstrip(b"\0")  # as POSIX ustar has them
+            numbers = tarfile.BLOCKSIZE + len(self._header)
+            whole = len(part) == numbers + self._blank.nbytes and part[tarfile.BLOCKSIZE : numbers] == self._header
+            if not whole or name != self._names[position] or owner != self._identity:
+                raise self._files.fault(
+                    self._tars[position], f"damaged or of another export at {self._names[position].decode()}"
+                )
+            tokens[row] = np.frombuffer(part, tokens.dtype, offset=numbers).reshape(self._blank.shape)
+        return {"tokens": tokens}
