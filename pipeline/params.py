@@ -189,6 +189,9 @@ class Objective(Section):
     """What pre-training minimises: EMD with this ground cost, marginal, start and solver."""
 
     cost: Literal["euclidean", "sqeuclidean", "cosine"]
+    space: Literal["plain", "whitened"] = Field(
+        "plain", description="whitened: costs where the words of the training captions spread alike in all directions"
+    )
     word_weights: Literal["uniform", "idf", "idf_squared"]
     start: Literal["random", "constant_set"]
     solver: Literal["exact", "pot", "sinkhorn"] = Field(

@@ -19,6 +19,8 @@ from pipeline.params import AdapterName, Params, Pretrain
 from pipeline.store.reader import CaptionTokens, ImageTokens
 from pipeline.training import Checkpoint, Trainer, steps_per_epoch, total_steps, write_history
 
+WHITENING_RIDGE = 0.1  # of the mean variance
+
 
 class Pairs:
     """Cached image tokens and captions of the data sets of pretrain.data, and the objective between them.
@@ -44,9 +46,16 @@ class Pairs:
             self.rows += [[[row_of[t] for t in c] for c in text.captions(row_id) if c] for row_id in images.ids]
         if not self.train or not self.val:
             raise UserError(f"captions: {len(self.train)} train and {len(self.val)} val pictures; both are needed")
-        counts = self._document_frequencies(self.train)
+        self._measure()
+
+    def _measure(self) -> None:
+        """What the objective's distance needs: weights of words, the map into its space, the centre of words there."""
         self.word_weights = self._weights_of_words()
-        self.center = (counts @ self.table / counts.sum()).to(self.device)
+        counts = self._document_frequencies(self.train)
+        whitened = self.settings.objective.space == "whitened"
+        self.into_space = whitening(self.table, counts) if whitened else None
+        self.words = self.table if self.into_space is None else self.table @ self.into_space
+        self.center = (counts @ self.words / counts.sum()).to(self.device)
 
     @property
     def d_in(self) -> int:
@@ -82,8 +91,10 @@ class Pairs:
         """EMD in the objective's own cost and marginal, [P]; tokens [B, N, D] on the device."""
         flat = [row for caption in captions for row in caption]
         offsets = np.cumsum([0, *map(len, captions)]).tolist()
+        if self.into_space is not None:
+            tokens = tokens @ self.into_space.to(tokens.device)
         return emd(
-            tokens, self.table[flat].to(tokens.device), offsets, image_index,
+            tokens, self.words[flat].to(tokens.device), offsets, image_index,
             cost=self.settings.objective.cost, word_weights=self._weights(flat, captions),
             center=self.center, solver=self.settings.objective.solver, threads=self.threads,
         )  # fmt: skip
@@ -119,6 +130,20 @@ def _one_table(texts: list[CaptionTokens]) -> tuple[Tensor, dict[int, int]]:
         row_of |= {token: len(row_of) + i for i, token in enumerate(new)}
         rows.append(text.embeddings(new))
     return torch.cat(rows), row_of
+
+
+def whitening(table: Tensor, counts: Tensor) -> Tensor:
+    """The symmetric map [D, D] after which words spread alike in all directions: ZCA (Bell & Sejnowski 1997).
+
+    table [T, D] are words, counts [T] how often each occurs. A tenth of the mean variance is added in every direction,
+    since words may span fewer than D; the map keeps the words' total variance.
+    """
+    weights = counts / counts.sum()
+    spread = (table - weights @ table).double() * weights.double().sqrt()[:, None]
+    variances, axes = torch.linalg.eigh(spread.T @ spread)
+    scales = (variances + WHITENING_RIDGE * variances.mean()).rsqrt()
+    kept = variances.sum() / (variances * scales.square()).sum()
+    return ((axes * (scales * kept.sqrt())) @ axes.T).to(table)
 
 
 class ConstantSet(nn.Module):
@@ -266,7 +291,7 @@ def _blind_baselines(params: Params, pairs: Pairs, count: int) -> Blind:
 def _constant_set(params: Params, pairs: Pairs, count: int) -> Tensor:
     """The best set of `count` tokens, fitted once: adapters that give equally many share it."""
     settings = pairs.settings
-    decides = [params.seed, settings.data, settings.objective.cost, settings.objective.word_weights]
+    decides = [params.seed, settings.data, settings.objective.model_dump(exclude={"start", "solver"})]
     kept = _checkpoint(params, f"constant-set-{count}", settings, decides)
     state = kept.load()
     if state is None:
