@@ -37,7 +37,7 @@ Prompt = Annotated[str, StringConstraints(min_length=1)]
 # What an architecture may set; the defaults are in pipeline/adapters.py.
 ARCHITECTURES: dict[AdapterName, frozenset[str]] = {
     "linear": frozenset({"pool", "dropout"}),
-    "mlp": frozenset({"pool", "dropout", "hidden"}),
+    "mlp": frozenset({"pool", "dropout", "hidden", "positions"}),
     "self_attention": frozenset({"pool", "dropout", "width", "blocks", "heads", "feed_forward"}),
     "query": frozenset({"pool", "dropout", "width", "blocks", "heads", "feed_forward", "queries"}),
 }
