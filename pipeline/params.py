@@ -194,9 +194,16 @@ class Objective(Section):
     )
     word_weights: Literal["uniform", "idf", "idf_squared"]
     start: Literal["random", "constant_set"]
+    unmatched: Share = Field(0.0, description="share of the image tokens' mass that need not become a word")
     solver: Literal["exact", "pot", "sinkhorn"] = Field(
         "exact", description="pot: exact too, by the library POT; sinkhorn: approximate, for comparison"
     )
+
+    @model_validator(mode="after")
+    def _partial_is_exact(self) -> Objective:
+        if self.unmatched and self.solver == "sinkhorn":
+            raise ValueError("unmatched mass needs an exact solver: set solver to exact, or unmatched to 0")
+        return self
 
 
 class Pretrain(Optimisation):

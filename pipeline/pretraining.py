@@ -96,7 +96,8 @@ class Pairs:
         return emd(
             tokens, self.words[flat].to(tokens.device), offsets, image_index,
             cost=self.settings.objective.cost, word_weights=self._weights(flat, captions),
-            center=self.center, solver=self.settings.objective.solver, threads=self.threads,
+            center=self.center, unmatched=self.settings.objective.unmatched,
+            solver=self.settings.objective.solver, threads=self.threads,
         )  # fmt: skip
 
     def _weights(self, flat: list[int], captions: list[list[int]]) -> Tensor:
