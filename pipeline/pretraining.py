@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.adapters import Adapter, build_adapter
 from pipeline.backbones.devices import keep_freed_memory, pick_device
 from pipeline.emd import emd
 from pipeline.errors import UserError
-from pipeline.params import AdapterName, Params, Pretrain
+from pipeline.params import AdapterName, Objective, Params, Pretrain
 from pipeline.store.reader import CaptionTokens, ImageTokens
 from pipeline.training import Checkpoint, Trainer, steps_per_epoch, total_steps, write_history
 
 WHITENING_RIDGE = 0.1  # of the mean variance
+PLAIN = Objective.model_validate({"cost": "euclidean", "word_weights": "uniform", "start": "random"})
+CONTRASTED = 32  # images of a batch at most: the contrast costs their number squared
 
 
 class Pairs:
@@ -56,6 +60,13 @@ class Pairs:
         self.into_space = whitening(self.table, counts) if whitened else None
         self.words = self.table if self.into_space is None else self.table @ self.into_space
         self.center = (counts @ self.words / counts.sum()).to(self.device)
+
+    def measured_by(self, objective: Objective) -> Pairs:
+        """The same data under another objective."""
+        other = copy(self)
+        other.settings = self.settings.model_copy(update={"objective": objective})
+        other._measure()
+        return other
 
     @property
     def d_in(self) -> int:
@@ -190,8 +201,27 @@ def fit_constant_set(pairs: Pairs, count: int, seed: int) -> Tensor:
     return best_tokens
 
 
+def contrast(pairs: Pairs, tokens: Tensor, positions: list[int]) -> Tensor:
+    """How badly EMD tells the captions of a batch apart: InfoNCE (van den Oord et al. 2018), a scalar.
+
+    tokens [B, N, D] of the images at `positions`, one random caption each; both ways, from image to caption and from
+    caption to image, as in CLIP (Radford et al. 2021). A caption that another image has too (a class name) is no wrong
+    answer there.
+    """
+    positions = positions[:CONTRASTED]  # a batch is in random order
+    count = len(positions)
+    captions = [pairs.rows[p][int(torch.randint(len(pairs.rows[p]), ()))] for p in positions]
+    index = [i for i in range(count) for _ in captions]
+    distances = pairs.distance(tokens[:count], captions * count, index).view(count, count)
+    shared = [[i != j and captions[j] in pairs.rows[p] for j in range(count)] for i, p in enumerate(positions)]
+    logits = -distances / pairs.settings.objective.temperature
+    logits = logits.masked_fill(torch.tensor(shared, device=logits.device), -torch.inf)
+    own = torch.arange(count, device=logits.device)
+    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+
+
 def retrieval(pairs: Pairs, adapter: Adapter, positions: list[int], seed: int) -> dict[str, float]:
-    """Share of images whose own caption is nearest by EMD among all candidates, raw and debiased.
+    """Share of images whose own caption is the nearest, or among the five nearest, by EMD; raw and debiased.
 
     One seeded caption per image. Debiased: each caption's mean distance over all images is subtracted.
     """
@@ -202,12 +232,38 @@ def retrieval(pairs: Pairs, adapter: Adapter, positions: list[int], seed: int) -
         tokens = adapter(pairs.tokens(positions[start : start + 4]))
         index = [i for i in range(len(tokens)) for _ in captions]
         rows.append(pairs.distance(tokens, captions * len(tokens), index).view(len(tokens), -1))
-    scores = torch.cat(rows).cpu()
-    own = torch.arange(len(positions))
-    return {
-        "r1_raw": (scores.argmin(1) == own).double().mean().item(),
-        "r1_debiased": ((scores - scores.mean(0)).argmin(1) == own).double().mean().item(),
-    }
+    raw = torch.cat(rows).cpu()
+    own = torch.arange(len(positions))[:, None]
+    found: dict[str, float] = {}
+    for kind, scores in (("raw", raw), ("debiased", raw - raw.mean(0))):
+        hits = scores.argsort(dim=1, stable=True) == own
+        found |= {f"r{k}_{kind}": hits[:, :k].any(1).double().mean().item() for k in (1, 5)}
+    return found
+
+
+@torch.no_grad()
+def nearest_words(pairs: Pairs, adapter: Adapter, seed: int) -> dict[str, float]:
+    """Share of held-out images' tokens whose nearest word is in a caption of the image, and of another image.
+
+    Nearest by Euclidean distance in plain space, of all words of all captions.
+    """
+    partner = _partners(pairs.val, seed)
+    hits: dict[str, list[bool]] = {"nearest_in_caption": [], "nearest_in_shuffled": []}
+    table = pairs.table.to(pairs.device)
+    for start in range(0, len(pairs.val), 8):
+        positions = pairs.val[start : start + 8]
+        nearest = torch.cdist(adapter(pairs.tokens(positions)), table).argmin(2).tolist()
+        for position, rows in zip(positions, nearest, strict=True):
+            for key, whose in zip(hits, (position, partner[position]), strict=True):
+                words = {row for caption in pairs.rows[whose] for row in caption}
+                hits[key] += [row in words for row in rows]
+    return {key: sum(values) / len(values) for key, values in hits.items()}
+
+
+def _partners(positions: list[int], seed: int) -> dict[int, int]:
+    """Another image for each: a cyclic shift of a random order leaves none at its place."""
+    order = torch.randperm(len(positions), generator=torch.Generator().manual_seed(seed)).tolist()
+    return {positions[i]: positions[j] for i, j in zip(order, [*order[1:], order[0]], strict=True)}
 
 
 @dataclass
@@ -220,15 +276,12 @@ class HeldOut:
     @classmethod
     @torch.no_grad()
     def of(cls, pairs: Pairs, adapter: Adapter, seed: int) -> HeldOut:
-        # A cyclic shift of a random order leaves no image at its place.
-        order = torch.randperm(len(pairs.val), generator=torch.Generator().manual_seed(seed)).tolist()
-        partner = dict(zip(order, [*order[1:], order[0]], strict=True))
+        partner = _partners(pairs.val, seed)
         matched, shuffled = [], []
         for start in range(0, len(pairs.val), 32):
-            here = range(start, min(start + 32, len(pairs.val)))
-            positions = [pairs.val[i] for i in here]
+            positions = pairs.val[start : start + 32]
             matched.append(pairs.per_image(adapter(pairs.tokens(positions)), positions))
-            others = adapter(pairs.tokens([pairs.val[partner[i]] for i in here]))
+            others = adapter(pairs.tokens([partner[i] for i in positions]))
             shuffled.append(pairs.per_image(others, positions))
         return cls(torch.cat(matched).cpu(), torch.cat(shuffled).cpu())
 
@@ -255,19 +308,31 @@ def pretrain(params: Params, name: AdapterName, out: Path) -> None:
         adapter.eval().start_at(blind.constant_set, pairs.tokens(pairs.train[: settings.batch]))
     trainer = _trainer(params, name, pairs, adapter, blind.metrics)
     history = trainer.run()
-    held_out = HeldOut.of(pairs, adapter, params.seed)
-    gain, low, high = held_out.gain(params.seed)
-    last = {key: history[-1][key] for key in ("val", "shuffled", "const_token", "const_set", "r1_raw", "r1_debiased")}
-    metrics = last | {
-        "image_gain": gain, "image_gain_low": low, "image_gain_high": high, "held_out": len(pairs.val),
-        "parameters": sum(p.numel() for p in adapter.parameters()),
-    }  # fmt: skip
+    last = {key: value for key, value in history[-1].items() if key not in ("step", "epoch", "seconds", "train_loss")}
+    metrics = last | held_out_figures(pairs, adapter, params.seed)
+    metrics["parameters"] = sum(p.numel() for p in adapter.parameters())
     adapter.save(out, "last")
     adapter.load_state_dict(trainer.extras["first"])
     adapter.save(out, "first")
     write_history(out / "history.csv", history)
     (out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
     trainer.checkpoint.remove()
+
+
+def held_out_figures(pairs: Pairs, adapter: Adapter, seed: int) -> dict[str, float]:
+    """What is measured once, at the end: image gains with their intervals, and the nearest words.
+
+    Gains are in the objective's own measure, and as plain_* in the plain one (Euclidean, all words alike), which is the
+    same for every objective; there also relative to the matched EMD.
+    """
+    gain, low, high = HeldOut.of(pairs, adapter, seed).gain(seed)
+    figures = {"image_gain": gain, "image_gain_low": low, "image_gain_high": high, "held_out": len(pairs.val)}
+    plain = HeldOut.of(pairs.measured_by(PLAIN), adapter, seed)
+    gain, low, high = plain.gain(seed)
+    matched = plain.matched.mean().item()
+    figures |= {"plain_val": matched, "plain_shuffled": plain.shuffled.mean().item()}
+    figures |= {"plain_gain": gain, "plain_gain_low": low, "plain_gain_high": high}
+    return figures | {"plain_gain_relative": gain / matched} | nearest_words(pairs, adapter, seed)
 
 
 @dataclass
@@ -292,7 +357,11 @@ def _blind_baselines(params: Params, pairs: Pairs, count: int) -> Blind:
 def _constant_set(params: Params, pairs: Pairs, count: int) -> Tensor:
     """The best set of `count` tokens, fitted once: adapters that give equally many share it."""
     settings = pairs.settings
-    decides = [params.seed, settings.data, settings.objective.model_dump(exclude={"start", "solver"})]
+    decides = [
+        params.seed,
+        settings.data,
+        settings.objective.model_dump(exclude={"start", "solver", "contrast", "temperature"}),
+    ]
     kept = _checkpoint(params, f"constant-set-{count}", settings, decides)
     state = kept.load()
     if state is None:
@@ -319,7 +388,10 @@ def _trainer(params: Params, name: AdapterName, pairs: Pairs, adapter: Adapter, 
 
     def loss(batch: list[int]) -> Tensor:
         positions = [pairs.train[i] for i in batch]
-        return pairs.per_image(adapter(pairs.tokens(positions)), positions).mean()
+        tokens = adapter(pairs.tokens(positions))
+        value = pairs.per_image(tokens, positions).mean()
+        weight = settings.objective.contrast
+        return value + weight * contrast(pairs, tokens, positions) if weight else value
 
     def validate(step: int) -> dict[str, float]:
         if "first" not in extras and step >= min(epoch, total):
