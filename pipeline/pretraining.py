@@ -113,8 +113,10 @@ class Pairs:
 
     def _weights(self, flat: list[int], captions: list[list[int]]) -> Tensor:
         """Weights of the words of some captions, [T]; a caption of nothing but ubiquitous words keeps equal ones."""
-        parts = torch.split(self.word_weights[flat], [len(caption) for caption in captions])
-        return torch.cat([part if part.sum() > 0 else torch.ones_like(part) for part in parts])
+        weights, lengths = self.word_weights[flat], torch.tensor([len(caption) for caption in captions])
+        caption_of = torch.repeat_interleave(torch.arange(len(captions)), lengths)
+        mass = weights.new_zeros(len(captions)).index_add(0, caption_of, weights)
+        return torch.where(mass[caption_of] > 0, weights, 1.0)
 
     def tokens(self, positions: list[int]) -> Tensor:
         """Image tokens [B, N, D] on the device."""

@@ -50,10 +50,13 @@ def test_words_of_every_caption_weigh_nothing(kind, rare):
     # Word 0 is in all four captions, word i in the i-th; class names, of words 9 to 11, do not count.
     pairs.rows = [[[0, i]] for i in range(1, 5)] + [[[9, 10, 11]]] * 3
     pairs._places, pairs.train = [(0, i) for i in range(4)] + [(1, i) for i in range(3)], list(range(7))
-    weights = pairs._weights_of_words()
+    weights = pairs.word_weights = pairs._weights_of_words()
     assert weights[0] == 0
     assert weights[1:5].tolist() == pytest.approx([rare] * 4)
     assert (weights[9:] > rare).all()  # in no caption: the rarest
+    captions = [[0, 1], [0, 0], [2, 0, 2]]  # the second has nothing but the word of no weight
+    of_words = pairs._weights([row for caption in captions for row in caption], captions)
+    assert of_words.tolist() == pytest.approx([0, rare, 1, 1, rare, 0, rare])
 
 
 def test_whitened_words_spread_alike():
