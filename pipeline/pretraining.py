@@ -128,9 +128,12 @@ class Pairs:
         return tokens.to(self.device)
 
     def per_image(self, tokens: Tensor, positions: list[int]) -> Tensor:
-        """EMD averaged over the captions of each image, [B]; tokens [B, N, D] may be of other images."""
+        """EMD averaged over the captions of each image, [B].
+
+        tokens [B, N, D] may be of other images, or [1, N, D] the same for all.
+        """
         captions, index = self.captions_of(positions)
-        distances = self.distance(tokens, captions, index)
+        distances = self.distance(tokens, captions, index if len(tokens) > 1 else [0] * len(index))
         sums = distances.new_zeros(len(positions)).index_add(0, torch.tensor(index, device=distances.device), distances)
         return sums / torch.bincount(torch.tensor(index)).to(sums)
 
@@ -160,18 +163,6 @@ def whitening(table: Tensor, counts: Tensor) -> Tensor:
     return ((axes * (scales * kept.sqrt())) @ axes.T).to(table)
 
 
-class ConstantSet(nn.Module):
-    """An image-blind model: the same token set [N, D] whatever the image."""
-
-    def __init__(self, tokens: Tensor):
-        super().__init__()
-        self.tokens = nn.Parameter(tokens.clone())
-
-    def forward(self, images: int) -> Tensor:
-        """[B, N, D]."""
-        return self.tokens.expand(images, -1, -1)
-
-
 def fit_constant_set(pairs: Pairs, count: int, seed: int) -> Tensor:
     """The best image-blind set of `count` tokens on the training captions, [count, D], fitted to convergence.
 
@@ -183,22 +174,22 @@ def fit_constant_set(pairs: Pairs, count: int, seed: int) -> Tensor:
     weight = weight * pairs.word_weights[: len(weight)]
     start = torch.multinomial(weight, count, replacement=count > int((weight > 0).sum()), generator=generator)
     scale = pairs.table.std().item()
-    model = ConstantSet(pairs.table[start].to(pairs.device))
+    tokens = nn.Parameter(pairs.table[start].to(pairs.device))
     first_rate = 0.1 * scale
-    optimizer = torch.optim.Adam(model.parameters(), lr=first_rate)
+    optimizer = torch.optim.Adam([tokens], lr=first_rate)
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=1 / 3, patience=2, threshold=1e-3)
     fixed = [pairs.train[i] for i in torch.randperm(len(pairs.train), generator=generator)[:256].tolist()]
-    best, best_tokens = float("inf"), model.tokens.detach().clone()
+    best, best_tokens = float("inf"), tokens.detach().clone()
     while optimizer.param_groups[0]["lr"] > 0.01 * first_rate:
         for _ in range(20):
             batch = [pairs.train[i] for i in torch.randint(len(pairs.train), (32,), generator=generator).tolist()]
             optimizer.zero_grad()
-            pairs.per_image(model(len(batch)), batch).mean().backward()
+            pairs.per_image(tokens[None], batch).mean().backward()
             optimizer.step()
         with torch.no_grad():
-            value = pairs.per_image(model(len(fixed)), fixed).mean().item()
+            value = pairs.per_image(tokens[None], fixed).mean().item()
         if value < best:
-            best, best_tokens = value, model.tokens.detach().clone()
+            best, best_tokens = value, tokens.detach().clone()
         plateau.step(value)
     return best_tokens
 
@@ -351,7 +342,7 @@ def _blind_baselines(params: Params, pairs: Pairs, count: int) -> Blind:
     @torch.no_grad()
     def value(tokens: Tensor) -> float:
         parts = [pairs.val[i : i + 32] for i in range(0, len(pairs.val), 32)]
-        return torch.cat([pairs.per_image(tokens.expand(len(p), -1, -1), p) for p in parts]).mean().item()
+        return torch.cat([pairs.per_image(tokens[None], p) for p in parts]).mean().item()
 
     return Blind(constant_set, {"const_token": value(token), "const_set": value(constant_set)})
 
