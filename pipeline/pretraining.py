@@ -56,9 +56,10 @@ class Pairs:
         """What the objective's distance needs: weights of words, the map into its space, the centre of words there."""
         self.word_weights = self._weights_of_words()
         counts = self._document_frequencies(self.train)
-        whitened = self.settings.objective.space == "whitened"
-        self.into_space = whitening(self.table, counts) if whitened else None
-        self.words = self.table if self.into_space is None else self.table @ self.into_space
+        self.words, self.into_space = self.table, None
+        if self.settings.objective.space == "whitened":
+            into_space = whitening(self.table, counts)
+            self.words, self.into_space = self.table @ into_space, into_space.to(self.device)
         self.center = (counts @ self.words / counts.sum()).to(self.device)
 
     def measured_by(self, objective: Objective) -> Pairs:
@@ -103,7 +104,7 @@ class Pairs:
         flat = [row for caption in captions for row in caption]
         offsets = np.cumsum([0, *map(len, captions)]).tolist()
         if self.into_space is not None:
-            tokens = tokens @ self.into_space.to(tokens.device)
+            tokens = tokens @ self.into_space
         return emd(
             tokens, self.words[flat].to(tokens.device), offsets, image_index,
             cost=self.settings.objective.cost, word_weights=self._weights(flat, captions),
