@@ -43,6 +43,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "default, cosine": DEFAULT | {"cost": "cosine"},
     "default, whitened": DEFAULT | {"space": "whitened"},
     "default, unmatched": DEFAULT | {"unmatched": 0.2},
+    "default, contrast 1": DEFAULT | {"contrast": 1.0},
+    "default, contrast, unmatched": DEFAULT | {"contrast": 0.3, "unmatched": 0.2},
 }
 KEY = ["data", "adapter", "variant", "seed", "fold"]
 FIGURES = {  # of the metrics: a column of the table, and its unit
