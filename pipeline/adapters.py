@@ -71,7 +71,7 @@ def pool_grid(tokens: Tensor, side: int) -> Tensor:
 def build_adapter(name: str, d_in: int, d_out: int, **architecture: Any) -> Adapter:
     """An adapter by name: linear, mlp, self_attention or query.
 
-    Keys of `architecture`: pool, dropout (all); hidden (mlp); width, blocks, heads, feed_forward (both
+    Keys of `architecture`: pool, dropout (all); hidden, positions (mlp); width, blocks, heads, feed_forward (both
     transformers); queries (query). Raises UserError for any other key.
     """
     bodies: dict[str, Callable[..., tuple[nn.Module, int]]] = {
@@ -112,10 +112,31 @@ def _linear(d_in: int, d_out: int) -> tuple[nn.Module, int]:
     return nn.Identity(), d_in
 
 
-def _mlp(d_in: int, d_out: int, hidden: int | None = None) -> tuple[nn.Module, int]:
-    """fc1, GELU, and fc2 as the last layer; hidden = 2 x output (thesis, equation 3.1)."""
+def _mlp(d_in: int, d_out: int, hidden: int | None = None, positions: int | None = None) -> tuple[nn.Module, int]:
+    """fc1, GELU, and fc2 as the last layer; hidden = 2 x output (thesis, equation 3.1).
+
+    `positions`, the number of tokens, gives fc1 a further bias for each token, so that it knows them apart.
+    """
     hidden = hidden or 2 * d_out
-    return nn.Sequential(nn.Linear(d_in, hidden), nn.GELU()), hidden
+    own = [] if positions is None else [Positions(positions, hidden)]
+    return nn.Sequential(nn.Linear(d_in, hidden), *own, nn.GELU()), hidden
+
+
+class Positions(nn.Module):
+    """A learned vector for each place in the row of tokens, zero at first."""
+
+    def __init__(self, count: int, width: int):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(count, width))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[B, count, width] to the same; UserError for another number of tokens."""
+        if tokens.shape[1] != len(self.bias):
+            raise UserError(
+                f"adapters.mlp.architecture.positions is {len(self.bias)}, but the adapter has {tokens.shape[1]} "
+                "tokens of each picture (pool x pool, or as many as the encoder gives); set it to that"
+            )
+        return tokens + self.bias
 
 
 def _self_attention(

@@ -25,7 +25,7 @@ class Plan(NamedTuple):
     pair: np.ndarray  # [E] int64
     token: np.ndarray  # [E] int64
     word: np.ndarray  # [E] int64, counted through all captions
-    mass: np.ndarray  # [E] float64, sums to 1 in each pair
+    mass: np.ndarray  # [E] float64, sums to 1 in each pair, less what is unmatched
     potential: np.ndarray  # [T] float64: v of an optimal dual; min over words of (cost - v) is the tokens' potential
 
 
@@ -39,6 +39,7 @@ def emd(
     word_weights: Tensor | None = None,
     token_weights: Tensor | None = None,
     center: Tensor | None = None,
+    unmatched: float = 0.0,
     solver: Solver = "exact",
     threads: int = 1,
     regularisation: float = SINKHORN_REGULARISATION,
@@ -50,6 +51,8 @@ def emd(
     Tokens weigh alike, or by token_weights [B, N]; words weigh alike, or by word_weights [T]; both are normalised,
     within an image and within a caption. `center` [D] is subtracted from both sides before the cosine.
     Costs are float32 whatever the inputs' dtype, under autocast too.
+    unmatched: this share of an image's token mass, in [0, 1), need not become a word and costs nothing; the caption
+    gets the rest, cheapest for it. That is partial transport (Caffarelli & McCann 2010), exact; not with Sinkhorn.
 
     solver: "exact" is our own (pipeline/transport.py), "pot" POT's network simplex (Bonneel et al. 2011), which has to
     give the same; both on `threads` threads of the CPU. "sinkhorn" is an approximation for comparison only, on the
@@ -60,6 +63,8 @@ def emd(
     Weights and center get none. Raises ValueError naming the pair when a cost is not finite, weights are negative or
     sum to nothing, a caption has no words, or no optimum is found.
     """
+    if unmatched and solver == "sinkhorn":
+        raise ValueError("unmatched mass is for the exact solvers, not for sinkhorn")
     layout = _Layout(offsets, image_index, tokens.shape[0])
     with torch.autocast(tokens.device.type, enabled=False):
         x, y = tokens.float(), layout.by_image(words.float())
@@ -71,7 +76,7 @@ def emd(
                 return _sinkhorn(costs, layout, token_weights, word_weights, regularisation)
             plan = solve(
                 costs.cpu().numpy(), offsets, image_index, token_weights=_numpy(token_weights),
-                word_weights=_numpy(word_weights), solver=solver, threads=threads,
+                word_weights=_numpy(word_weights), unmatched=unmatched, solver=solver, threads=threads,
             )  # fmt: skip
             places = layout.places(plan, costs.shape)
             place, pair, mass = (torch.from_numpy(a).to(costs.device) for a in (places, plan.pair, plan.mass))
@@ -189,14 +194,17 @@ def solve(
     *,
     token_weights: np.ndarray | None = None,
     word_weights: np.ndarray | None = None,
+    unmatched: float = 0.0,
     solver: Literal["exact", "pot"] = "exact",
     threads: int = 1,
 ) -> Plan:
     """Optimal plans for costs [B, N, L], float32 or float64: an image's captions in order, one column a word.
 
     The other arguments, and errors, are those of `emd`. At most N + m - 1 entries for a pair of m words; marginals are
-    exact to rounding (1e-12), a weight below 1e-16 of its side's sum counts as none.
+    exact to rounding (1e-12), a weight below 1e-16 of its side's sum counts as none. Unmatched mass is not in the plan.
     """
+    if unmatched:
+        return _solve_partial(costs, offsets, image_index, token_weights, word_weights, unmatched, solver, threads)
     layout = _Layout(offsets, image_index, len(costs))
     token_mass, word_mass = layout.weights(costs.shape[1], token_weights, word_weights)
     entries = costs.shape[1] + layout.length - 1
@@ -217,6 +225,39 @@ def solve(
     used = np.flatnonzero(mass)
     pair = np.repeat(np.arange(len(layout.image)), entries)
     return Plan(pair[used], token[used], word[used], mass[used], potential)
+
+
+def _solve_partial(
+    costs: np.ndarray,
+    offsets: Sequence[int],
+    image_index: Sequence[int],
+    token_weights: np.ndarray | None,
+    word_weights: np.ndarray | None,
+    unmatched: float,
+    solver: Literal["exact", "pot"],
+    threads: int,
+) -> Plan:
+    """Partial transport as a whole one: each caption gets a dummy word that takes `unmatched` at no cost.
+
+    The reduction is that of Chapel et al. (2020); here only tokens may stay behind, so one dummy is enough.
+    """
+    layout = _Layout(offsets, image_index, len(costs))
+    _, weights = layout.weights(costs.shape[1], token_weights, word_weights)
+    share = weights / np.repeat(np.add.reduceat(weights, layout.offsets[:-1]), layout.length) * (1 - unmatched)
+    wider = _Layout([start + pair for pair, start in enumerate(offsets)], image_index, len(costs))
+    real = np.ones(wider.offsets[-1], bool)
+    real[wider.offsets[1:] - 1] = False  # a caption's last word is its dummy
+    with_dummies, mass = np.zeros((*costs.shape[:2], wider.slots)), np.full(len(real), unmatched)
+    image, slot = layout.image_of_word, layout.slot_of_word
+    with_dummies[image, :, wider.slot_of_word[real]] = costs[image, :, slot]
+    mass[real] = share
+    plan = solve(
+        with_dummies, wider.offsets.tolist(), image_index, token_weights=token_weights, word_weights=mass,
+        solver=solver, threads=threads,
+    )  # fmt: skip
+    keep = real[plan.word]
+    pair = plan.pair[keep]
+    return Plan(pair, plan.token[keep], plan.word[keep] - pair, plan.mass[keep], plan.potential[real])
 
 
 def _fail(pair: int, image: int, why: str) -> NoReturn:

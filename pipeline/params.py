@@ -37,7 +37,7 @@ Prompt = Annotated[str, StringConstraints(min_length=1)]
 # What an architecture may set; the defaults are in pipeline/adapters.py.
 ARCHITECTURES: dict[AdapterName, frozenset[str]] = {
     "linear": frozenset({"pool", "dropout"}),
-    "mlp": frozenset({"pool", "dropout", "hidden"}),
+    "mlp": frozenset({"pool", "dropout", "hidden", "positions"}),
     "self_attention": frozenset({"pool", "dropout", "width", "blocks", "heads", "feed_forward"}),
     "query": frozenset({"pool", "dropout", "width", "blocks", "heads", "feed_forward", "queries"}),
 }
@@ -197,11 +197,25 @@ class Objective(Section):
     """What pre-training minimises: EMD with this ground cost, marginal, start and solver."""
 
     cost: Literal["euclidean", "sqeuclidean", "cosine"]
+    space: Literal["plain", "whitened"] = Field(
+        "plain", description="whitened: costs where the words of the training captions spread alike in all directions"
+    )
     word_weights: Literal["uniform", "idf", "idf_squared"]
     start: Literal["random", "constant_set"]
+    contrast: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="weight of a second loss: telling the batch's own captions from the others by EMD; 0: none"
+    )
+    temperature: Annotated[float, Field(gt=0)] = Field(0.1, description="of the contrast, in units of the EMD")
+    unmatched: Share = Field(0.0, description="share of the image tokens' mass that need not become a word")
     solver: Literal["exact", "pot", "sinkhorn"] = Field(
         "exact", description="pot: exact too, by the library POT; sinkhorn: approximate, for comparison"
     )
+
+    @model_validator(mode="after")
+    def _partial_is_exact(self) -> Objective:
+        if self.unmatched and self.solver == "sinkhorn":
+            raise ValueError("unmatched mass needs an exact solver: set solver to exact, or unmatched to 0")
+        return self
 
 
 class Pretrain(Optimisation):

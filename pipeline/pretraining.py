@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.adapters import Adapter, build_adapter
 from pipeline.backbones.devices import keep_freed_memory, pick_device
 from pipeline.emd import emd
 from pipeline.errors import UserError
-from pipeline.params import AdapterName, Dataset, Params, Pretrain
+from pipeline.params import AdapterName, Dataset, Objective, Params, Pretrain
 from pipeline.store.reader import CaptionTokens, ImageTokens
 from pipeline.store.webdataset import open_tars
 from pipeline.training import Checkpoint, Trainer, steps_per_epoch, total_steps, write_history
+
+WHITENING_RIDGE = 0.1  # of the mean variance
+PLAIN = Objective.model_validate({"cost": "euclidean", "word_weights": "uniform", "start": "random"})
+CONTRASTED = 32  # images of a batch at most: the contrast costs their number squared
 
 
 class Pairs:
@@ -44,9 +50,24 @@ class Pairs:
             self.rows += [[[row_of[t] for t in c] for c in text.captions(row_id) if c] for row_id in images.ids]
         if not self.train or not self.val:
             raise UserError(f"captions: {len(self.train)} train and {len(self.val)} val pictures; both are needed")
-        counts = self._document_frequencies(self.train)
+        self._measure()
+
+    def _measure(self) -> None:
+        """What the objective's distance needs: weights of words, the map into its space, the centre of words there."""
         self.word_weights = self._weights_of_words()
-        self.center = (counts @ self.table / counts.sum()).to(self.device)
+        counts = self._document_frequencies(self.train)
+        self.words, self.into_space = self.table, None
+        if self.settings.objective.space == "whitened":
+            into_space = whitening(self.table, counts)
+            self.words, self.into_space = self.table @ into_space, into_space.to(self.device)
+        self.center = (counts @ self.words / counts.sum()).to(self.device)
+
+    def measured_by(self, objective: Objective) -> Pairs:
+        """The same data under another objective."""
+        other = copy(self)
+        other.settings = self.settings.model_copy(update={"objective": objective})
+        other._measure()
+        return other
 
     @property
     def d_in(self) -> int:
@@ -82,16 +103,21 @@ class Pairs:
         """EMD in the objective's own cost and marginal, [P]; tokens [B, N, D] on the device."""
         flat = [row for caption in captions for row in caption]
         offsets = np.cumsum([0, *map(len, captions)]).tolist()
+        if self.into_space is not None:
+            tokens = tokens @ self.into_space
         return emd(
-            tokens, self.table[flat].to(tokens.device), offsets, image_index,
+            tokens, self.words[flat].to(tokens.device), offsets, image_index,
             cost=self.settings.objective.cost, word_weights=self._weights(flat, captions),
-            center=self.center, solver=self.settings.objective.solver, threads=self.threads,
+            center=self.center, unmatched=self.settings.objective.unmatched,
+            solver=self.settings.objective.solver, threads=self.threads,
         )  # fmt: skip
 
     def _weights(self, flat: list[int], captions: list[list[int]]) -> Tensor:
         """Weights of the words of some captions, [T]; a caption of nothing but ubiquitous words keeps equal ones."""
-        parts = torch.split(self.word_weights[flat], [len(caption) for caption in captions])
-        return torch.cat([part if part.sum() > 0 else torch.ones_like(part) for part in parts])
+        weights, lengths = self.word_weights[flat], torch.tensor([len(caption) for caption in captions])
+        caption_of = torch.repeat_interleave(torch.arange(len(captions)), lengths)
+        mass = weights.new_zeros(len(captions)).index_add(0, caption_of, weights)
+        return torch.where(mass[caption_of] > 0, weights, 1.0)
 
     def tokens(self, positions: list[int]) -> Tensor:
         """Image tokens [B, N, D] on the device."""
@@ -103,9 +129,12 @@ class Pairs:
         return tokens.to(self.device)
 
     def per_image(self, tokens: Tensor, positions: list[int]) -> Tensor:
-        """EMD averaged over the captions of each image, [B]; tokens [B, N, D] may be of other images."""
+        """EMD averaged over the captions of each image, [B].
+
+        tokens [B, N, D] may be of other images, or [1, N, D] the same for all.
+        """
         captions, index = self.captions_of(positions)
-        distances = self.distance(tokens, captions, index)
+        distances = self.distance(tokens, captions, index if len(tokens) > 1 else [0] * len(index))
         sums = distances.new_zeros(len(positions)).index_add(0, torch.tensor(index, device=distances.device), distances)
         return sums / torch.bincount(torch.tensor(index)).to(sums)
 
@@ -128,16 +157,18 @@ def _one_table(texts: list[CaptionTokens]) -> tuple[Tensor, dict[int, int]]:
     return torch.cat(rows), row_of
 
 
-class ConstantSet(nn.Module):
-    """An image-blind model: the same token set [N, D] whatever the image."""
+def whitening(table: Tensor, counts: Tensor) -> Tensor:
+    """The symmetric map [D, D] after which words spread alike in all directions: ZCA (Bell & Sejnowski 1997).
 
-    def __init__(self, tokens: Tensor):
-        super().__init__()
-        self.tokens = nn.Parameter(tokens.clone())
-
-    def forward(self, images: int) -> Tensor:
-        """[B, N, D]."""
-        return self.tokens.expand(images, -1, -1)
+    table [T, D] are words, counts [T] how often each occurs. A tenth of the mean variance is added in every direction,
+    since words may span fewer than D; the map keeps the words' total variance.
+    """
+    weights = counts / counts.sum()
+    spread = (table - weights @ table).double() * weights.double().sqrt()[:, None]
+    variances, axes = torch.linalg.eigh(spread.T @ spread)
+    scales = (variances + WHITENING_RIDGE * variances.mean()).rsqrt()
+    kept = variances.sum() / (variances * scales.square()).sum()
+    return ((axes * (scales * kept.sqrt())) @ axes.T).to(table)
 
 
 def fit_constant_set(pairs: Pairs, count: int, seed: int) -> Tensor:
@@ -151,28 +182,47 @@ def fit_constant_set(pairs: Pairs, count: int, seed: int) -> Tensor:
     weight = weight * pairs.word_weights[: len(weight)]
     start = torch.multinomial(weight, count, replacement=count > int((weight > 0).sum()), generator=generator)
     scale = pairs.table.std().item()
-    model = ConstantSet(pairs.table[start].to(pairs.device))
+    tokens = nn.Parameter(pairs.table[start].to(pairs.device))
     first_rate = 0.1 * scale
-    optimizer = torch.optim.Adam(model.parameters(), lr=first_rate)
+    optimizer = torch.optim.Adam([tokens], lr=first_rate)
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=1 / 3, patience=2, threshold=1e-3)
     fixed = [pairs.train[i] for i in torch.randperm(len(pairs.train), generator=generator)[:256].tolist()]
-    best, best_tokens = float("inf"), model.tokens.detach().clone()
+    best, best_tokens = float("inf"), tokens.detach().clone()
     while optimizer.param_groups[0]["lr"] > 0.01 * first_rate:
         for _ in range(20):
             batch = [pairs.train[i] for i in torch.randint(len(pairs.train), (32,), generator=generator).tolist()]
             optimizer.zero_grad()
-            pairs.per_image(model(len(batch)), batch).mean().backward()
+            pairs.per_image(tokens[None], batch).mean().backward()
             optimizer.step()
         with torch.no_grad():
-            value = pairs.per_image(model(len(fixed)), fixed).mean().item()
+            value = pairs.per_image(tokens[None], fixed).mean().item()
         if value < best:
-            best, best_tokens = value, model.tokens.detach().clone()
+            best, best_tokens = value, tokens.detach().clone()
         plateau.step(value)
     return best_tokens
 
 
+def contrast(pairs: Pairs, tokens: Tensor, positions: list[int]) -> Tensor:
+    """How badly EMD tells the captions of a batch apart: InfoNCE (van den Oord et al. 2018), a scalar.
+
+    tokens [B, N, D] of the images at `positions`, one random caption each; both ways, from image to caption and from
+    caption to image, as in CLIP (Radford et al. 2021). A caption that another image has too (a class name) is no wrong
+    answer there.
+    """
+    positions = positions[:CONTRASTED]  # a batch is in random order
+    count = len(positions)
+    captions = [pairs.rows[p][int(torch.randint(len(pairs.rows[p]), ()))] for p in positions]
+    index = [i for i in range(count) for _ in captions]
+    distances = pairs.distance(tokens[:count], captions * count, index).view(count, count)
+    shared = [[i != j and captions[j] in pairs.rows[p] for j in range(count)] for i, p in enumerate(positions)]
+    logits = -distances / pairs.settings.objective.temperature
+    logits = logits.masked_fill(torch.tensor(shared, device=logits.device), -torch.inf)
+    own = torch.arange(count, device=logits.device)
+    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+
+
 def retrieval(pairs: Pairs, adapter: Adapter, positions: list[int], seed: int) -> dict[str, float]:
-    """Share of images whose own caption is nearest by EMD among all candidates, raw and debiased.
+    """Share of images whose own caption is the nearest, or among the five nearest, by EMD; raw and debiased.
 
     One seeded caption per image. Debiased: each caption's mean distance over all images is subtracted.
     """
@@ -183,12 +233,38 @@ def retrieval(pairs: Pairs, adapter: Adapter, positions: list[int], seed: int) -
         tokens = adapter(pairs.tokens(positions[start : start + 4]))
         index = [i for i in range(len(tokens)) for _ in captions]
         rows.append(pairs.distance(tokens, captions * len(tokens), index).view(len(tokens), -1))
-    scores = torch.cat(rows).cpu()
-    own = torch.arange(len(positions))
-    return {
-        "r1_raw": (scores.argmin(1) == own).double().mean().item(),
-        "r1_debiased": ((scores - scores.mean(0)).argmin(1) == own).double().mean().item(),
-    }
+    raw = torch.cat(rows).cpu()
+    own = torch.arange(len(positions))[:, None]
+    found: dict[str, float] = {}
+    for kind, scores in (("raw", raw), ("debiased", raw - raw.mean(0))):
+        hits = scores.argsort(dim=1, stable=True) == own
+        found |= {f"r{k}_{kind}": hits[:, :k].any(1).double().mean().item() for k in (1, 5)}
+    return found
+
+
+@torch.no_grad()
+def nearest_words(pairs: Pairs, adapter: Adapter, seed: int) -> dict[str, float]:
+    """Share of held-out images' tokens whose nearest word is in a caption of the image, and of another image.
+
+    Nearest by Euclidean distance in plain space, of all words of all captions.
+    """
+    partner = _partners(pairs.val, seed)
+    hits: dict[str, list[bool]] = {"nearest_in_caption": [], "nearest_in_shuffled": []}
+    table = pairs.table.to(pairs.device)
+    for start in range(0, len(pairs.val), 8):
+        positions = pairs.val[start : start + 8]
+        nearest = torch.cdist(adapter(pairs.tokens(positions)), table).argmin(2).tolist()
+        for position, rows in zip(positions, nearest, strict=True):
+            for key, whose in zip(hits, (position, partner[position]), strict=True):
+                words = {row for caption in pairs.rows[whose] for row in caption}
+                hits[key] += [row in words for row in rows]
+    return {key: sum(values) / len(values) for key, values in hits.items()}
+
+
+def _partners(positions: list[int], seed: int) -> dict[int, int]:
+    """Another image for each: a cyclic shift of a random order leaves none at its place."""
+    order = torch.randperm(len(positions), generator=torch.Generator().manual_seed(seed)).tolist()
+    return {positions[i]: positions[j] for i, j in zip(order, [*order[1:], order[0]], strict=True)}
 
 
 @dataclass
@@ -201,15 +277,12 @@ class HeldOut:
     @classmethod
     @torch.no_grad()
     def of(cls, pairs: Pairs, adapter: Adapter, seed: int) -> HeldOut:
-        # A cyclic shift of a random order leaves no image at its place.
-        order = torch.randperm(len(pairs.val), generator=torch.Generator().manual_seed(seed)).tolist()
-        partner = dict(zip(order, [*order[1:], order[0]], strict=True))
+        partner = _partners(pairs.val, seed)
         matched, shuffled = [], []
         for start in range(0, len(pairs.val), 32):
-            here = range(start, min(start + 32, len(pairs.val)))
-            positions = [pairs.val[i] for i in here]
+            positions = pairs.val[start : start + 32]
             matched.append(pairs.per_image(adapter(pairs.tokens(positions)), positions))
-            others = adapter(pairs.tokens([pairs.val[partner[i]] for i in here]))
+            others = adapter(pairs.tokens([partner[i] for i in positions]))
             shuffled.append(pairs.per_image(others, positions))
         return cls(torch.cat(matched).cpu(), torch.cat(shuffled).cpu())
 
@@ -236,19 +309,31 @@ def pretrain(params: Params, name: AdapterName, out: Path) -> None:
         adapter.eval().start_at(blind.constant_set, pairs.tokens(pairs.train[: settings.batch]))
     trainer = _trainer(params, name, pairs, adapter, blind.metrics)
     history = trainer.run()
-    held_out = HeldOut.of(pairs, adapter, params.seed)
-    gain, low, high = held_out.gain(params.seed)
-    last = {key: history[-1][key] for key in ("val", "shuffled", "const_token", "const_set", "r1_raw", "r1_debiased")}
-    metrics = last | {
-        "image_gain": gain, "image_gain_low": low, "image_gain_high": high, "held_out": len(pairs.val),
-        "parameters": sum(p.numel() for p in adapter.parameters()),
-    }  # fmt: skip
+    last = {key: value for key, value in history[-1].items() if key not in ("step", "epoch", "seconds", "train_loss")}
+    metrics = last | held_out_figures(pairs, adapter, params.seed)
+    metrics["parameters"] = sum(p.numel() for p in adapter.parameters())
     adapter.save(out, "last")
     adapter.load_state_dict(trainer.extras["first"])
     adapter.save(out, "first")
     write_history(out / "history.csv", history)
     (out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
     trainer.checkpoint.remove()
+
+
+def held_out_figures(pairs: Pairs, adapter: Adapter, seed: int) -> dict[str, float]:
+    """What is measured once, at the end: image gains with their intervals, and the nearest words.
+
+    Gains are in the objective's own measure, and as plain_* in the plain one (Euclidean, all words alike), which is the
+    same for every objective; there also relative to the matched EMD.
+    """
+    gain, low, high = HeldOut.of(pairs, adapter, seed).gain(seed)
+    figures = {"image_gain": gain, "image_gain_low": low, "image_gain_high": high, "held_out": len(pairs.val)}
+    plain = HeldOut.of(pairs.measured_by(PLAIN), adapter, seed)
+    gain, low, high = plain.gain(seed)
+    matched = plain.matched.mean().item()
+    figures |= {"plain_val": matched, "plain_shuffled": plain.shuffled.mean().item()}
+    figures |= {"plain_gain": gain, "plain_gain_low": low, "plain_gain_high": high}
+    return figures | {"plain_gain_relative": gain / matched} | nearest_words(pairs, adapter, seed)
 
 
 @dataclass
@@ -265,7 +350,7 @@ def _blind_baselines(params: Params, pairs: Pairs, count: int) -> Blind:
     @torch.no_grad()
     def value(tokens: Tensor) -> float:
         parts = [pairs.val[i : i + 32] for i in range(0, len(pairs.val), 32)]
-        return torch.cat([pairs.per_image(tokens.expand(len(p), -1, -1), p) for p in parts]).mean().item()
+        return torch.cat([pairs.per_image(tokens[None], p) for p in parts]).mean().item()
 
     return Blind(constant_set, {"const_token": value(token), "const_set": value(constant_set)})
 
@@ -273,7 +358,11 @@ def _blind_baselines(params: Params, pairs: Pairs, count: int) -> Blind:
 def _constant_set(params: Params, pairs: Pairs, count: int) -> Tensor:
     """The best set of `count` tokens, fitted once: adapters that give equally many share it."""
     settings = pairs.settings
-    decides = [params.seed, settings.data, settings.objective.cost, settings.objective.word_weights]
+    decides = [
+        params.seed,
+        settings.data,
+        settings.objective.model_dump(exclude={"start", "solver", "contrast", "temperature"}),
+    ]
     kept = _checkpoint(params, f"constant-set-{count}", settings, decides)
     state = kept.load()
     if state is None:
@@ -300,7 +389,10 @@ def _trainer(params: Params, name: AdapterName, pairs: Pairs, adapter: Adapter, 
 
     def loss(batch: list[int]) -> Tensor:
         positions = [pairs.train[i] for i in batch]
-        return pairs.per_image(adapter(pairs.tokens(positions)), positions).mean()
+        tokens = adapter(pairs.tokens(positions))
+        value = pairs.per_image(tokens, positions).mean()
+        weight = settings.objective.contrast
+        return value + weight * contrast(pairs, tokens, positions) if weight else value
 
     def validate(step: int) -> dict[str, float]:
         if "first" not in extras and step >= min(epoch, total):

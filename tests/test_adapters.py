@@ -63,6 +63,21 @@ def test_constant_start_is_nearly_image_blind_at_first(name):
     assert 0.01 * constant.std() < (out - constant).std() < 0.15 * constant.std()
 
 
+def test_positions_tell_equal_tokens_apart():
+    adapter = build_adapter("mlp", 8, 6, pool=2, positions=4)
+    plain = build_adapter("mlp", 8, 6, pool=2)
+    plain.load_state_dict({"body.0.weight": adapter.body[0].weight, "body.0.bias": adapter.body[0].bias,
+                           "out.weight": adapter.out.weight, "out.bias": adapter.out.bias})  # fmt: skip
+    alike = torch.randn(3, 1, 8).expand(-1, 16, -1)
+    torch.testing.assert_close(adapter(alike), plain(alike))  # at first they change nothing
+    (adapter(alike) * torch.arange(4.0)[:, None]).sum().backward()
+    torch.optim.SGD(adapter.parameters(), 0.1).step()
+    out = adapter(alike)
+    assert all((out[:, i] - out[:, j]).abs().max() > 1e-3 for i in range(4) for j in range(i))
+    with pytest.raises(UserError, match="positions is 4, but the adapter has 9 tokens"):
+        build_adapter("mlp", 8, 6, positions=4)(torch.randn(1, 9, 8))
+
+
 @pytest.mark.parametrize("with_offset", [False, True])
 def test_save_and_load(tmp_path, with_offset):
     adapter = build_adapter("query", 8, 6, width=4, queries=3, heads=2).eval()

@@ -104,6 +104,60 @@ def test_plans_equal_linear_programming(n, m):
     check_plan(solve(costs[None], [0, m], [0], token_weights=a[None], word_weights=b), costs, a, b, optimum)
 
 
+def partial_optimum(costs, a, b, unmatched):
+    """The least cost of covering every word, when that share of the tokens' mass may stay where it is."""
+    n, m = costs.shape
+    rows, columns = np.kron(np.eye(n), np.ones(m)), np.kron(np.ones(n), np.eye(m))
+    return linprog(costs.ravel(), A_ub=rows, b_ub=a / a.sum(), A_eq=columns, b_eq=(1 - unmatched) * b / b.sum()).fun
+
+
+@pytest.mark.parametrize("solver", ["exact", "pot"])
+@pytest.mark.parametrize("kind", ["random", "ties", "zeros", "line"])
+def test_partial_plans_are_optimal(kind, solver):
+    rng = np.random.default_rng(sum(map(ord, kind)))
+    for _ in range(20):
+        n, lengths, unmatched = rng.integers(1, 12), rng.integers(1, 9, 3), rng.choice([0.05, 0.3, 0.9])
+        offsets = np.cumsum([0, *lengths])
+        costs = random_costs(rng, kind, 2 * n, offsets[-1]).reshape(2, n, -1)
+        a, b = rng.random((2, n)) + 0.01, rng.random(offsets[-1]) + 0.01
+        index, columns = [1, 0, 1], [(0, lengths[0]), (0, lengths[1]), (lengths[0], lengths[0] + lengths[2])]
+        plan = solve(costs, offsets, index, token_weights=a, word_weights=b, unmatched=unmatched, solver=solver)
+        for pair, image in enumerate(index):
+            dense = np.zeros((n, lengths[pair]))
+            here = plan.pair == pair
+            dense[plan.token[here], plan.word[here] - offsets[pair]] = plan.mass[here]
+            mine, words = costs[image][:, slice(*columns[pair])], b[offsets[pair] : offsets[pair + 1]]
+            np.testing.assert_allclose(dense.sum(0), (1 - unmatched) * words / words.sum(), atol=1e-12)
+            assert (dense.sum(1) <= a[image] / a[image].sum() + 1e-12).all()
+            best = partial_optimum(mine, a[image], words, unmatched)
+            assert (dense * mine).sum() == pytest.approx(best, rel=1e-9, abs=1e-9)
+
+
+@pytest.mark.parametrize("cost", METRICS)
+def test_partial_values_and_gradients_equal_pots(cost):
+    x, words, offsets, index = problem(4)
+    words[offsets[-1] // 2] += 0.5  # no repeated word: one optimum
+    ours = [x.clone().requires_grad_(), words.clone().requires_grad_()]
+    values = emd(*ours, offsets, index, cost=cost, unmatched=0.3)
+    values.sum().backward()
+    theirs = [x.double().requires_grad_(), words.double().requires_grad_()]
+    for pair, image in enumerate(index):
+        y = theirs[1][offsets[pair] : offsets[pair + 1]]
+        matrix = cost_matrix(theirs[0][image][None], y[None], cost)[0]
+        a, b = np.full(len(matrix), 1 / len(matrix)), np.full(len(y), 0.7 / len(y))
+        plan = ot.partial.partial_wasserstein(a, b, matrix.detach().numpy(), m=b.sum())
+        expected = (torch.from_numpy(plan) * matrix).sum()
+        expected.backward()
+        assert values[pair].item() == pytest.approx(expected.item(), rel=1e-5)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine.grad.double(), other.grad, rtol=0, atol=1e-5 * other.grad.abs().max().item())
+
+
+def test_unmatched_mass_needs_an_exact_plan():
+    with pytest.raises(ValueError, match="not for sinkhorn"):
+        emd(torch.ones(1, 2, 3), torch.zeros(2, 3), [0, 2], [0], cost="cosine", solver="sinkhorn", unmatched=0.1)
+
+
 @pytest.mark.parametrize("solver", ["exact", "pot"])
 def test_threads_change_nothing(solver):
     rng = np.random.default_rng(0)

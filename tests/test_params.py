@@ -142,6 +142,12 @@ def test_parameters_that_do_not_fit_together(section: dict[str, str], message: s
     assert message in found and "data.captions." in found and "\n" not in found
 
 
+def test_unmatched_mass_needs_an_exact_solver() -> None:
+    values = yaml.safe_load(DEMO)
+    values["pretrain"]["objective"] |= {"unmatched": 0.1, "solver": "sinkhorn"}
+    assert "pretrain.objective: unmatched mass needs an exact solver" in fault_in(yaml.safe_dump(values))
+
+
 def test_a_key_given_twice_is_refused() -> None:
     text = DEMO.replace(EPOCHS, f"{EPOCHS}\n  epochs: 13", 1)
     assert fault_in(text).startswith(

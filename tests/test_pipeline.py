@@ -35,6 +35,11 @@ def terraalign(*arguments, code=0):
 
 
 def test_every_stage_of_the_graph(tiny_params, tiny_mistral):
+    values = yaml.safe_load(Path("params.yaml").read_text())
+    values["adapters"]["mlp"]["architecture"]["positions"] = 9
+    options = {"space": "whitened", "contrast": 0.1, "temperature": 1.0, "unmatched": 0.2}
+    values["adapters"]["mlp"]["pretrain"] = {"objective": options}
+    Path("params.yaml").write_text(yaml.safe_dump(values))
     for data in ("captions", "classes"):
         terraalign("prepare", data)
         terraalign("extract-images", data)
@@ -47,6 +52,8 @@ def test_every_stage_of_the_graph(tiny_params, tiny_mistral):
     metrics = json.loads((base / "pretrain/mlp/metrics.json").read_text())
     assert metrics["image_gain"] == pytest.approx(metrics["shuffled"] - metrics["val"], abs=1e-5)
     assert metrics["const_set"] <= metrics["const_token"]
+    assert metrics["plain_gain"] == pytest.approx(metrics["plain_shuffled"] - metrics["plain_val"], abs=1e-5)
+    assert {"r5_raw", "r5_debiased", "nearest_in_caption", "nearest_in_shuffled"} <= metrics.keys()
     assert not list((base / "checkpoints").glob("pretrain*"))
 
     # Pre-training needs cached tensors alone: no encoder, no LLM, no pictures.
@@ -58,12 +65,12 @@ def test_every_stage_of_the_graph(tiny_params, tiny_mistral):
     finally:
         for here, there in hidden:
             there.rename(here)
-    # As many tokens as the mlp's, so the same constant set, which is not fitted again.
+    # As many tokens as the query adapter's, so the same constant set, which is not fitted again.
     fitted = {file.name: file.stat().st_mtime_ns for file in (base / "checkpoints").glob("constant-set-9*")}
     terraalign("pretrain", "self_attention")
     assert {file.name: file.stat().st_mtime_ns for file in (base / "checkpoints").glob("constant-set-9*")} == fitted
     assert len(fitted) == 1
-    blind = [json.loads((base / f"pretrain/{name}/metrics.json").read_text()) for name in ("mlp", "self_attention")]
+    blind = [json.loads((base / f"pretrain/{name}/metrics.json").read_text()) for name in ("query", "self_attention")]
     assert blind[0]["const_set"] == blind[1]["const_set"]
 
     for name in ("mlp", "self_attention", "query"):

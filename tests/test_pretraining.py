@@ -1,28 +1,40 @@
 """The figures of pre-training, on a problem small enough to know the answers."""
 
 import math
-from types import SimpleNamespace
 
+import numpy as np
+import ot
 import pytest
 import torch
 
-from pipeline.pretraining import HeldOut, Pairs, fit_constant_set, retrieval
+from pipeline.params import Objective, Pretrain
+from pipeline.pretraining import (
+    HeldOut,
+    Pairs,
+    contrast,
+    fit_constant_set,
+    held_out_figures,
+    nearest_words,
+    retrieval,
+    whitening,
+)
 
 IMAGES = 12
+PLAIN = {"cost": "sqeuclidean", "word_weights": "uniform", "start": "random"}
 
 
 class Known(Pairs):
     """Image i has one caption, one word twice; its single image token is that word's number."""
 
-    def __init__(self):
+    def __init__(self, data=("captions",), **objective):
         self.device, self.threads = torch.device("cpu"), 1
-        self.settings = SimpleNamespace(
-            objective=SimpleNamespace(cost="sqeuclidean", word_weights="uniform", solver="exact")
-        )
+        objective = Objective(**PLAIN | objective)
+        self.settings = Pretrain(epochs=1, batch=1, lr=0.1, data=list(data), objective=objective)
         self.table = torch.eye(IMAGES)  # all words equally far apart
         self.rows = [[[i, i]] for i in range(IMAGES)]
         self.train, self.val = list(range(IMAGES)), list(range(IMAGES))
-        self.word_weights, self.center = torch.ones(IMAGES), torch.zeros(IMAGES)
+        self._places = [(0, i) for i in self.train]
+        self._measure()
 
     def tokens(self, positions):
         return torch.tensor(positions, dtype=torch.float32).view(-1, 1, 1)
@@ -34,20 +46,50 @@ def perfect(pairs):
 
 @pytest.mark.parametrize(("kind", "rare"), [("idf", math.log(5 / 2)), ("idf_squared", math.log(5 / 2) ** 2)])
 def test_words_of_every_caption_weigh_nothing(kind, rare):
-    pairs = Known()
-    pairs.settings = SimpleNamespace(data=["captions", "classes"], objective=SimpleNamespace(word_weights=kind))
+    pairs = Known(data=["captions", "classes"], word_weights=kind)
     # Word 0 is in all four captions, word i in the i-th; class names, of words 9 to 11, do not count.
     pairs.rows = [[[0, i]] for i in range(1, 5)] + [[[9, 10, 11]]] * 3
     pairs._places, pairs.train = [(0, i) for i in range(4)] + [(1, i) for i in range(3)], list(range(7))
-    weights = pairs._weights_of_words()
+    weights = pairs.word_weights = pairs._weights_of_words()
     assert weights[0] == 0
     assert weights[1:5].tolist() == pytest.approx([rare] * 4)
     assert (weights[9:] > rare).all()  # in no caption: the rarest
+    captions = [[0, 1], [0, 0], [2, 0, 2]]  # the second has nothing but the word of no weight
+    of_words = pairs._weights([row for caption in captions for row in caption], captions)
+    assert of_words.tolist() == pytest.approx([0, rare, 1, 1, rare, 0, rare])
+
+
+def test_whitened_words_spread_alike():
+    table = torch.randn(500, 6) @ torch.randn(6, 6) + 3 * torch.randn(6)
+    counts = torch.randint(1, 9, (500,)).float()
+
+    def spread(words):
+        return torch.from_numpy(np.cov(words.double().numpy().T, fweights=counts.long().numpy(), ddof=0))
+
+    before, after = (
+        torch.linalg.eigvalsh(spread(table)),
+        torch.linalg.eigvalsh(spread(table @ whitening(table, counts))),
+    )
+    assert after.sum().item() == pytest.approx(before.sum().item(), rel=1e-5)
+    expected = before / (before + 0.1 * before.mean())  # the ridge leaves narrow directions a little narrower
+    torch.testing.assert_close(after, expected * before.sum() / expected.sum(), rtol=1e-4, atol=0)
+
+
+def test_the_space_is_that_of_tokens_and_words():
+    pairs = Known(space="whitened")
+    pairs.table = torch.randn(IMAGES, 5) * torch.tensor([1.0, 2, 3, 4, 5])
+    pairs._measure()
+    tokens = torch.randn(2, 3, 5)
+    found = pairs.distance(tokens, [[0, 1, 2]] * 2, [0, 1])
+    mapped = pairs.table @ whitening(pairs.table, torch.ones(IMAGES))
+    matrix = torch.cdist(tokens @ whitening(pairs.table, torch.ones(IMAGES)), mapped[:3]).square().double()
+    assert found.tolist() == pytest.approx([ot.emd2([], [], m.numpy()) for m in matrix], rel=1e-4)
 
 
 def test_a_perfect_adapter_finds_every_caption():
     pairs = Known()
-    assert retrieval(pairs, perfect(pairs), pairs.val, seed=1) == {"r1_raw": 1.0, "r1_debiased": 1.0}
+    found = retrieval(pairs, perfect(pairs), pairs.val, seed=1)
+    assert found == {"r1_raw": 1.0, "r5_raw": 1.0, "r1_debiased": 1.0, "r5_debiased": 1.0}
 
 
 def test_a_blind_adapter_is_at_chance():
@@ -58,6 +100,66 @@ def test_a_blind_adapter_is_at_chance():
 
     found = retrieval(pairs, blind, pairs.val, seed=1)
     assert found["r1_raw"] == pytest.approx(1 / IMAGES)
+    assert found["r5_raw"] == pytest.approx(5 / IMAGES)
+
+
+def test_the_right_caption_in_third_place_counts_among_five():
+    pairs = Known()
+
+    def third(tokens):  # nearer to the words of the next two images than to the own
+        own = tokens.view(-1).long()
+        return (pairs.table[own] + 3 * pairs.table[(own + 1) % IMAGES] + 2 * pairs.table[(own + 2) % IMAGES])[:, None]
+
+    found = retrieval(pairs, third, pairs.val, seed=1)
+    assert (found["r1_raw"], found["r5_raw"]) == (0, 1)
+
+
+def test_nearest_words_of_the_own_and_of_another_picture():
+    pairs = Known()
+    pairs.rows = [[[i], [0]] for i in range(IMAGES)]  # word 0 is in a caption of every picture
+
+    def half(tokens):  # one token at the picture's own word, one at word 0
+        return torch.stack([0.9 * pairs.table[tokens.view(-1).long()], pairs.table[[0] * len(tokens)]], 1)
+
+    found = nearest_words(pairs, half, seed=1)
+    assert found["nearest_in_caption"] == 1
+    assert found["nearest_in_shuffled"] == pytest.approx(0.5 + 0.5 / IMAGES)  # picture 0's own word is word 0
+
+
+def test_plain_figures_do_not_depend_on_the_objective():
+    tables, figures = torch.randn(IMAGES, 5), []
+    for objective in ({}, {"cost": "cosine", "space": "whitened", "word_weights": "idf", "unmatched": 0.2}):
+        pairs = Known(**objective)
+        pairs.table, pairs.rows = tables, [[[i, i // 2]] for i in range(IMAGES)]
+        pairs._measure()
+        figures.append(held_out_figures(pairs, lambda tokens: tables[tokens.view(-1).long()][:, None] + 0.5, seed=1))
+    plain, other = figures
+    assert {key: plain[key] for key in plain if "plain" in key} == {key: other[key] for key in other if "plain" in key}
+    distances = [torch.cdist(tables[i, None] + 0.5, tables[[i, i // 2]]).mean().item() for i in range(IMAGES)]
+    assert plain["plain_val"] == pytest.approx(np.mean(distances), rel=1e-5)
+    assert plain["plain_gain_relative"] == pytest.approx(plain["plain_shuffled"] / plain["plain_val"] - 1, rel=1e-5)
+    assert plain["plain_gain_low"] < plain["plain_gain"] < plain["plain_gain_high"]
+    assert plain["image_gain"] != pytest.approx(other["image_gain"], rel=0.01)
+
+
+def test_contrast_is_the_cross_entropy_of_the_own_caption():
+    pairs = Known(temperature=2.0)
+    tokens = torch.randn(5, 3, IMAGES, requires_grad=True)
+    found = contrast(pairs, tokens, [3, 1, 4, 0, 2])
+    plain = torch.stack([torch.cdist(t, pairs.table[[3, 1, 4, 0, 2]]).square().mean(0) for t in tokens])
+    softmax = [(-plain / 2).softmax(side).diagonal().log().mean() for side in (0, 1)]  # one word: the EMD is a mean
+    torch.testing.assert_close(found, -sum(softmax) / 2)
+    ours, theirs = (torch.autograd.grad(loss, tokens)[0] for loss in (found, -sum(softmax) / 2))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_contrast_does_not_punish_a_caption_that_is_true_of_both():
+    pairs = Known()
+    alone = contrast(pairs, pairs.table[:3, None], [0, 1, 2])
+    pairs.rows[7] = pairs.rows[1]
+    twice = contrast(pairs, pairs.table[[0, 1, 2, 1], None], [0, 1, 2, 7])
+    assert twice < 1e-3
+    assert alone < 1e-3
 
 
 def test_image_gain_is_the_cost_of_permuting_the_images():

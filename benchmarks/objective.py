@@ -1,0 +1,172 @@
+"""Which options of pretrain.objective help? Pre-trains one adapter with each of them, on the features of a project.
+
+    python benchmarks/objective.py --project FOLDER --out runs.csv [--adapter mlp] [--seeds 3] [--folds 5]
+        [--epochs 4] [--batch 32] [--only plain default] [--table]
+
+FOLDER is a project whose pictures and captions are extracted; nothing is written there. Without --folds its own split
+counts; with it, the hash of a picture's id puts it into one of five folds, and each of the first --folds ones is held
+out in turn while the other four train; its number is added to the seed.
+Every finished run adds a row to the CSV, and a run that has its row is not repeated, so a killed script goes on.
+In the end (with --table at once) the means and standard deviations over seeds and folds are printed.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import itertools
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow.parquet as pq
+import torch
+import yaml
+
+from pipeline.params import Params
+from pipeline.pretraining import pretrain
+
+PLAIN = {"cost": "euclidean", "word_weights": "uniform", "start": "random"}
+DEFAULT = {"cost": "euclidean", "word_weights": "idf_squared", "start": "constant_set"}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": PLAIN,
+    "constant_set": PLAIN | {"start": "constant_set"},
+    "idf": PLAIN | {"word_weights": "idf"},
+    "idf_squared": PLAIN | {"word_weights": "idf_squared"},
+    "default": DEFAULT,
+    "default, positions": DEFAULT,  # of the architecture, see `changed`
+    "default, contrast": DEFAULT | {"contrast": 0.3},
+    "default, sqeuclidean": DEFAULT | {"cost": "sqeuclidean"},
+    "default, cosine": DEFAULT | {"cost": "cosine"},
+    "default, whitened": DEFAULT | {"space": "whitened"},
+    "default, unmatched": DEFAULT | {"unmatched": 0.2},
+    "default, contrast 1": DEFAULT | {"contrast": 1.0},
+    "default, contrast, unmatched": DEFAULT | {"contrast": 0.3, "unmatched": 0.2},
+}
+KEY = ["data", "adapter", "variant", "seed", "fold"]
+FIGURES = {  # of the metrics: a column of the table, and its unit
+    "plain_gain_relative": ("plain image gain, %", 100),
+    "over_default": ("less default's", 100),
+    "plain_val": ("plain EMD", 1),
+    "below_blind": ("below blind, %", 100),
+    "r1_debiased": ("R@1, %", 100),
+    "r5_debiased": ("R@5, %", 100),
+    "r1_raw": ("R@1 raw, %", 100),
+    "nearest_in_caption": ("word in caption, %", 100),
+    "nearest_in_shuffled": ("shuffled, %", 100),
+}
+
+
+def main() -> None:
+    arguments = _arguments()
+    values = yaml.safe_load((arguments.project / "params.yaml").read_text())
+    folds = range(arguments.folds) if arguments.folds else [-1]
+    runs = [(seed, fold, variant) for seed in range(arguments.seeds) for fold in folds for variant in arguments.only]
+    done = _done(arguments.out)
+    todo = [run for run in runs if (values["profile"], arguments.adapter, run[2], *run[:2]) not in done]
+    began, number = time.monotonic(), 0
+    for (seed, fold), group in itertools.groupby([] if arguments.table else todo, key=lambda run: run[:2]):
+        with linked(arguments.project, values["profile"], fold):
+            for *_, variant in group:
+                figures = run_once(changed(values, arguments, variant, seed + max(fold, 0)), arguments.adapter)
+                row = dict(zip(KEY, (values["profile"], arguments.adapter, variant, seed, fold), strict=True)) | figures
+                pd.DataFrame([row]).to_csv(arguments.out, mode="a", index=False, header=not arguments.out.exists())
+                number += 1
+                left = (time.monotonic() - began) / number * (len(todo) - number) / 60
+                gain = f"{100 * figures['plain_gain_relative']:.1f} % plain gain in {figures['seconds']:.0f} s"
+                print(
+                    f"{number}/{len(todo)} {variant}, seed {seed}, fold {fold}: {gain}, {left:.0f} min left", flush=True
+                )
+    print(table(pd.read_csv(arguments.out)))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--project", type=lambda text: Path(text).resolve(), required=True)
+    parser.add_argument("--out", type=lambda text: Path(text).resolve(), required=True)
+    parser.add_argument("--adapter", default="mlp")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--folds", type=int)
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--batch", type=int)
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--table", action="store_true", help="run nothing, print the table")
+    return parser.parse_args()
+
+
+def changed(values: dict[str, Any], arguments: argparse.Namespace, variant: str, seed: int) -> Params:
+    """The project's parameters with a variant's objective, learning from captions alone on one thread."""
+    values = json.loads(json.dumps(values))
+    section = values["adapters"][arguments.adapter]
+    values["pretrain"] |= section["pretrain"] | {"data": ["captions"], "objective": VARIANTS[variant]}
+    for key in ("epochs", "batch"):
+        values["pretrain"][key] = getattr(arguments, key) or values["pretrain"][key]
+    section["pretrain"] = {}
+    if variant.endswith("positions"):
+        section["architecture"]["positions"] = section["architecture"]["pool"] ** 2
+    values |= {"seed": seed, "runtime": {"emd_threads": 1}}
+    return Params.model_validate(values)
+
+
+@contextlib.contextmanager
+def linked(project: Path, profile: str, fold: int) -> Iterator[None]:
+    """Work in a new folder of links to the project's features, where the fold is the held-out split."""
+    base, source = Path("data") / profile, project / "data" / profile
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        (base / "prepare").mkdir(parents=True)
+        (base.parent / "store").symlink_to(project / "data" / "store")
+        for kind in ("images", "text"):
+            (base / kind).symlink_to(source / kind)
+        rows = pq.read_table(source / "prepare" / "captions.parquet").to_pandas()
+        if fold >= 0:
+            rows["split"] = ["val" if fold_of(i) == fold else "train" for i in rows["id"]]
+        rows.to_parquet(base / "prepare" / "captions.parquet")
+        yield
+
+
+def run_once(params: Params, adapter: str) -> dict[str, float]:
+    """Pre-train in the current folder; the metrics. Runs of equal measure and seed share the constant sets."""
+    began = time.perf_counter()
+    pretrain(params, adapter, Path("out"))
+    seconds = time.perf_counter() - began
+    metrics: dict[str, float] = json.loads(Path("out/metrics.json").read_text())
+    blind = min(metrics["const_token"], metrics["const_set"])
+    return metrics | {"below_blind": 1 - metrics["val"] / blind, "seconds": seconds}
+
+
+def fold_of(row_id: str) -> int:
+    """One of five."""
+    return int(hashlib.sha256(row_id.encode()).hexdigest(), 16) % 5
+
+
+def _done(path: Path) -> set[tuple[Any, ...]]:
+    return set(pd.read_csv(path)[KEY].itertuples(index=False, name=None)) if path.exists() else set()
+
+
+def table(runs: pd.DataFrame) -> str:
+    """Mean and standard deviation of each figure over seeds and folds, in Markdown.
+
+    The gain less that of `default` is a difference between runs of equal seed and fold.
+    """
+    paired = [key for key in KEY if key != "variant"]
+    default = runs[runs["variant"] == "default"].set_index(paired)["plain_gain_relative"]
+    lines = [" | ".join(["| data, adapter", "objective", "runs", *(name for name, _ in FIGURES.values())]) + " |"]
+    lines.append("|" + "---|" * (3 + len(FIGURES)))
+    for (data, adapter, variant), group in runs.groupby(KEY[:3], sort=False):
+        figures = group.set_index(paired)
+        figures["over_default"] = figures["plain_gain_relative"] - default
+        cells = [f"| {data}, {adapter}", variant, str(len(group))]
+        for key, (_, unit) in FIGURES.items():
+            digits = 1 if unit == 100 else 2
+            mean, spread = figures[key].mean() * unit, figures[key].std() * unit
+            cells.append(f"{mean:.{digits}f}" + (f" ± {spread:.{digits}f}" if len(group) > 1 else ""))
+        lines.append(" | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
