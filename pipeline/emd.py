@@ -142,7 +142,7 @@ def _side(x: Tensor, of_x: Tensor, p: Tensor, y: Tensor, of_y: Tensor, q: Tensor
         of_y[order], y.flatten(0, 1), torch.searchsorted(of_x[order], rows), mode="sum", per_sample_weights=-q[order]
     )
     own = p.new_zeros(len(rows)).index_add_(0, of_x, p).view(*x.shape[:2], 1)
-    return torch.addcmul(pulled.view_as(x), x, own)
+    return pulled.view_as(x).addcmul_(x, own)  # in place: fresh memory costs more than the sum
 
 
 class _Layout:
