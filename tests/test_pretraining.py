@@ -7,17 +7,9 @@ import ot
 import pytest
 import torch
 
+from pipeline.objective import Pairs, contrast, whitening
 from pipeline.params import Objective, Pretrain
-from pipeline.pretraining import (
-    HeldOut,
-    Pairs,
-    contrast,
-    fit_constant_set,
-    held_out_figures,
-    nearest_words,
-    retrieval,
-    whitening,
-)
+from pipeline.pretraining import HeldOut, fit_constant_set, held_out_figures, nearest_words, retrieval
 
 IMAGES = 12
 PLAIN = {"cost": "sqeuclidean", "word_weights": "uniform", "start": "random"}

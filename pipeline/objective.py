@@ -1,0 +1,184 @@
+"""What pre-training minimises: EMD between image tokens and captions, from cached tensors alone (docs/emd.md)."""
+
+from __future__ import annotations
+
+from copy import copy
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.backbones.devices import pick_device
+from pipeline.emd import emd
+from pipeline.errors import UserError
+from pipeline.params import Dataset, Objective, Params, Pretrain
+from pipeline.store.reader import CaptionTokens, ImageTokens
+from pipeline.store.webdataset import open_tars
+
+WHITENING_RIDGE = 0.1  # of the mean variance
+CONTRASTED = 32  # images of a batch at most: the contrast costs their number squared
+
+
+class Pairs:
+    """Cached image tokens and captions of the data sets of pretrain.data, and the objective between them.
+
+    Rows of all sets are numbered through; held-out figures are of `captions` alone.
+    """
+
+    def __init__(self, params: Params, settings: Pretrain):
+        self.device = pick_device(params.runtime.device)
+        self.settings, self.threads = settings, params.runtime.emd_threads
+        features = [_features(params, data) for data in settings.data]
+        self._images, texts = [images for images, _ in features], [text for _, text in features]
+        self.table, row_of = _one_table(texts)
+        self.rows: list[list[list[int]]] = []
+        self._places: list[tuple[int, int]] = []
+        self.train: list[int] = []
+        for number, (images, text) in enumerate(zip(self._images, texts, strict=True)):
+            self.train += [len(self.rows) + i for i in images.split("train")]
+            if settings.data[number] == "captions":
+                self.val = [len(self.rows) + i for i in images.split("val")][: settings.validation_images]
+            self._places += [(number, i) for i in range(len(images.ids))]
+            self.rows += [[[row_of[t] for t in c] for c in text.captions(row_id) if c] for row_id in images.ids]
+        if not self.train or not self.val:
+            raise UserError(f"captions: {len(self.train)} train and {len(self.val)} val pictures; both are needed")
+        self._measure()
+
+    def _measure(self) -> None:
+        """What the objective's distance needs: weights of words, the map into its space, the centre of words there."""
+        self.word_weights = self._weights_of_words()
+        counts = self._document_frequencies(self.train)
+        self.words, self.into_space = self.table, None
+        if self.settings.objective.space == "whitened":
+            into_space = whitening(self.table, counts)
+            self.words, self.into_space = self.table @ into_space, into_space.to(self.device)
+        self.center = (counts @ self.words / counts.sum()).to(self.device)
+
+    def measured_by(self, objective: Objective) -> Pairs:
+        """The same data under another objective."""
+        other = copy(self)
+        other.settings = self.settings.model_copy(update={"objective": objective})
+        other._measure()
+        return other
+
+    @property
+    def d_in(self) -> int:
+        """Width of the image tokens."""
+        return self._images[0].shape[1]
+
+    def _weights_of_words(self) -> Tensor:
+        """The weight of each word in a caption's marginal, [T]: 1, or the (squared) inverse document frequency.
+
+        Squared, as in a product of two tf-idf vectors (Salton & Buckley 1988), function words weigh next to nothing,
+        so no token is spent on them. Frequencies are those of `captions`: class names have no function words.
+        """
+        kind = self.settings.objective.word_weights
+        if kind == "uniform":
+            return torch.ones(len(self.table))
+        captioned = [i for i in self.train if self.settings.data[self._places[i][0]] == "captions"]
+        idf = torch.log((len(captioned) + 1) / (self._document_frequencies(captioned) + 1))
+        return idf.square() if kind == "idf_squared" else idf
+
+    def _document_frequencies(self, positions: list[int]) -> Tensor:
+        """How many of some images have each word in a caption, [T]."""
+        counts = torch.zeros(len(self.table))
+        for position in positions:
+            counts[list({row for caption in self.rows[position] for row in caption})] += 1
+        return counts
+
+    def captions_of(self, positions: list[int]) -> tuple[list[list[int]], list[int]]:
+        """All captions of some images as rows of the embedding table, and which image each belongs to."""
+        pairs = [(caption, i) for i, position in enumerate(positions) for caption in self.rows[position]]
+        return [caption for caption, _ in pairs], [i for _, i in pairs]
+
+    def distance(self, tokens: Tensor, captions: list[list[int]], image_index: list[int]) -> Tensor:
+        """EMD in the objective's own cost and marginal, [P]; tokens [B, N, D] on the device."""
+        flat = [row for caption in captions for row in caption]
+        offsets = np.cumsum([0, *map(len, captions)]).tolist()
+        if self.into_space is not None:
+            tokens = tokens @ self.into_space
+        return emd(
+            tokens, self.words[flat].to(tokens.device), offsets, image_index,
+            cost=self.settings.objective.cost, word_weights=self._weights(flat, captions),
+            center=self.center, unmatched=self.settings.objective.unmatched,
+            solver=self.settings.objective.solver, threads=self.threads,
+        )  # fmt: skip
+
+    def _weights(self, flat: list[int], captions: list[list[int]]) -> Tensor:
+        """Weights of the words of some captions, [T]; a caption of nothing but ubiquitous words keeps equal ones."""
+        weights, lengths = self.word_weights[flat], torch.tensor([len(caption) for caption in captions])
+        caption_of = torch.repeat_interleave(torch.arange(len(captions)), lengths)
+        mass = weights.new_zeros(len(captions)).index_add(0, caption_of, weights)
+        return torch.where(mass[caption_of] > 0, weights, 1.0)
+
+    def tokens(self, positions: list[int]) -> Tensor:
+        """Image tokens [B, N, D] on the device."""
+        tokens = torch.empty(len(positions), *self._images[0].shape)
+        for number, images in enumerate(self._images):
+            here = [i for i, position in enumerate(positions) if self._places[position][0] == number]
+            if here:
+                tokens[here] = images.tokens([self._places[positions[i]][1] for i in here])
+        return tokens.to(self.device)
+
+    def per_image(self, tokens: Tensor, positions: list[int]) -> Tensor:
+        """EMD averaged over the captions of each image, [B].
+
+        tokens [B, N, D] may be of other images, or [1, N, D] the same for all.
+        """
+        captions, index = self.captions_of(positions)
+        distances = self.distance(tokens, captions, index if len(tokens) > 1 else [0] * len(index))
+        sums = distances.new_zeros(len(positions)).index_add(0, torch.tensor(index, device=distances.device), distances)
+        return sums / torch.bincount(torch.tensor(index)).to(sums)
+
+
+def _features(params: Params, data: Dataset) -> tuple[ImageTokens, CaptionTokens]:
+    if params.cache.reader == "webdataset":
+        return open_tars(params, data)
+    base = Path("data") / params.profile
+    return ImageTokens.open(base, data), CaptionTokens.open(base, data)
+
+
+def _one_table(texts: list[CaptionTokens]) -> tuple[Tensor, dict[int, int]]:
+    """The embedding tables of several data sets as one, and the row of each token id."""
+    row_of: dict[int, int] = {}
+    rows = []
+    for text in texts:
+        new = [token for token in text.token_ids.tolist() if token not in row_of]
+        row_of |= {token: len(row_of) + i for i, token in enumerate(new)}
+        rows.append(text.embeddings(new))
+    return torch.cat(rows), row_of
+
+
+def whitening(table: Tensor, counts: Tensor) -> Tensor:
+    """The symmetric map [D, D] after which words spread alike in all directions: ZCA (Bell & Sejnowski 1997).
+
+    table [T, D] are words, counts [T] how often each occurs. A tenth of the mean variance is added in every direction,
+    since words may span fewer than D; the map keeps the words' total variance.
+    """
+    weights = counts / counts.sum()
+    spread = (table - weights @ table).double() * weights.double().sqrt()[:, None]
+    variances, axes = torch.linalg.eigh(spread.T @ spread)
+    scales = (variances + WHITENING_RIDGE * variances.mean()).rsqrt()
+    kept = variances.sum() / (variances * scales.square()).sum()
+    return ((axes * (scales * kept.sqrt())) @ axes.T).to(table)
+
+
+def contrast(pairs: Pairs, tokens: Tensor, positions: list[int]) -> Tensor:
+    """How badly EMD tells the captions of a batch apart: InfoNCE (van den Oord et al. 2018), a scalar.
+
+    tokens [B, N, D] of the images at `positions`, one random caption each; both ways, from image to caption and from
+    caption to image, as in CLIP (Radford et al. 2021). A caption that another image has too (a class name) is no wrong
+    answer there.
+    """
+    positions = positions[:CONTRASTED]  # a batch is in random order
+    count = len(positions)
+    captions = [pairs.rows[p][int(torch.randint(len(pairs.rows[p]), ()))] for p in positions]
+    index = [i for i in range(count) for _ in captions]
+    distances = pairs.distance(tokens[:count], captions * count, index).view(count, count)
+    shared = [[i != j and captions[j] in pairs.rows[p] for j in range(count)] for i, p in enumerate(positions)]
+    logits = -distances / pairs.settings.objective.temperature
+    logits = logits.masked_fill(torch.tensor(shared, device=logits.device), -torch.inf)
+    own = torch.arange(count, device=logits.device)
+    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
