@@ -33,7 +33,7 @@ def emd(
     tokens: Tensor,
     words: Tensor,
     offsets: Sequence[int],
-    image_index: Sequence[int],
+    image_index: Sequence[int] | None,
     *,
     cost: Cost,
     word_weights: Tensor | None = None,
@@ -47,7 +47,8 @@ def emd(
     """EMD of P pairs (image, caption): [P], float32, differentiable in `tokens` and `words`.
 
     tokens [B, N, D]; words [T, D] of all captions one after the other, caption p is words[offsets[p]:offsets[p + 1]];
-    image_index [P] names each caption's image, so the captions of an image share its tokens and its cost matrix.
+    image_index [P] names each caption's image, so the captions of an image share its tokens and its cost matrix. None:
+    each caption with each image, all captions of the first image first; the images then share the words.
     Tokens weigh alike, or by token_weights [B, N]; words weigh alike, or by word_weights [T]; both are normalised,
     within an image and within a caption. `center` [D] is subtracted from both sides before the cosine.
     Costs are float32 whatever the inputs' dtype, under autocast too.
@@ -65,9 +66,12 @@ def emd(
     """
     if unmatched and solver == "sinkhorn":
         raise ValueError("unmatched mass is for the exact solvers, not for sinkhorn")
-    layout = _Layout(offsets, image_index, tokens.shape[0])
+    all_pairs = image_index is None
+    if image_index is None:
+        offsets, image_index, word_weights = _all_pairs(len(tokens), offsets, word_weights)
+    layout = _Layout(offsets, image_index, len(tokens))
     with torch.autocast(tokens.device.type, enabled=False):
-        x, y = tokens.float(), layout.by_image(words.float())
+        x, y = tokens.float(), words.float()[None] if all_pairs else layout.by_image(words.float())
         if center is not None and cost == "cosine":
             x, y = x - center, y - center
 
@@ -86,12 +90,28 @@ def emd(
     return value
 
 
+def _all_pairs(
+    images: int, offsets: Sequence[int], word_weights: Tensor | None
+) -> tuple[list[int], list[int], Tensor | None]:
+    """Offsets, image index and word weights as if each image had captions of its own."""
+    ends = np.asarray(offsets[1:]) + offsets[-1] * np.arange(images)[:, None]
+    index = np.repeat(np.arange(images), len(offsets) - 1)
+    return (
+        [0, *ends.ravel().tolist()],
+        index.tolist(),
+        word_weights if word_weights is None else word_weights.repeat(images),
+    )
+
+
 def cost_matrix(x: Tensor, y: Tensor, cost: Cost) -> Tensor:
-    """Ground costs [B, N, L] between x [B, N, D] and y [B, L, D]."""
+    """Ground costs [B, N, L] between x [B, N, D] and y [B, L, D], or [1, L, D] the same for all x."""
+    shape = (*x.shape[:2], y.shape[1])
+    if len(y) == 1:
+        x = x.flatten(0, 1)[None]
     norm_x, norm_y = torch.linalg.vector_norm(x, dim=-1)[..., None], torch.linalg.vector_norm(y, dim=-1)[:, None]
     if cost == "cosine":
-        return 1 - x @ y.mT / (norm_x.clamp_min(TINY) * norm_y.clamp_min(TINY))
-    squared = torch.baddbmm(norm_x.square() + norm_y.square(), x, y.mT, alpha=-2).clamp_min_(TINY)
+        return (1 - x @ y.mT / (norm_x.clamp_min(TINY) * norm_y.clamp_min(TINY))).view(shape)
+    squared = torch.baddbmm(norm_x.square() + norm_y.square(), x, y.mT, alpha=-2).clamp_min_(TINY).view(shape)
     return squared.sqrt_() if cost == "euclidean" else squared
 
 
@@ -117,7 +137,9 @@ class _EMD(torch.autograd.Function):
         x, y, place, pair, mass, chosen = ctx.saved_tensors
         tokens, slots = x.shape[1], y.shape[1]
         of_x = place // slots  # rows of x.view(-1, D)
-        of_y = place // (tokens * slots) * slots + place % slots
+        of_y = place % slots  # of y.view(-1, D)
+        if len(y) > 1:
+            of_y = of_y + place // (tokens * slots) * slots
         weight = mass.float() * grad[pair]
         if ctx.cost == "cosine":
             norm_x = torch.linalg.vector_norm(x, dim=-1).view(-1)[of_x]

@@ -93,8 +93,8 @@ class Pairs:
         pairs = [(caption, i) for i, position in enumerate(positions) for caption in self.rows[position]]
         return [caption for caption, _ in pairs], [i for _, i in pairs]
 
-    def distance(self, tokens: Tensor, captions: list[list[int]], image_index: list[int]) -> Tensor:
-        """EMD in the objective's own cost and marginal, [P]; tokens [B, N, D] on the device."""
+    def distance(self, tokens: Tensor, captions: list[list[int]], image_index: list[int] | None) -> Tensor:
+        """EMD in the objective's own cost and marginal, [P], as in `emd`; tokens [B, N, D] on the device."""
         flat = [row for caption in captions for row in caption]
         offsets = np.cumsum([0, *map(len, captions)]).tolist()
         if self.into_space is not None:
@@ -175,8 +175,7 @@ def contrast(pairs: Pairs, tokens: Tensor, positions: list[int]) -> Tensor:
     positions = positions[:CONTRASTED]  # a batch is in random order
     count = len(positions)
     captions = [pairs.rows[p][int(torch.randint(len(pairs.rows[p]), ()))] for p in positions]
-    index = [i for i in range(count) for _ in captions]
-    distances = pairs.distance(tokens[:count], captions * count, index).view(count, count)
+    distances = pairs.distance(tokens[:count], captions, None).view(count, count)
     shared = [[i != j and captions[j] in pairs.rows[p] for j in range(count)] for i, p in enumerate(positions)]
     logits = -distances / pairs.settings.objective.temperature
     logits = logits.masked_fill(torch.tensor(shared, device=logits.device), -torch.inf)

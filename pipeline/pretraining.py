@@ -59,10 +59,9 @@ def retrieval(pairs: Pairs, adapter: Adapter, positions: list[int], seed: int) -
     rng = np.random.default_rng(seed)
     captions = [pairs.rows[position][rng.integers(len(pairs.rows[position]))] for position in positions]
     rows = []
-    for start in range(0, len(positions), 4):
-        tokens = adapter(pairs.tokens(positions[start : start + 4]))
-        index = [i for i in range(len(tokens)) for _ in captions]
-        rows.append(pairs.distance(tokens, captions * len(tokens), index).view(len(tokens), -1))
+    for start in range(0, len(positions), 16):
+        tokens = adapter(pairs.tokens(positions[start : start + 16]))
+        rows.append(pairs.distance(tokens, captions, None).view(len(tokens), -1))
     raw = torch.cat(rows).cpu()
     own = torch.arange(len(positions))[:, None]
     found: dict[str, float] = {}

@@ -303,3 +303,21 @@ assert "numba" not in sys.modules
 assert emd(torch.ones(1, 2, 3), torch.zeros(2, 3), [0, 2], [0], cost="sqeuclidean").item() == 3
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("cost", METRICS)
+def test_each_caption_with_each_image_is_as_if_every_image_had_captions_of_its_own(cost):
+    x, words, offsets, _ = problem(5)
+    captions, weights = len(offsets) - 1, torch.rand(len(words))
+    own = [0, *(i * offsets[-1] + end for i in range(len(x)) for end in offsets[1:])]
+    index = [i for i in range(len(x)) for _ in range(captions)]
+    grad = torch.randn(len(index), generator=torch.Generator().manual_seed(1))
+    results = []
+    for repeats, ends, images in ((1, offsets, None), (len(x), own, index)):
+        tokens, vocabulary = x.clone().requires_grad_(), words.clone().requires_grad_()
+        values = emd(
+            tokens, vocabulary.repeat(repeats, 1), ends, images, cost=cost, word_weights=weights.repeat(repeats)
+        )
+        results.append((values, *torch.autograd.grad(values @ grad, (tokens, vocabulary))))
+    for shared, separate in zip(*results, strict=True):
+        torch.testing.assert_close(shared, separate)
