@@ -1,11 +1,13 @@
 """Which options of pretrain.objective help? Pre-trains one adapter with each of them, on the features of a project.
 
     python benchmarks/objective.py --project FOLDER --out runs.csv [--adapter mlp] [--seeds 3] [--folds 5]
-        [--epochs 4] [--batch 32] [--only plain default] [--table]
+        [--epochs 4] [--batch 32] [--only plain default] [--finetune] [--table]
 
 FOLDER is a project whose pictures and captions are extracted; nothing is written there. Without --folds its own split
 counts; with it, the hash of a picture's id puts it into one of five folds, and each of the first --folds ones is held
 out in turn while the other four train; its number is added to the seed.
+--finetune: each run pre-trains on all that the project's pretrain.data names, is fine-tuned on captions and on classes
+with the project's own settings, the same for every objective, and evaluated on the test pictures.
 Every finished run adds a row to the CSV, and a run that has its row is not repeated, so a killed script goes on.
 In the end (with --table at once) the means and standard deviations over seeds and folds are printed.
 """
@@ -27,7 +29,9 @@ import torch
 import yaml
 
 from pipeline.params import Params
-from pipeline.pretraining import pretrain
+from stages.evaluate import evaluate
+from stages.finetune import finetune
+from stages.pretrain import pretrain
 
 PLAIN = {"cost": "euclidean", "word_weights": "uniform", "start": "random"}
 DEFAULT = {"cost": "euclidean", "word_weights": "idf_squared", "start": "constant_set"}
@@ -57,6 +61,12 @@ FIGURES = {  # of the metrics: a column of the table, and its unit
     "r1_raw": ("R@1 raw, %", 100),
     "nearest_in_caption": ("word in caption, %", 100),
     "nearest_in_shuffled": ("shuffled, %", 100),
+    "loss_start": ("caption loss before fine-tuning", 1),
+    "loss_captions": ("and after it", 1),
+    "captions_right_pretrained": ("captions right before, %", 100),
+    "captions_right": ("and after, %", 100),
+    "loss_classes": ("class loss", 1),
+    "acc": ("class accuracy, %", 100),
 }
 
 
@@ -71,7 +81,8 @@ def main() -> None:
     for (seed, fold), group in itertools.groupby([] if arguments.table else todo, key=lambda run: run[:2]):
         with linked(arguments.project, values["profile"], fold):
             for *_, variant in group:
-                figures = run_once(changed(values, arguments, variant, seed + max(fold, 0)), arguments.adapter)
+                params = changed(values, arguments, variant, seed + max(fold, 0))
+                figures = run_once(params, arguments.adapter, arguments.finetune)
                 row = dict(zip(KEY, (values["profile"], arguments.adapter, variant, seed, fold), strict=True)) | figures
                 pd.DataFrame([row]).to_csv(arguments.out, mode="a", index=False, header=not arguments.out.exists())
                 number += 1
@@ -93,15 +104,18 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--batch", type=int)
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--finetune", action="store_true", help="fine-tune and evaluate every run")
     parser.add_argument("--table", action="store_true", help="run nothing, print the table")
     return parser.parse_args()
 
 
 def changed(values: dict[str, Any], arguments: argparse.Namespace, variant: str, seed: int) -> Params:
-    """The project's parameters with a variant's objective, learning from captions alone on one thread."""
+    """The project's parameters with a variant's objective on one thread, learning from captions alone if only that."""
     values = json.loads(json.dumps(values))
     section = values["adapters"][arguments.adapter]
-    values["pretrain"] |= section["pretrain"] | {"data": ["captions"], "objective": VARIANTS[variant]}
+    values["pretrain"] |= section["pretrain"] | {"objective": VARIANTS[variant]}
+    if not arguments.finetune:
+        values["pretrain"]["data"] = ["captions"]
     for key in ("epochs", "batch"):
         values["pretrain"][key] = getattr(arguments, key) or values["pretrain"][key]
     section["pretrain"] = {}
@@ -117,24 +131,42 @@ def linked(project: Path, profile: str, fold: int) -> Iterator[None]:
     base, source = Path("data") / profile, project / "data" / profile
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         (base / "prepare").mkdir(parents=True)
-        (base.parent / "store").symlink_to(project / "data" / "store")
+        for shared in ("models", "store"):
+            (base.parent / shared).symlink_to(project / "data" / shared)
         for kind in ("images", "text"):
             (base / kind).symlink_to(source / kind)
-        rows = pq.read_table(source / "prepare" / "captions.parquet").to_pandas()
-        if fold >= 0:
-            rows["split"] = ["val" if fold_of(i) == fold else "train" for i in rows["id"]]
-        rows.to_parquet(base / "prepare" / "captions.parquet")
+        for path in (source / "prepare").glob("*.parquet"):
+            rows = pq.read_table(path).to_pandas()
+            if fold >= 0 and path.stem == "captions":
+                rows["split"] = ["val" if fold_of(i) == fold else "train" for i in rows["id"]]
+            rows.to_parquet(base / "prepare" / path.name)
         yield
 
 
-def run_once(params: Params, adapter: str) -> dict[str, float]:
+def run_once(params: Params, adapter: Any, finetuned: bool) -> dict[str, float]:
     """Pre-train in the current folder; the metrics. Runs of equal measure and seed share the constant sets."""
+    Path("params.yaml").write_text(yaml.safe_dump(params.model_dump(mode="json", exclude_unset=True)))
+    base = Path("data") / params.profile
     began = time.perf_counter()
-    pretrain(params, adapter, Path("out"))
-    seconds = time.perf_counter() - began
-    metrics: dict[str, float] = json.loads(Path("out/metrics.json").read_text())
-    blind = min(metrics["const_token"], metrics["const_set"])
-    return metrics | {"below_blind": 1 - metrics["val"] / blind, "seconds": seconds}
+    pretrain(adapter)
+    metrics = _metrics(base / "pretrain" / adapter)
+    metrics |= {"below_blind": 1 - metrics["val"] / min(metrics["const_token"], metrics["const_set"])}
+    metrics["seconds"] = time.perf_counter() - began
+    if finetuned:
+        finetune(adapter, "captions")
+        finetune(adapter, "classes")
+        evaluate(adapter)
+        folder = base / "finetune"
+        metrics["loss_start"] = pd.read_csv(folder / f"{adapter}-captions" / "history.csv")["val_loss"].iloc[0]
+        for data in ("captions", "classes"):
+            metrics[f"loss_{data}"] = _metrics(folder / f"{adapter}-{data}")["val_loss"]
+        metrics |= _metrics(base / "evaluate" / adapter)
+    return metrics
+
+
+def _metrics(folder: Path) -> dict[str, float]:
+    figures: dict[str, float] = json.loads((folder / "metrics.json").read_text())
+    return figures
 
 
 def fold_of(row_id: str) -> int:
@@ -153,13 +185,14 @@ def table(runs: pd.DataFrame) -> str:
     """
     paired = [key for key in KEY if key != "variant"]
     default = runs[runs["variant"] == "default"].set_index(paired)["plain_gain_relative"]
-    lines = [" | ".join(["| data, adapter", "objective", "runs", *(name for name, _ in FIGURES.values())]) + " |"]
-    lines.append("|" + "---|" * (3 + len(FIGURES)))
+    columns = {key: FIGURES[key] for key in FIGURES if key == "over_default" or key in runs}
+    lines = [" | ".join(["| data, adapter", "objective", "runs", *(name for name, _ in columns.values())]) + " |"]
+    lines.append("|" + "---|" * (3 + len(columns)))
     for (data, adapter, variant), group in runs.groupby(KEY[:3], sort=False):
         figures = group.set_index(paired)
         figures["over_default"] = figures["plain_gain_relative"] - default
         cells = [f"| {data}, {adapter}", variant, str(len(group))]
-        for key, (_, unit) in FIGURES.items():
+        for key, (_, unit) in columns.items():
             digits = 1 if unit == 100 else 2
             mean, spread = figures[key].mean() * unit, figures[key].std() * unit
             cells.append(f"{mean:.{digits}f}" + (f" ± {spread:.{digits}f}" if len(group) > 1 else ""))
