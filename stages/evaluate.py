@@ -50,11 +50,25 @@ def _classes(params: Params, adapter: str, images: ImageTokens, out: Path) -> di
         "acc": float(predictions["correct"].mean()),
         "acc_strict": float(predictions["strict"].mean()),
         "valid_name": float(predictions["predicted"].notna().mean()),
-        "probe": food101.linear_probe(images),
+        "probe": _probe(Path("data") / params.profile, images),
         "chance": 1 / classes,
         "test_images": len(predictions),
         "classes": classes,
     }
+
+
+def _probe(base: Path, images: ImageTokens) -> float:
+    """The linear probe, fitted once: no adapter has a part in it."""
+    from pipeline.evaluate import food101
+    from pipeline.training import Checkpoint
+
+    inputs = [base / "images" / "classes" / "manifest.json", base / "prepare" / "classes.parquet"]
+    kept = Checkpoint.of(base, "linear-probe", [], [*inputs, Path(food101.__file__)])
+    state = kept.load()
+    if state is None:
+        state = {"accuracy": food101.linear_probe(images)}
+        kept.save(state)
+    return float(state["accuracy"])
 
 
 def _captions(params: Params, adapter: str, images: ImageTokens, out: Path) -> dict[str, Any]:
