@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn, ParamSpec
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from pipeline.backbones.devices import to_device
 
 Cost = Literal["euclidean", "sqeuclidean", "cosine"]
 Solver = Literal["exact", "pot", "sinkhorn"]
@@ -17,6 +19,9 @@ SMALL = 20_000  # costs of a batch: below, waking another thread takes longer th
 POT_ITERATIONS, POT_OPTIMAL = 1_000_000, 1
 SINKHORN_ITERATIONS = 200
 SINKHORN_REGULARISATION = 0.01  # times the mean cost of a pair
+BACKGROUND = ThreadPoolExecutor(1, "emd")  # one, so that batches are solved in order, each on all solver threads
+Arguments = ParamSpec("Arguments")
+Entries = tuple[Tensor, Tensor, Tensor]  # of plans, [E] each: place in the flattened costs, pair, mass
 
 
 class Plan(NamedTuple):
@@ -29,7 +34,7 @@ class Plan(NamedTuple):
     potential: np.ndarray  # [T] float64: v of an optimal dual; min over words of (cost - v) is the tokens' potential
 
 
-def emd(
+def start_emd(
     tokens: Tensor,
     words: Tensor,
     offsets: Sequence[int],
@@ -43,8 +48,12 @@ def emd(
     solver: Solver = "exact",
     threads: int = 1,
     regularisation: float = SINKHORN_REGULARISATION,
-) -> Tensor:
-    """EMD of P pairs (image, caption): [P], float32, differentiable in `tokens` and `words`.
+    background: bool = False,
+) -> Callable[[], Tensor]:
+    """Start the EMD of P pairs (image, caption), and return what finishes it and gives the values.
+
+    Values are [P], float32, differentiable in `tokens` and `words`. With `background` an exact solver works in another
+    thread from now on, without it when the values are asked for; on a GPU starting does not wait for the device.
 
     tokens [B, N, D]; words [T, D] of all captions one after the other, caption p is words[offsets[p]:offsets[p + 1]];
     image_index [P] names each caption's image, so the captions of an image share its tokens and its cost matrix. None:
@@ -61,8 +70,8 @@ def emd(
 
     The gradient is that of sum(plan * cost) with the plan held fixed: for an exact plan that is the gradient of the
     EMD wherever it has one (envelope theorem, Danskin 1967); for Sinkhorn's it is wrong by far more than the value.
-    Weights and center get none. Raises ValueError naming the pair when a cost is not finite, weights are negative or
-    sum to nothing, a caption has no words, or no optimum is found.
+    Weights and center get none. Finishing raises ValueError naming the pair when a cost is not finite, weights are
+    negative or sum to nothing, or no optimum is found; starting does when a caption has no words.
     """
     if unmatched and solver == "sinkhorn":
         raise ValueError("unmatched mass is for the exact solvers, not for sinkhorn")
@@ -70,23 +79,57 @@ def emd(
     if image_index is None:
         offsets, image_index, word_weights = _all_pairs(len(tokens), offsets, word_weights)
     layout = _Layout(offsets, image_index, len(tokens))
+    weights = _numpy(token_weights), _numpy(word_weights)
     with torch.autocast(tokens.device.type, enabled=False):
         x, y = tokens.float(), words.float()[None] if all_pairs else layout.by_image(words.float())
         if center is not None and cost == "cosine":
             x, y = x - center, y - center
+        costs = cost_matrix(x.detach(), y.detach(), cost)
+    if solver == "sinkhorn":
+        return lambda: _value(x, y, cost, costs, _sinkhorn(costs, layout, *weights, regularisation), layout)
+    on_host, arrived = _to_host(costs)
 
-        def entries(costs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            if solver == "sinkhorn":
-                return _sinkhorn(costs, layout, token_weights, word_weights, regularisation)
-            plan = solve(
-                costs.cpu().numpy(), offsets, image_index, token_weights=_numpy(token_weights),
-                word_weights=_numpy(word_weights), unmatched=unmatched, solver=solver, threads=threads,
-            )  # fmt: skip
-            places = layout.places(plan, costs.shape)
-            place, pair, mass = (torch.from_numpy(a).to(costs.device) for a in (places, plan.pair, plan.mass))
-            return place, pair, mass
+    def entries() -> Entries:
+        arrived()
+        plan = solve(
+            on_host.numpy(), offsets, image_index, token_weights=weights[0], word_weights=weights[1],
+            unmatched=unmatched, solver=solver, threads=threads,
+        )  # fmt: skip
+        return (
+            torch.from_numpy(layout.places(plan, costs.shape)),
+            torch.from_numpy(plan.pair),
+            torch.from_numpy(plan.mass),
+        )
 
-        value: Tensor = _EMD.apply(x, y, cost, entries, len(image_index))
+    found = BACKGROUND.submit(entries).result if background else entries
+    return lambda: _value(x, y, cost, costs, found(), layout)
+
+
+def _at_once(start: Callable[Arguments, Callable[[], Tensor]]) -> Callable[Arguments, Tensor]:
+    def emd(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Tensor:
+        """EMD of P pairs (image, caption), [P]: `start_emd`, finished at once."""
+        return start(*args, **kwargs)()
+
+    return emd
+
+
+emd = _at_once(start_emd)
+
+
+def _to_host(costs: Tensor) -> tuple[Tensor, Callable[[], object]]:
+    """Costs on the CPU, and what waits until they are there: a GPU copies them when it gets to it."""
+    if costs.device.type != "cuda":
+        return costs.cpu(), lambda: None
+    on_host = torch.empty(costs.shape, dtype=costs.dtype, pin_memory=True).copy_(costs, non_blocking=True)
+    arrived = torch.cuda.Event(blocking=True)  # whoever waits for it sleeps
+    arrived.record(torch.cuda.current_stream(costs.device))
+    return on_host, arrived.synchronize
+
+
+def _value(x: Tensor, y: Tensor, cost: Cost, costs: Tensor, entries: Entries, layout: _Layout) -> Tensor:
+    """EMD [P] by plans, differentiable; a GPU is sent the plans and not waited for."""
+    place, pair, mass = (to_device(entry, costs.device) for entry in entries)
+    value: Tensor = _EMD.apply(x, y, cost, costs.view(-1)[place], place, pair, mass, len(layout.image))
     return value
 
 
@@ -123,10 +166,17 @@ class _EMD(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, cost: Cost, entries: Callable[..., Any], pairs: int) -> Tensor:
-        costs = cost_matrix(x, y, cost)
-        place, pair, mass = entries(costs)
-        chosen = costs.view(-1)[place]
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        y: Tensor,
+        cost: Cost,
+        chosen: Tensor,
+        place: Tensor,
+        pair: Tensor,
+        mass: Tensor,
+        pairs: int,
+    ) -> Tensor:
         ctx.cost = cost
         ctx.save_for_backward(x, y, place, pair, mass, chosen)
         return chosen.new_zeros(pairs, dtype=mass.dtype).index_add_(0, pair, chosen * mass).float()
@@ -153,7 +203,7 @@ class _EMD(torch.autograd.Function):
             p = q = r = torch.where(chosen > zero, weight * scale, 0)
         grad_x = _side(x, of_x, p, y, of_y, q) if ctx.needs_input_grad[0] else None
         grad_y = _side(y, of_y, r, x, of_x, q) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_y, None, None, None
+        return grad_x, grad_y, None, None, None, None, None, None
 
 
 def _side(x: Tensor, of_x: Tensor, p: Tensor, y: Tensor, of_y: Tensor, q: Tensor) -> Tensor:
@@ -188,7 +238,7 @@ class _Layout:
         """[T, D] -> [B, L, D]; unused slots repeat the first word."""
         word_at = np.zeros((self.images, self.slots), np.int64)
         word_at[self.image_of_word, self.slot_of_word] = np.arange(len(words))
-        return words[torch.from_numpy(word_at).to(words.device)]
+        return words[to_device(torch.from_numpy(word_at), words.device)]
 
     def weights(
         self, tokens: int, token_weights: np.ndarray | None, word_weights: np.ndarray | None
@@ -333,9 +383,13 @@ def _pot(
 
 
 def _sinkhorn(
-    costs: Tensor, layout: _Layout, token_weights: Tensor | None, word_weights: Tensor | None, regularisation: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Entropic plans (Cuturi 2013), log domain, all pairs at once: places in costs, pairs and masses, each [P * N * m].
+    costs: Tensor,
+    layout: _Layout,
+    token_weights: np.ndarray | None,
+    word_weights: np.ndarray | None,
+    regularisation: float,
+) -> Entries:
+    """Entropic plans (Cuturi 2013), log domain, all pairs at once: P * N * m entries.
 
     Tokens' marginals are exact, words' not quite; raises ValueError as `emd` does when a cost is not finite.
     """
@@ -350,7 +404,7 @@ def _sinkhorn(
     if not finite.all():
         pair = int(finite.logical_not().nonzero()[0])
         _fail(pair, int(image[pair]), "a ground cost is not finite")
-    of_tokens, of_words = layout.weights(tokens, _numpy(token_weights), _numpy(word_weights))
+    of_tokens, of_words = layout.weights(tokens, token_weights, word_weights)
     a, b = torch.from_numpy(of_tokens).to(cost)[image], torch.zeros_like(cost[:, 0])
     b[real] = torch.from_numpy(of_words).to(cost)
     log_a, log_b = ((side / side.sum(1, keepdim=True)).log() for side in (a, b))

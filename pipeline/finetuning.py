@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +89,9 @@ def _check_fit(adapter: Adapter, d_in: int, d_out: int) -> None:
 def _trainer(
     model: VLM, lora: Any, examples: Examples, settings: FinetuneTask, seed: int, checkpoint: Checkpoint
 ) -> Trainer:
-    def loss(batch: list[int]) -> Tensor:
+    def loss(batch: list[int]) -> Callable[[], Tensor]:
         total, count = model.loss(*examples.draw(batch))
-        return total / count
+        return lambda: total / count
 
     def validate(step: int) -> dict[str, float]:
         size = 2 * settings.batch  # no gradients are kept, so twice as many fit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import copy
 from pathlib import Path
 
@@ -10,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.backbones.devices import pick_device
-from pipeline.emd import emd
+from pipeline.backbones.devices import pick_device, to_device
+from pipeline.emd import start_emd
 from pipeline.errors import UserError
 from pipeline.params import Dataset, Objective, Params, Pretrain
 from pipeline.store.reader import CaptionTokens, ImageTokens
@@ -29,6 +30,7 @@ class Pairs:
 
     def __init__(self, params: Params, settings: Pretrain):
         self.device = pick_device(params.runtime.device)
+        self.in_flight = 2 if self.device.type == "cuda" else 1  # micro-batches: one on the GPU, one at the solver
         self.settings, self.threads = settings, params.runtime.emd_threads
         features = [_features(params, data) for data in settings.data]
         self._images, texts = [images for images, _ in features], [text for _, text in features]
@@ -95,15 +97,21 @@ class Pairs:
 
     def distance(self, tokens: Tensor, captions: list[list[int]], image_index: list[int] | None) -> Tensor:
         """EMD in the objective's own cost and marginal, [P], as in `emd`; tokens [B, N, D] on the device."""
+        return self.start_distance(tokens, captions, image_index)()
+
+    def start_distance(
+        self, tokens: Tensor, captions: list[list[int]], image_index: list[int] | None
+    ) -> Callable[[], Tensor]:
+        """The same, started."""
         flat = [row for caption in captions for row in caption]
         offsets = np.cumsum([0, *map(len, captions)]).tolist()
         if self.into_space is not None:
             tokens = tokens @ self.into_space
-        return emd(
-            tokens, self.words[flat].to(tokens.device), offsets, image_index,
+        return start_emd(
+            tokens, to_device(self.words[flat], tokens.device), offsets, image_index,
             cost=self.settings.objective.cost, word_weights=self._weights(flat, captions),
             center=self.center, unmatched=self.settings.objective.unmatched,
-            solver=self.settings.objective.solver, threads=self.threads,
+            solver=self.settings.objective.solver, threads=self.threads, background=self.in_flight > 1,
         )  # fmt: skip
 
     def _weights(self, flat: list[int], captions: list[list[int]]) -> Tensor:
@@ -120,17 +128,21 @@ class Pairs:
             here = [i for i, position in enumerate(positions) if self._places[position][0] == number]
             if here:
                 tokens[here] = images.tokens([self._places[positions[i]][1] for i in here])
-        return tokens.to(self.device)
+        return to_device(tokens, self.device)
 
     def per_image(self, tokens: Tensor, positions: list[int]) -> Tensor:
         """EMD averaged over the captions of each image, [B].
 
         tokens [B, N, D] may be of other images, or [1, N, D] the same for all.
         """
+        return self.start_per_image(tokens, positions)()
+
+    def start_per_image(self, tokens: Tensor, positions: list[int]) -> Callable[[], Tensor]:
+        """The same, started."""
         captions, index = self.captions_of(positions)
-        distances = self.distance(tokens, captions, index if len(tokens) > 1 else [0] * len(index))
-        sums = distances.new_zeros(len(positions)).index_add(0, torch.tensor(index, device=distances.device), distances)
-        return sums / torch.bincount(torch.tensor(index)).to(sums)
+        distances = self.start_distance(tokens, captions, index if len(tokens) > 1 else [0] * len(index))
+        image, count = (to_device(t, tokens.device) for t in (torch.tensor(index), torch.bincount(torch.tensor(index))))
+        return lambda: torch.zeros(len(positions), device=tokens.device).index_add(0, image, distances()) / count
 
 
 def _features(params: Params, data: Dataset) -> tuple[ImageTokens, CaptionTokens]:
@@ -165,8 +177,21 @@ def whitening(table: Tensor, counts: Tensor) -> Tensor:
     return ((axes * (scales * kept.sqrt())) @ axes.T).to(table)
 
 
-def contrast(pairs: Pairs, tokens: Tensor, positions: list[int]) -> Tensor:
-    """How badly EMD tells the captions of a batch apart: InfoNCE (van den Oord et al. 2018), a scalar.
+def start_loss(pairs: Pairs, tokens: Tensor, positions: list[int]) -> Callable[[], Tensor]:
+    """Start the loss of a batch, tokens [B, N, D] of the images at `positions`, and return what gives the scalar.
+
+    It is the mean over the images of their EMD, and the contrast if the objective has one. All that is random is drawn
+    at the start.
+    """
+    distances, weight = pairs.start_per_image(tokens, positions), pairs.settings.objective.contrast
+    if not weight:
+        return lambda: distances().mean()
+    contrasted = start_contrast(pairs, tokens, positions)
+    return lambda: distances().mean() + weight * contrasted()
+
+
+def start_contrast(pairs: Pairs, tokens: Tensor, positions: list[int]) -> Callable[[], Tensor]:
+    """How badly EMD tells the captions of a batch apart: InfoNCE (van den Oord et al. 2018), started.
 
     tokens [B, N, D] of the images at `positions`, one random caption each; both ways, from image to caption and from
     caption to image, as in CLIP (Radford et al. 2021). A caption that another image has too (a class name) is no wrong
@@ -175,9 +200,14 @@ def contrast(pairs: Pairs, tokens: Tensor, positions: list[int]) -> Tensor:
     positions = positions[:CONTRASTED]  # a batch is in random order
     count = len(positions)
     captions = [pairs.rows[p][int(torch.randint(len(pairs.rows[p]), ()))] for p in positions]
-    distances = pairs.distance(tokens[:count], captions, None).view(count, count)
+    distances = pairs.start_distance(tokens[:count], captions, None)
     shared = [[i != j and captions[j] in pairs.rows[p] for j in range(count)] for i, p in enumerate(positions)]
-    logits = -distances / pairs.settings.objective.temperature
-    logits = logits.masked_fill(torch.tensor(shared, device=logits.device), -torch.inf)
-    own = torch.arange(count, device=logits.device)
-    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+    no_answer = to_device(torch.tensor(shared), tokens.device)
+
+    def finish() -> Tensor:
+        logits = -distances().view(count, count) / pairs.settings.objective.temperature
+        logits = logits.masked_fill(no_answer, -torch.inf)
+        own = torch.arange(count, device=logits.device)
+        return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+
+    return finish

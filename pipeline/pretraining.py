@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pipeline.adapters import Adapter, build_adapter
 from pipeline.backbones.devices import keep_freed_memory
-from pipeline.objective import Pairs, contrast
+from pipeline.objective import Pairs, start_loss
 from pipeline.params import AdapterName, Objective, Params, Pretrain
 from pipeline.training import Checkpoint, Trainer, steps_per_epoch, total_steps, write_history
 
@@ -217,12 +217,9 @@ def _trainer(params: Params, name: AdapterName, pairs: Pairs, adapter: Adapter, 
     candidates = rng.permutation(pairs.val)[: settings.candidates].tolist()
     extras: dict[str, dict[str, Tensor]] = {}
 
-    def loss(batch: list[int]) -> Tensor:
+    def loss(batch: list[int]) -> Callable[[], Tensor]:
         positions = [pairs.train[i] for i in batch]
-        tokens = adapter(pairs.tokens(positions))
-        value = pairs.per_image(tokens, positions).mean()
-        weight = settings.objective.contrast
-        return value + weight * contrast(pairs, tokens, positions) if weight else value
+        return start_loss(pairs, adapter(pairs.tokens(positions)), positions)
 
     def validate(step: int) -> dict[str, float]:
         if "first" not in extras and step >= min(epoch, total):
@@ -237,4 +234,5 @@ def _trainer(params: Params, name: AdapterName, pairs: Pairs, adapter: Adapter, 
         examples=len(pairs.train), seed=params.seed, loss=loss, validate=validate,
         validate_at=set(range(epoch, total + 1, epoch)),
         checkpoint=_checkpoint(params, f"pretrain@{name}", settings, decides), extras=extras,
+        in_flight=pairs.in_flight,
     )  # fmt: skip

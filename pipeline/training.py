@@ -8,6 +8,7 @@ import math
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,8 +73,10 @@ class Checkpoint:
 class Trainer:
     """A run: what to train, on which batches, with which loss, and when to validate.
 
-    `groups` are AdamW's parameter groups; `loss` maps a list of example indices to a scalar; `validate` gives a
-    row of the history; `extras` is state that `validate` may fill and that survives an interruption.
+    `groups` are AdamW's parameter groups; `loss` starts on a list of example indices, draws all that is random, and
+    returns what gives the scalar; `validate` gives a row of the history; `extras` is state that `validate` may fill and
+    that survives an interruption. `in_flight`: how many of a step's `accumulate` losses are under way at a time; it
+    does not change the result.
     """
 
     name: str
@@ -82,12 +85,13 @@ class Trainer:
     settings: Optimisation
     examples: int
     seed: int
-    loss: Callable[[list[int]], Tensor]
+    loss: Callable[[list[int]], Callable[[], Tensor]]
     validate: Callable[[int], Mapping[str, float]]
     validate_at: set[int]
     checkpoint: Checkpoint
     extras: dict[str, Any] = field(default_factory=dict)
     history: History = field(default_factory=list)
+    in_flight: int = 1
 
     def run(self) -> History:
         """Train to the end, leave the model in eval mode and return the history.
@@ -126,15 +130,22 @@ class Trainer:
 
     def _step(self, step: int, optimizer: torch.optim.Optimizer) -> float:
         self.model.train()
-        total = 0.0
-        for micro in range(self.settings.accumulate):
-            batch = batch_at(step * self.settings.accumulate + micro, self.settings.batch, self.examples, self.seed)
+        accumulate, ahead = self.settings.accumulate, self.in_flight - 1
+        started: deque[Callable[[], Tensor]] = deque()
+        losses: list[Tensor] = []
+        for micro in range(accumulate + ahead):
             try:
-                loss = self.loss(batch) / self.settings.accumulate
+                if micro < accumulate:
+                    number = step * accumulate + micro
+                    started.append(self.loss(batch_at(number, self.settings.batch, self.examples, self.seed)))
+                if micro < ahead:
+                    continue
+                loss = started.popleft()() / accumulate
             except ValueError as error:
                 raise UserError(f"{self.name}: step {step}: {error}; lower lr") from None
             loss.backward()
-            total += loss.item()
+            losses.append(loss.detach())
+        total = sum(loss.item() for loss in losses)  # a GPU is waited for only here
         if not math.isfinite(total):
             raise UserError(f"{self.name}: the loss is {total} at step {step}; lower lr")
         parameters = [parameter for group in self.groups for parameter in group["params"]]

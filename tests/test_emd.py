@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import ot
@@ -10,7 +11,8 @@ import torch
 from scipy.optimize import linprog
 from sklearn.metrics import pairwise_distances
 
-from pipeline.emd import cost_matrix, emd, solve
+from pipeline import emd as module
+from pipeline.emd import cost_matrix, emd, solve, start_emd
 
 METRICS = {"euclidean": "euclidean", "sqeuclidean": "sqeuclidean", "cosine": "cosine"}
 SHAPES = {  # tokens, fewest and most words
@@ -321,3 +323,57 @@ def test_each_caption_with_each_image_is_as_if_every_image_had_captions_of_its_o
         results.append((values, *torch.autograd.grad(values @ grad, (tokens, vocabulary))))
     for shared, separate in zip(*results, strict=True):
         torch.testing.assert_close(shared, separate)
+
+
+@pytest.mark.parametrize("unmatched", [0.0, 0.3])
+def test_two_batches_in_flight_have_the_values_and_gradients_of_one_after_the_other(monkeypatch, unmatched):
+    started, solvers = threading.Event(), []
+
+    def waits(*args, **options):  # until both are started, so nobody may wait for it before
+        assert started.wait(10)
+        solvers.append((threading.current_thread(), len(args[0])))
+        return solve(*args, **options)
+
+    problems = [problem(6), problem(7, images=2, captions=(2, 1))]
+    alone, together = (
+        [(x.clone().requires_grad_(), w.clone().requires_grad_()) for x, w, *_ in problems] for _ in "ab"
+    )
+    options = {"cost": "euclidean", "unmatched": unmatched}
+    expected = [emd(*sides, *p[2:], **options) for sides, p in zip(alone, problems, strict=True)]
+    monkeypatch.setattr(module, "solve", waits)
+    finishes = [
+        start_emd(*sides, *p[2:], **options, background=True) for sides, p in zip(together, problems, strict=True)
+    ]
+    started.set()
+    found = [finish() for finish in finishes]
+    # partial transport calls `solve` again for the problem with its dummy words
+    assert [images for _, images in solvers] == ([3, 2] if not unmatched else [3, 3, 2, 2])
+    assert threading.current_thread() not in [thread for thread, _ in solvers]
+    for values in (expected, found):
+        sum(value.sum() for value in values).backward()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    for mine, other in zip(together, alone, strict=True):
+        torch.testing.assert_close([m.grad for m in mine], [o.grad for o in other], rtol=0, atol=0)
+
+
+def test_what_fails_in_the_background_is_raised_at_the_finish():
+    x, words, offsets, index = problem(1)
+    x[1, 0, 0] = float("nan")
+    finish = start_emd(x, words, offsets, index, cost="cosine", background=True)
+    with pytest.raises(ValueError, match=r"pair 2 .image 1.: a ground cost is not finite"):
+        finish()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("cost", METRICS)
+def test_a_gpu_gives_the_values_and_gradients_of_the_cpu(cost, background):
+    x, words, offsets, index = problem(3, tokens=255)
+    words[offsets[-1] // 2] += 0.5  # no repeated word: one optimum
+    here, there = (x.clone().to(device).requires_grad_() for device in ("cpu", "cuda"))
+    expected = emd(here, words, offsets, index, cost=cost)
+    found = start_emd(there, words.to("cuda"), offsets, index, cost=cost, background=background)()
+    expected.sum().backward()
+    found.sum().backward()
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(there.grad.cpu(), here.grad, rtol=1e-3, atol=1e-5)

@@ -6,10 +6,12 @@ import numpy as np
 import ot
 import pytest
 import torch
+from torch import nn
 
-from pipeline.objective import Pairs, contrast, whitening
+from pipeline.objective import Pairs, start_contrast, start_loss, whitening
 from pipeline.params import Objective, Pretrain
 from pipeline.pretraining import HeldOut, fit_constant_set, held_out_figures, nearest_words, retrieval
+from pipeline.training import Checkpoint, Trainer
 
 IMAGES = 12
 PLAIN = {"cost": "sqeuclidean", "word_weights": "uniform", "start": "random"}
@@ -19,7 +21,7 @@ class Known(Pairs):
     """Image i has one caption, one word twice; its single image token is that word's number."""
 
     def __init__(self, data=("captions",), **objective):
-        self.device, self.threads = torch.device("cpu"), 1
+        self.device, self.threads, self.in_flight = torch.device("cpu"), 1, 1
         objective = Objective(**PLAIN | objective)
         self.settings = Pretrain(epochs=1, batch=1, lr=0.1, data=list(data), objective=objective)
         self.table = torch.eye(IMAGES)  # all words equally far apart
@@ -137,7 +139,7 @@ def test_plain_figures_do_not_depend_on_the_objective():
 def test_contrast_is_the_cross_entropy_of_the_own_caption():
     pairs = Known(temperature=2.0)
     tokens = torch.randn(5, 3, IMAGES, requires_grad=True)
-    found = contrast(pairs, tokens, [3, 1, 4, 0, 2])
+    found = start_contrast(pairs, tokens, [3, 1, 4, 0, 2])()
     plain = torch.stack([torch.cdist(t, pairs.table[[3, 1, 4, 0, 2]]).square().mean(0) for t in tokens])
     softmax = [(-plain / 2).softmax(side).diagonal().log().mean() for side in (0, 1)]  # one word: the EMD is a mean
     torch.testing.assert_close(found, -sum(softmax) / 2)
@@ -147,9 +149,9 @@ def test_contrast_is_the_cross_entropy_of_the_own_caption():
 
 def test_contrast_does_not_punish_a_caption_that_is_true_of_both():
     pairs = Known()
-    alone = contrast(pairs, pairs.table[:3, None], [0, 1, 2])
+    alone = start_contrast(pairs, pairs.table[:3, None], [0, 1, 2])()
     pairs.rows[7] = pairs.rows[1]
-    twice = contrast(pairs, pairs.table[[0, 1, 2, 1], None], [0, 1, 2, 7])
+    twice = start_contrast(pairs, pairs.table[[0, 1, 2, 1], None], [0, 1, 2, 7])()
     assert twice < 1e-3
     assert alone < 1e-3
 
@@ -173,3 +175,27 @@ def test_best_constant_token_is_the_mean_word():
     pairs = Known()
     token = fit_constant_set(pairs, 1, seed=1)
     torch.testing.assert_close(token[0], pairs.table.mean(0), atol=0.05, rtol=0.1)
+
+
+def test_weights_do_not_depend_on_how_many_batches_are_in_flight(tmp_path):
+    """With dropout, and a contrast that draws captions: two and three in flight against one after the other."""
+
+    def weights(in_flight):
+        pairs = Known(contrast=0.5, cost="euclidean", word_weights="idf")
+        pairs.in_flight, pairs.rows = in_flight, [[[i, (i + 1) % IMAGES], [i, i // 2, 3]] for i in range(IMAGES)]
+        torch.manual_seed(2)
+        adapter = nn.Sequential(
+            nn.Linear(1, 9), nn.Dropout(0.3), nn.Linear(9, 2 * IMAGES), nn.Unflatten(-1, (2, IMAGES))
+        )
+        settings = pairs.settings.model_copy(update={"epochs": 3, "batch": 3, "accumulate": 3})
+        trainer = Trainer(
+            "test", adapter, [{"params": list(adapter.parameters())}], settings, IMAGES, 5,
+            lambda batch: start_loss(pairs, adapter(pairs.tokens(batch)).flatten(1, 2), batch),
+            lambda step: {}, set(), Checkpoint(tmp_path / f"{in_flight}.pt", ""), in_flight=in_flight,
+        )  # fmt: skip
+        return trainer.run(), list(adapter.parameters())
+
+    (history, expected), *others = map(weights, (1, 2, 3))
+    for other, found in others:
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        assert other[-1]["train_loss"] == history[-1]["train_loss"]

@@ -1,5 +1,6 @@
 """The training loop: an interrupted run ends where an uninterrupted one does."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -23,7 +24,8 @@ def trainer(folder, key="k", breaks_at=None):
         calls += 1
         if calls == breaks_at:
             raise KeyboardInterrupt
-        return (model(DATA[batch]).squeeze(1) - DATA[batch].sum(1)).square().mean()
+        predicted = model(DATA[batch]).squeeze(1)  # with its random draws
+        return lambda: (predicted - DATA[batch].sum(1)).square().mean()
 
     def validate(step):
         return {"val": loss_of_all(model)}
@@ -82,6 +84,45 @@ def test_an_epoch_visits_every_example_once():
 
 def test_a_loss_that_is_not_finite_stops_with_the_step(tmp_path):
     run = trainer(tmp_path)
-    run.loss = lambda batch: run.model(DATA[batch]).sum() * float("nan")
+    run.loss = lambda batch: lambda: run.model(DATA[batch]).sum() * float("nan")
     with pytest.raises(UserError, match="the loss is nan at step 0; lower lr"):
+        run.run()
+
+
+@pytest.mark.parametrize(("in_flight", "accumulate"), [(1, 3), (2, 3), (3, 3), (2, 1), (4, 2)])
+def test_losses_start_and_finish_in_order_as_many_at_a_time_as_asked(tmp_path, in_flight, accumulate):
+    run, events = trainer(tmp_path), []
+    run.settings = run.settings.model_copy(update={"accumulate": accumulate, "max_steps": 2})
+    run.in_flight, start = in_flight, run.loss
+
+    def watched(batch):
+        number = sum(event == "start" for event, _ in events)
+        events.append(("start", number))
+        finish = start(batch)
+
+        def finished():
+            events.append(("finish", number))
+            return finish()
+
+        return finished
+
+    run.loss = watched
+    run.run()
+    for event in ("start", "finish"):
+        assert [number for kind, number in events if kind == event] == list(range(2 * accumulate))
+    under_way = np.cumsum([1 if event == "start" else -1 for event, _ in events])
+    assert under_way.max() == min(in_flight, accumulate)
+    assert under_way[2 * accumulate - 1] == 0  # none outlives its step
+
+
+def test_what_fails_at_the_finish_names_the_step(tmp_path):
+    run = trainer(tmp_path)
+
+    def fails():
+        raise ValueError("EMD of pair 3 (image 1): a ground cost is not finite")
+
+    run.loss, run.in_flight = lambda batch: fails, 2
+    with pytest.raises(
+        UserError, match=r"test: step 0: EMD of pair 3 .image 1.: a ground cost is not finite; lower lr"
+    ):
         run.run()

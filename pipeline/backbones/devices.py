@@ -7,7 +7,7 @@ import hashlib
 import sys
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.errors import UserError
 
@@ -33,6 +33,13 @@ def pick_device(wanted: str) -> torch.device:
     if wanted != "auto":
         return torch.device(wanted)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device; from the CPU to a GPU through pinned memory, so that the caller does not wait."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
