@@ -1,10 +1,11 @@
 """How fast is the exact EMD, and how far off is Sinkhorn? Ratios, each measured side by side in this run.
 
-    python benchmarks/emd.py [--quick] [--threads 1] [--only a c d e f g]
+    python benchmarks/emd.py [--quick] [--threads 1] [--only a c d e f g h] [--device cuda]
 
 Shapes are the thesis's: 255 tokens, an adapter from 512 to 4096 wide, five captions of 8 to 20 words an image; and the
 demo's: 9 tokens, captions of 3 to 12 words, 160 pairs a batch. Tokens and words are random: independent, or of rank 3,
 where most tokens have to leave their nearest word. A time is the best of a few turns, the sides taking turns.
+All is measured on the CPU but (h), which needs a CUDA GPU; with `--device cpu` it tries itself on small shapes.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import itertools
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import ot
@@ -20,9 +22,12 @@ from ot.lp.emd_wrap import emd_c
 from torch import Tensor
 
 from pipeline.adapters import build_adapter
+from pipeline.backbones.devices import to_device
 from pipeline.backbones.llm import load_llm
 from pipeline.emd import cost_matrix, emd, solve
-from pipeline.params import LLM
+from pipeline.objective import Pairs, start_loss
+from pipeline.params import LLM, Objective, Pretrain
+from pipeline.training import Checkpoint, Trainer
 from pipeline.vlm import VLM
 
 Batch = tuple[Tensor, Tensor, list[int], list[int]]
@@ -214,16 +219,113 @@ def against_language_model(quick: bool, threads: int) -> None:
     report("(g) pre-training of an mlp, an image: cross-entropy through SmolLM2", ours / images, theirs / images)
 
 
+COCO = 118_287  # images of train2017, five captions each
+
+
+class RandomPairs(Pairs):
+    """As many images as COCO, of 256 random token sets and 1,000 random captions of 8 to 20 words."""
+
+    def __init__(self, device: str, tokens: int, widths: tuple[int, int], settings: Pretrain, threads: int):
+        self.device, self.threads, self.settings, self.in_flight = torch.device(device), threads, settings, 1
+        rng = np.random.default_rng(0)
+        captions = [rng.integers(5_000, size=rng.integers(8, 21)).tolist() for _ in range(1_000)]
+        self.images, self.table = torch.randn(256, tokens, widths[0]), torch.randn(5_000, widths[1])
+        self.rows = [[captions[(5 * i + j) % 1_000] for j in range(5)] for i in range(COCO)]
+        self.train = list(range(COCO))
+        self._measure()
+
+    def tokens(self, positions: list[int]) -> Tensor:
+        return to_device(self.images[[position % 256 for position in positions]], self.device)
+
+
+def in_flight(quick: bool, threads: int, device: str) -> None:
+    """(h) Pre-training steps with one, two and three micro-batches in flight."""
+    if device == "cuda" and not torch.cuda.is_available():
+        print("(h) skipped: torch finds no CUDA GPU; --device cpu tries it on small shapes", flush=True)
+        return
+    small = device == "cpu"
+    tokens, widths, size = (49, (32, 64), 4) if small else (255, (512, 4096), 8)
+    objective = Objective(cost="euclidean", word_weights="uniform", start="random")
+    settings = Pretrain(epochs=1, batch=size, accumulate=6, lr=1e-4, objective=objective)
+    pairs = RandomPairs(device, tokens, widths, settings, threads)
+    where = device if small else torch.cuda.get_device_name()
+    for name in ("linear", "mlp"):
+        for micro_batch in (size // 2, size):
+            pairs.settings = settings.model_copy(update={"batch": micro_batch})
+            sides = [Flight(pairs, name, widths, flights) for flights in (1, 2, 3)]
+            for _ in range(2 if quick else 4):  # the first turn is not counted
+                for side in sides:
+                    side.fly(2 if small else 10)
+            print(f"(h) {where}, {name}, micro-batches of {micro_batch} images, {tokens} tokens to {widths[1]}:")
+            for side in sides:
+                seconds, idle = min(side.turns[1:])
+                print(
+                    f"    {side.trainer.in_flight} in flight: {1 / seconds:.0f} images/s, {idle / seconds:.1%} of the "
+                    f"time without work for want of plans, {COCO * seconds / 60:.1f} minutes for an epoch of COCO, "
+                    f"ratio to 1: {min(sides[0].turns[1:])[0] / seconds:.2f}",
+                    flush=True,
+                )
+
+
+class Flight:
+    """Training with so many micro-batches in flight; `turns` has its seconds an image, and those without work."""
+
+    def __init__(self, pairs: RandomPairs, name: str, widths: tuple[int, int], flights: int):
+        torch.manual_seed(0)
+        self.device, self.turns, self.marks = pairs.device, [], []
+        self.pairs, self.adapter = pairs, build_adapter(name, *widths).to(pairs.device)
+        self.trainer = Trainer(
+            name, self.adapter, [{"params": list(self.adapter.parameters())}], pairs.settings, COCO, 0, self.start,
+            lambda step: {}, set(), Checkpoint(Path(os.devnull), ""), in_flight=flights,
+        )  # fmt: skip
+        self.optimizer = torch.optim.AdamW(self.adapter.parameters(), lr=1e-4, fused=True)
+
+    def start(self, batch: list[int]) -> Callable[[], Tensor]:
+        """The loss of a batch. From the end of all work given to the device until new work comes, it is idle."""
+        self.pairs.in_flight = self.trainer.in_flight
+        finish = start_loss(self.pairs, self.adapter(self.pairs.tokens(batch)), batch)
+
+        def marked() -> Tensor:
+            before, value, after = self.mark(), finish(), self.mark()
+            self.marks.append((before, after))
+            return value
+
+        return marked
+
+    def mark(self) -> float | torch.cuda.Event:
+        if self.device.type == "cpu":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def fly(self, steps: int) -> None:
+        self.marks.clear()
+        began = time.perf_counter()
+        for step in range(steps):
+            self.trainer._step(step, self.optimizer)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        images = steps * self.trainer.settings.accumulate * self.trainer.settings.batch
+        seconds = (time.perf_counter() - began) / images
+        if self.device.type == "cpu":
+            idle = sum(after - before for before, after in self.marks)
+        else:
+            idle = sum(before.elapsed_time(after) for before, after in self.marks) / 1e3
+        self.turns.append((seconds, idle / images))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small batches, few turns")
     parser.add_argument("--threads", type=int, default=1, help="of torch and of the solver")
-    parser.add_argument("--only", nargs="+", default=list("acdefg"), choices=list("acdefg"), help="a: also b")
+    parser.add_argument("--only", nargs="+", default=list("acdefgh"), choices=list("acdefgh"), help="a: also b")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="of (h)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     print(f"{os.cpu_count()} cores, {arguments.threads} threads used, torch {torch.__version__}, POT {ot.__version__}")
     parts = {"a": solver, "c": forward_backward, "d": whole_step, "e": free_loss, "f": sinkhorn}
-    parts |= {"g": against_language_model}
+    parts |= {"g": against_language_model, "h": lambda *few: in_flight(*few, arguments.device)}
     for letter in arguments.only:
         parts[letter](arguments.quick, arguments.threads)
 

@@ -186,7 +186,9 @@ class Optimisation(Section):
     batch: Positive
     lr: Rate
     max_steps: Positive | None = Field(None, description="stop after this many optimiser steps")
-    accumulate: Positive = 1
+    accumulate: Positive = Field(
+        1, description="batches a step; pre-training on a GPU solves one while the next runs, which takes 2 or more"
+    )
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     warmup: Share = Field(0.1, description="share of the steps")
     clip: Annotated[float, Field(gt=0)] = 1.0
