@@ -261,7 +261,7 @@ def in_flight(quick: bool, threads: int, device: str) -> None:
                 seconds, idle = min(side.turns[1:])
                 print(
                     f"    {side.trainer.in_flight} in flight: {1 / seconds:.0f} images/s, {idle / seconds:.1%} of the "
-                    f"time without work for want of plans, {COCO * seconds / 60:.1f} minutes for an epoch of COCO, "
+                    f"time without work for want of plans, {COCO * seconds:.0f} s for an epoch of COCO, "
                     f"ratio to 1: {min(sides[0].turns[1:])[0] / seconds:.2f}",
                     flush=True,
                 )
