@@ -14,11 +14,15 @@ SOLVED, NOT_FINITE, NO_OPTIMUM = 0, 1, 2
 UNITS = 2.0**52  # of mass in a problem at most: whole numbers that float64 holds exactly
 GAP = 1e-9  # what still counts as an optimum: duality gap over the largest cost
 HOP = 1e-14  # of the largest cost: what each arc of a path costs extra, so that of tied paths the shortest wins
-RELEASES = 4  # times the number of columns: the most that the start may take
+SOFTENING, ITERATIONS = 0.15, 4  # of the start: temperature over the mean regret, Sinkhorn iterations
+FAINT, FLAT = 1e-14, 1e-300  # least value of its kernel, about exp(-32); regrets below this in all are none
 ZERO, ONE = np.uint64(0), np.uint64(1)  # indices are unsigned: no wrap-around to check, so loops vectorise
 
 compiled = njit(cache=True, nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 entry = njit(cache=True, nogil=True, error_model="numpy")
+reordered = njit(
+    cache=True, nogil=True, error_model="numpy", fastmath=True, no_cpython_wrapper=True, no_cfunc_wrapper=True
+)
 
 
 class _State(NamedTuple):
@@ -33,9 +37,8 @@ class _State(NamedTuple):
     price: np.ndarray  # [m]: v; flow goes only to columns that minimise cost[i, j] - v[j]
     arc: np.ndarray  # [m, m]: the cheapest move of a unit from one column to another, min over members
     mover: np.ndarray  # [m, m] uint64: the member that makes it
-    key: np.ndarray  # [n] float64 scratch
-    item: np.ndarray  # [n] uint64 scratch
-    second: np.ndarray  # [n] uint64 scratch
+    kernel: np.ndarray  # [n, m] scratch
+    key: np.ndarray  # [n] scratch
 
 
 @compiled
@@ -54,70 +57,47 @@ def _move(flow, member, place, filled, i, j, k, units):
         place[last, j] = place[i, j]
 
 
-@compiled
-def _sift(key, item, at, size):
-    """Restore the heap of `item`, least key first, below `at`."""
-    top = item[at]
-    while 2 * at + 1 < size:
-        child = 2 * at + 1
-        if child + 1 < size and key[item[child + 1]] < key[item[child]]:
-            child += 1
-        if key[item[child]] >= key[top]:
-            break
-        item[at] = item[child]
-        at = child
-    item[at] = top
-
-
-@compiled
-def _release(s, j, m):
-    """Lower the price of an over-full column until its excess has left for the second-best columns."""
-    cost, price, key, item, second = s.cost, s.price, s.key, s.item, s.second
-    flow, member, place, filled, excess = s.flow, s.member, s.place, s.filled, s.excess
-    old, price[j] = price[j], -np.inf
-    size = np.int64(filled[j])
-    for p in range(size):
-        i = member[j, p]
-        best, k = np.inf, ZERO
-        for c in range(m):
-            reduced = cost[i, c] - price[c]
-            if reduced < best:
-                best, k = reduced, np.uint64(c)
-        key[i] = best - (cost[i, j] - old)
-        second[i] = k
-        item[p] = i
-    for at in range(size // 2 - 1, -1, -1):
-        _sift(key, item, at, size)
-    drop = 0.0
-    while excess[j] > 0:
-        i = item[0]
-        units = min(flow[i, j], excess[j])
-        drop = max(drop, key[i])
-        _move(flow, member, place, filled, i, j, second[i], units)
-        excess[j] -= units
-        excess[second[i]] += units
-        size -= 1
-        item[0] = item[size]
-        _sift(key, item, 0, size)
-    price[j] = old - drop
-
-
-@compiled
-def _fullest(excess, m):
-    fullest = 0
+@reordered
+def _soften(cost, price, kernel, least, a, b, n, m):
+    """Prices nearer to the optimum by a few Sinkhorn iterations; only the start depends on them, not the result."""
+    regret = 0.0
+    for i in range(n):
+        best, total = np.inf, 0.0
+        for j in range(m):
+            best = min(best, cost[i, j] - price[j])
+            total += cost[i, j] - price[j]
+        least[i] = best
+        regret += total - m * best
+    if regret < FLAT:
+        return
+    temperature = SOFTENING * regret / (n * m)
+    for i in range(n):
+        for j in range(m):  # (1 - x / 32)^32 for exp(-x)
+            power = max(0.0, 1 - (cost[i, j] - price[j] - least[i]) / (32 * temperature))
+            for _ in range(5):
+                power *= power
+            kernel[i, j] = power + FAINT
+    scale, received = np.ones(m), np.empty(m)
+    for _ in range(ITERATIONS):
+        received[:] = 0
+        for i in range(n):
+            reach = 0.0
+            for j in range(m):
+                reach += kernel[i, j] * scale[j]
+            for j in range(m):
+                received[j] += kernel[i, j] * (a[i] / reach)
+        for j in range(m):
+            scale[j] = b[j] / received[j]
     for j in range(m):
-        if excess[j] > excess[fullest]:
-            fullest = j
-    return fullest
+        if b[j] > 0:
+            price[j] += temperature * np.log(scale[j])
 
 
 @compiled
-def _start(s, a, b, total, n, m):
-    """Give each row to its cheapest column, prices being mean costs, then let over-full columns release theirs.
-
-    It stops when no column has more than two rows too many: single rows are moved better along shortest paths.
-    """
+def _start(s, a, b, n, m):
+    """Give each row to its cheapest column."""
     cost, price, flow, excess = s.cost, s.price, s.flow, s.excess
+    _soften(cost, price, s.kernel, s.key, a, b, n, m)
     for j in range(m):
         s.filled[j] = ZERO
         excess[j] = -b[j]
@@ -135,12 +115,6 @@ def _start(s, a, b, total, n, m):
             s.filled[k] += ONE
             flow[i, k] = a[i]
             excess[k] += a[i]
-    enough = 2 * (total // n)
-    for _ in range(RELEASES * m):
-        fullest = _fullest(excess, m)
-        if excess[fullest] <= enough:
-            break
-        _release(s, fullest, m)
 
 
 @compiled
@@ -247,7 +221,7 @@ def _state(n, m):
     return _State(
         np.empty((n, m)), np.empty((n, m), np.int64), np.empty((m, n), unsigned), np.empty((n, m), unsigned),
         np.empty(m, unsigned), np.empty(m, np.int64), np.empty(m), np.empty((m, m)), np.empty((m, m), unsigned),
-        np.empty(n), np.empty(n, unsigned), np.empty(n, unsigned),
+        np.empty((n, m)), np.empty(n),
     )  # fmt: skip
 
 
@@ -398,7 +372,7 @@ def solve_pairs(
         of_tokens, of_words = (b, a) if turned else (a, b)
         _units(token_weights, image[p] * tokens, tokens, total, of_tokens)
         _units(word_weights, offsets[p], words, total, of_words)
-        _start(s, a, b, total, n, m)
+        _start(s, a, b, n, m)
         if not _balance(s, n, m, HOP * largest):
             return p, NO_OPTIMUM
         if _entries(s, m) > n + m - 1:
