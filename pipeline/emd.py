@@ -283,7 +283,7 @@ def solve(
     begin = np.cumsum([0, *entries])
     token, word = np.zeros(begin[-1], np.int64), np.zeros(begin[-1], np.int64)
     mass, potential = np.zeros(begin[-1]), np.zeros(len(word_mass))
-    costs = np.ascontiguousarray(costs, np.float64)
+    costs = np.ascontiguousarray(costs)
     inputs = (costs, layout.image, layout.column, layout.offsets, token_mass.ravel(), word_mass)
     outputs = (begin, token, word, mass, potential)
     run = _exact if solver == "exact" else _pot
@@ -319,7 +319,7 @@ def _solve_partial(
     wider = _Layout([start + pair for pair, start in enumerate(offsets)], image_index, len(costs))
     real = np.ones(wider.offsets[-1], bool)
     real[wider.offsets[1:] - 1] = False  # a caption's last word is its dummy
-    with_dummies, mass = np.zeros((*costs.shape[:2], wider.slots)), np.full(len(real), unmatched)
+    with_dummies, mass = np.zeros((*costs.shape[:2], wider.slots), costs.dtype), np.full(len(real), unmatched)
     image, slot = layout.image_of_word, layout.slot_of_word
     with_dummies[image, :, wider.slot_of_word[real]] = costs[image, :, slot]
     mass[real] = share
@@ -369,7 +369,7 @@ def _pot(
     for p in range(*span):
         mine = slice(offsets[p], offsets[p + 1])
         columns = slice(column[p], column[p] + mine.stop - mine.start)
-        matrix = np.ascontiguousarray(costs[image[p], :, columns])
+        matrix = np.ascontiguousarray(costs[image[p], :, columns], np.float64)
         if not np.isfinite(matrix).all():
             _fail(p, image[p], "a ground cost is not finite")
         a, b = token_weights.reshape(len(costs), -1)[image[p]], word_weights[mine]

@@ -62,7 +62,7 @@ def _soften(cost, price, kernel, least, a, b, n, m):
     """Prices nearer to the optimum by a few Sinkhorn iterations; only the start depends on them, not the result."""
     regret = 0.0
     for i in range(n):
-        best, total = np.inf, 0.0
+        best, total = cost[i, 0] - price[0], 0.0
         for j in range(m):
             best = min(best, cost[i, j] - price[j])
             total += cost[i, j] - price[j]
@@ -238,12 +238,12 @@ def _load(s, costs, image, column, tokens, words):
                 s.cost[j, i] = costs[image, i, column + j]
             else:
                 s.cost[i, j] = costs[image, i, column + j]
-    cost, price, top = s.cost, s.price, s.key
+    cost, price, top, share = s.cost, s.price, s.key, 1 / n
     for j in range(m):
         price[j] = top[j] = 0.0
     for i in range(n):
         for j in range(m):
-            price[j] += cost[i, j] / n
+            price[j] += cost[i, j] * share
             top[j] = max(top[j], abs(cost[i, j]))
     largest = 0.0
     for j in range(m):
