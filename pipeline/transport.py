@@ -36,7 +36,6 @@ class _State(NamedTuple):
     excess: np.ndarray  # [m] int64: units a column has beyond its share
     price: np.ndarray  # [m]: v; flow goes only to columns that minimise cost[i, j] - v[j]
     arc: np.ndarray  # [m, m]: the cheapest move of a unit from one column to another, min over members
-    mover: np.ndarray  # [m, m] uint64: the member that makes it
     kernel: np.ndarray  # [n, m] scratch
     key: np.ndarray  # [n] scratch
 
@@ -118,37 +117,42 @@ def _start(s, a, b, n, m):
 
 
 @compiled
-def _arcs_of(cost, member, filled, arc, mover, j, m):
+def _arcs_of(cost, member, filled, arc, j, m):
     """The cheapest moves out of column j, from all its members."""
     for k in range(m):
         arc[j, k] = np.inf
     for p in range(filled[j]):
-        _offer(cost, arc, mover, member[j, p], j, m)
+        _offer(cost, arc, member[j, p], j, m)
 
 
 @compiled
-def _offer(cost, arc, mover, i, j, m):
+def _offer(cost, arc, i, j, m):
     """Row i, a member of column j, may carry its moves."""
     own = cost[i, j]
     for k in range(m):
-        move = cost[i, k] - own
-        better = move < arc[j, k]
-        arc[j, k] = move if better else arc[j, k]
-        mover[j, k] = i if better else mover[j, k]
+        arc[j, k] = min(arc[j, k], cost[i, k] - own)
 
 
 @compiled
-def _replace(cost, member, filled, arc, mover, gone, j, m):
+def _mover(cost, member, filled, arc, j, k):
+    """The member of column j that makes the cheapest move to column k."""
+    for p in range(filled[j]):
+        i = member[j, p]
+        if cost[i, k] - cost[i, j] == arc[j, k]:
+            return i
+    return ZERO  # never: a length is some member's to the last bit
+
+
+@compiled
+def _replace(cost, member, filled, arc, gone, j, m):
     """A row has left column j: the arcs that it carried go to the next best member."""
     for k in range(m):
-        if mover[j, k] == gone:
-            best, which = np.inf, ZERO
+        if cost[gone, k] - cost[gone, j] == arc[j, k]:
+            best = np.inf
             for p in range(filled[j]):
                 i = member[j, p]
-                move = cost[i, k] - cost[i, j]
-                if move < best:
-                    best, which = move, i
-            arc[j, k], mover[j, k] = best, which
+                best = min(best, cost[i, k] - cost[i, j])
+            arc[j, k] = best
 
 
 @compiled
@@ -181,12 +185,13 @@ def _shortest(excess, price, arc, m, hop, distance, before, waiting):
 @compiled
 def _balance(s, n, m, hop):
     """Move units along successive shortest paths until no column is over-full; False when that takes too many."""
-    cost, price, arc, mover = s.cost, s.price, s.arc, s.mover
+    cost, price, arc = s.cost, s.price, s.arc
     flow, member, place, filled, excess = s.flow, s.member, s.place, s.filled, s.excess
     distance, before, waiting = np.empty(m), np.empty(m, np.int64), np.empty(m)
+    mover = np.empty(m, np.uint64)  # over the path's arc to a column
     over = 0
     for j in range(m):
-        _arcs_of(cost, member, filled, arc, mover, j, m)
+        _arcs_of(cost, member, filled, arc, j, m)
         over += max(0, excess[j])
     for _ in range(1000 + 100 * (n + m)):
         if over == 0:
@@ -197,7 +202,8 @@ def _balance(s, n, m, hop):
         units, k = -excess[end], end
         while before[k] >= 0:
             j = before[k]
-            units = min(units, flow[mover[j, k], j])
+            mover[k] = _mover(cost, member, filled, arc, j, k)
+            units = min(units, flow[mover[k], j])
             k = j
         units = min(units, excess[k])
         excess[k] -= units
@@ -206,11 +212,11 @@ def _balance(s, n, m, hop):
         k = end
         while before[k] >= 0:
             j = before[k]
-            i = mover[j, k]
+            i = mover[k]
             _move(flow, member, place, filled, i, j, k, units)
             if flow[i, j] == 0:
-                _replace(cost, member, filled, arc, mover, i, j, m)
-            _offer(cost, arc, mover, i, k, m)
+                _replace(cost, member, filled, arc, i, j, m)
+            _offer(cost, arc, i, k, m)
             k = j
     return False
 
@@ -220,7 +226,7 @@ def _state(n, m):
     unsigned = np.uint64
     return _State(
         np.empty((n, m)), np.empty((n, m), np.int64), np.empty((m, n), unsigned), np.empty((n, m), unsigned),
-        np.empty(m, unsigned), np.empty(m, np.int64), np.empty(m), np.empty((m, m)), np.empty((m, m), unsigned),
+        np.empty(m, unsigned), np.empty(m, np.int64), np.empty(m), np.empty((m, m)),
         np.empty((n, m)), np.empty(n),
     )  # fmt: skip
 
