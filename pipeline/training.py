@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -210,11 +211,14 @@ def batch_at(number: int, size: int, examples: int, seed: int) -> list[int]:
 
     Each epoch is a fresh permutation.
     """
-    per_epoch = math.ceil(examples / size)
-    epoch, place = divmod(number, per_epoch)
+    epoch, place = divmod(number, math.ceil(examples / size))
+    return _order(epoch, examples, seed)[place * size : (place + 1) * size].tolist()
+
+
+@functools.lru_cache(2)
+def _order(epoch: int, examples: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-    order = torch.randperm(examples, generator=generator)
-    return order[place * size : (place + 1) * size].tolist()
+    return torch.randperm(examples, generator=generator)
 
 
 def write_history(path: Path, history: History) -> None:
