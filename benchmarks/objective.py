@@ -1,7 +1,7 @@
 """Which options of pretrain.objective help? Pre-trains one adapter with each of them, on the features of a project.
 
     python benchmarks/objective.py --project FOLDER --out runs.csv [--adapter mlp] [--seeds 3] [--folds 5]
-        [--epochs 4] [--batch 32] [--only plain default] [--finetune] [--table]
+        [--epochs 4] [--batch 32] [--only plain base] [--finetune] [--table]
 
 FOLDER is a project whose pictures and captions are extracted; nothing is written there. Without --folds its own split
 counts; with it, the hash of a picture's id puts it into one of five folds, and each of the first --folds ones is held
@@ -34,26 +34,26 @@ from stages.finetune import finetune
 from stages.pretrain import pretrain
 
 PLAIN = {"cost": "euclidean", "word_weights": "uniform", "start": "random"}
-DEFAULT = {"cost": "euclidean", "word_weights": "idf_squared", "start": "constant_set"}
+BASE = {"cost": "euclidean", "word_weights": "idf_squared", "start": "constant_set"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": PLAIN,
     "constant_set": PLAIN | {"start": "constant_set"},
     "idf": PLAIN | {"word_weights": "idf"},
     "idf_squared": PLAIN | {"word_weights": "idf_squared"},
-    "default": DEFAULT,
-    "default, positions": DEFAULT,  # of the architecture, see `changed`
-    "default, contrast": DEFAULT | {"contrast": 0.3},
-    "default, sqeuclidean": DEFAULT | {"cost": "sqeuclidean"},
-    "default, cosine": DEFAULT | {"cost": "cosine"},
-    "default, whitened": DEFAULT | {"space": "whitened"},
-    "default, unmatched": DEFAULT | {"unmatched": 0.2},
-    "default, contrast 1": DEFAULT | {"contrast": 1.0},
-    "default, contrast, unmatched": DEFAULT | {"contrast": 0.3, "unmatched": 0.2},
+    "base": BASE,
+    "base, positions": BASE,  # of the architecture, see `changed`
+    "base, contrast": BASE | {"contrast": 0.3},
+    "base, sqeuclidean": BASE | {"cost": "sqeuclidean"},
+    "base, cosine": BASE | {"cost": "cosine"},
+    "base, whitened": BASE | {"space": "whitened"},
+    "base, unmatched": BASE | {"unmatched": 0.2},
+    "base, contrast 1": BASE | {"contrast": 1.0},
+    "base, contrast, unmatched": BASE | {"contrast": 0.3, "unmatched": 0.2},
 }
 KEY = ["data", "adapter", "variant", "seed", "fold"]
 FIGURES = {  # of the metrics: a column of the table, and its unit
     "plain_gain_relative": ("plain image gain, %", 100),
-    "over_default": ("less default's", 100),
+    "over_base": ("less base's", 100),
     "plain_val": ("plain EMD", 1),
     "below_blind": ("below blind, %", 100),
     "r1_debiased": ("R@1, %", 100),
@@ -181,16 +181,16 @@ def _done(path: Path) -> set[tuple[Any, ...]]:
 def table(runs: pd.DataFrame) -> str:
     """Mean and standard deviation of each figure over seeds and folds, in Markdown.
 
-    The gain less that of `default` is a difference between runs of equal seed and fold.
+    The gain less that of `base` is a difference between runs of equal seed and fold.
     """
     paired = [key for key in KEY if key != "variant"]
-    default = runs[runs["variant"] == "default"].set_index(paired)["plain_gain_relative"]
-    columns = {key: FIGURES[key] for key in FIGURES if key == "over_default" or key in runs}
+    base = runs[runs["variant"] == "base"].set_index(paired)["plain_gain_relative"]
+    columns = {key: FIGURES[key] for key in FIGURES if key == "over_base" or key in runs}
     lines = [" | ".join(["| data, adapter", "objective", "runs", *(name for name, _ in columns.values())]) + " |"]
     lines.append("|" + "---|" * (3 + len(columns)))
     for (data, adapter, variant), group in runs.groupby(KEY[:3], sort=False):
         figures = group.set_index(paired)
-        figures["over_default"] = figures["plain_gain_relative"] - default
+        figures["over_base"] = figures["plain_gain_relative"] - base
         cells = [f"| {data}, {adapter}", variant, str(len(group))]
         for key, (_, unit) in columns.items():
             digits = 1 if unit == 100 else 2
