@@ -133,7 +133,7 @@ class Killer:
 
 def test_a_killed_worker_is_named_and_another_makes_its_shard(params, alone, capsys):
     killer, encoder = Killer(), load_vision_encoder(params.vision)
-    make = distribute.with_workers(params, "classes", encoder, 2)
+    make = distribute.with_workers(params, "classes", 2)
     extract_images(params, "classes", encoder, killer, make=make)
     assert f"(process {killer.victim}) was killed by SIGKILL while it made" in capsys.readouterr().err
     assert killer.rows == 30, "the rows of the half shard are taken back"
@@ -142,7 +142,7 @@ def test_a_killed_worker_is_named_and_another_makes_its_shard(params, alone, cap
 
 def test_without_workers_left_extraction_ends_and_goes_on_later(params, alone):
     killer, encoder = Killer(), load_vision_encoder(params.vision)
-    make = distribute.with_workers(params, "classes", encoder, 1)
+    make = distribute.with_workers(params, "classes", 1)
     with pytest.raises(UserError, match=r"worker 0 \(process \d+\) was killed by SIGKILL .* run the same command"):
         extract_images(params, "classes", encoder, killer, make=make)
     assert not list(STORE.glob("images/*/.*")), "nothing half written is left"
@@ -154,7 +154,7 @@ def test_what_a_worker_raises_is_raised(params):
     Path("pictures/class1/07.png").write_bytes(b"x")
     encoder = load_vision_encoder(params.vision)
     with pytest.raises(UserError, match=r"07.png: changed since it was prepared"):
-        extract_images(params, "classes", encoder, print, make=distribute.with_workers(params, "classes", encoder, 1))
+        extract_images(params, "classes", encoder, print, make=distribute.with_workers(params, "classes", 1))
     assert not multiprocessing.active_children()
 
 
@@ -209,27 +209,6 @@ def test_two_processes_may_make_the_same_shard_at_once(params, alone):
         first, second = pool.map(build, work)
     assert first == second
     assert taken() == {path.name: alone[0][path.name]}
-
-
-class ByThreads:
-    """An encoder whose last bits tell the number of threads, or not."""
-
-    def __init__(self, minds: bool):
-        self.minds, self.identity = minds, {}
-
-    def preprocess(self, image):
-        return torch.zeros(3, 8, 8)
-
-    def encode(self, pixels):
-        return pixels.flatten(2) + (torch.get_num_threads() if self.minds else 0)
-
-
-@pytest.mark.parametrize(("minds", "threads"), [(False, 1), (True, 2)])
-def test_workers_share_the_cores_where_that_leaves_the_bits(params, minds, threads, capsys):
-    assert torch.get_num_threads() == 2
-    assert distribute._threads(params, ByThreads(minds), 2) == threads
-    assert torch.get_num_threads() == 2
-    assert ("tokens depend on the number of threads" in capsys.readouterr().err) == minds
 
 
 def test_workers_share_the_gpus(params, monkeypatch):
