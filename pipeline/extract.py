@@ -36,7 +36,6 @@ from pipeline.store.shards import (
     Shard,
     ShardFile,
     atomically,
-    describe,
     open_shard,
     recorded,
     write_record,
@@ -137,9 +136,8 @@ class ImageShards:
                     advance(len(at))
                 with clock("write"):
                     assert file is not None, "a part has at least one row"
-                    file.finish()
-            with clock("write"):
-                shard = describe(path)
+                    sha256 = file.finish()
+        shard = Shard(path.name, sha256, len(rows), path.stat().st_size)
         write_record(path, shard, encoded=len(fresh), copied=len(rows) - len(fresh), seconds=clock.seconds())
         return shard
 

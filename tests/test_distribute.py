@@ -28,7 +28,7 @@ from pipeline.extract import ImageShards, extract_images
 from pipeline.params import Params
 from pipeline.store import schema
 from pipeline.store.dtypes import pack
-from pipeline.store.shards import STORE, ShardFile, atomically, manifest_path, write_shard
+from pipeline.store.shards import STORE, ShardFile, atomically, manifest_path, sha256_of, write_shard
 from stages.cli import app
 
 MANIFEST = manifest_path(Path("data/tiny"), "images", "classes")
@@ -217,8 +217,9 @@ def test_workers_share_the_gpus(params, monkeypatch):
     assert [distribute._device(params, worker) for worker in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
 
 
+@pytest.mark.parametrize("order", [np.arange(50), np.random.default_rng(0).permutation(50)], ids=["in order", "mixed"])
 @pytest.mark.parametrize("dtype", list(schema.STORED))
-def test_a_shard_written_row_by_row_has_the_same_bytes(tmp_path, dtype):
+def test_a_shard_written_row_by_row_has_the_same_bytes(tmp_path, dtype, order):
     columns = pack(torch.randn(50, 7, 5), dtype)
     arrow = schema.image_schema((7, 5), dtype, "x")
     leading = [pa.array([f"id {i}" for i in range(50)]), pa.array([f"{i:064}" for i in range(50)])]
@@ -226,8 +227,9 @@ def test_a_shard_written_row_by_row_has_the_same_bytes(tmp_path, dtype):
     whole = write_shard(tmp_path / "whole.arrow", pa.table([*leading, *tensors], arrow))
     with atomically(tmp_path / "rows.arrow") as stream:
         file = ShardFile(stream, arrow, leading)
-        for at in np.array_split(np.random.default_rng(0).permutation(50), 9):
+        for at in np.array_split(order, 9):
             file.put(at.tolist(), {name: column[at] for name, column in columns.items()})
-        file.finish()
+        sha256 = file.finish()
+    assert sha256 == whole.sha256 == sha256_of(tmp_path / "whole.arrow")
     assert (tmp_path / "rows.arrow").read_bytes() == (tmp_path / "whole.arrow").read_bytes()
     assert (tmp_path / "rows.arrow").stat().st_mode == (tmp_path / whole.name).stat().st_mode
