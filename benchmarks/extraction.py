@@ -5,9 +5,10 @@
     python benchmarks/extraction.py --memory
 
 Pictures are JPEGs of 640 x 480, made from a seed. One after the other in every round: extraction with all it does
-(reading, SHA-256, decoding, encoding, writing, fsync), the encoder alone over the same batches ready in memory,
-decoding alone on one thread, and clip-retrieval's inference. A figure is the median over the rounds of the ratio within
-a round, so what else runs on the machine weighs on all sides.
+(reading, SHA-256, decoding, encoding, writing, fsync), the bare encoder over the same batches ready in memory, in the
+two ways there are (pass after pass on all of torch's threads; as many passes side by side, one thread each), decoding
+alone on one thread, and clip-retrieval's inference. A figure is the median over the rounds of the ratio within a round,
+so what else runs on the machine weighs on all sides.
 
 --memory: the peak of a process that extracts 2,000 and of one that extracts 20,000 rows, in as many shards.
 """
@@ -33,13 +34,14 @@ from PIL import Image
 
 from pipeline import sources
 from pipeline.backbones.vision import VisionEncoder, load_vision_encoder
-from pipeline.extract import Clock, ImageShards, extract_images
+from pipeline.extract import Clock, ImageShards, extract_images, one_thread_each
 from pipeline.params import Params
 from pipeline.pictures import decode
 from pipeline.store.inventory import timings
 from pipeline.store.shards import STORE
 
 SHARDS = 2
+AFTER, BESIDE = "bare passes one after the other, all threads", "bare passes side by side, one thread each"
 PROFILE = Path(__file__).parents[1] / "profiles" / "demo.yaml"
 VISION = {
     "coca": {"encoder": "open_clip", "model": "coca_ViT-B-32", "pretrained": "random", "dtype": "float32"},
@@ -85,9 +87,14 @@ def ways(params: Params, encoder: VisionEncoder) -> dict[str, Callable[[], objec
         shutil.rmtree(STORE, ignore_errors=True)
         extract_images(params, "classes", encoder, lambda n: None)
 
+    def side_by_side() -> None:
+        with one_thread_each(work.passes) as pool:
+            list(pool.map(encoder.encode, batches))
+
     return {
         "extraction": extraction,
-        "encoder alone": lambda: [encoder.encode(pixels) for pixels in batches],
+        AFTER: lambda: [encoder.encode(pixels) for pixels in batches],
+        BESIDE: side_by_side,
         "decoding alone": lambda: [encoder.preprocess(decode(Path(name).read_bytes())) for name in names],
         "clip-retrieval": clip_retrieval(encoder, params.runtime.decode_threads),
     }
@@ -153,13 +160,11 @@ def measure(params: Params, encoder: VisionEncoder, rounds: int, cores: int) -> 
     print("computed in", encoder.identity["dtype"])
     print({name: round(statistics.median(times), 3) for name, times in took.items()})
     print("where extraction's time went:", dict(timings("images", next(STORE.glob("images/*")).name)))
-    for name, best in {
-        "encoder alone": took["encoder alone"],
-        f"encoder alone + decoding alone / {cores}": [
-            e + d / cores for e, d in zip(took["encoder alone"], took["decoding alone"], strict=True)
-        ],
-        "clip-retrieval": took["clip-retrieval"],
-    }.items():
+    rivals_times = {name: took[name] for name in (AFTER, BESIDE, "clip-retrieval")}
+    for name in (AFTER, BESIDE):
+        both = zip(took[name], took["decoding alone"], strict=True)
+        rivals_times[f"({name} + decoding / {cores})"] = [e + d / cores for e, d in both]
+    for name, best in rivals_times.items():
         ratios = [other / ours for other, ours in zip(best, took["extraction"], strict=True)]
         print(f"speed of extraction / {name}: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
 

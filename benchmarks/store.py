@@ -27,20 +27,37 @@ import webdataset
 from pipeline.backbones.devices import keep_freed_memory
 from pipeline.store import schema
 from pipeline.store.reader import CaptionTokens, ImageTokens, Mapped
-from pipeline.store.shards import open_shard, write_shard
+from pipeline.store.shards import ShardFile, atomically, open_shard, write_shard
 from pipeline.store.webdataset import export, read_tars
 
 SHAPE, BATCH, SHARDS = (255, 512), 32, 8
 SAMPLE = SHAPE[0] * SHAPE[1] * 2  # bytes
 
 
+ARROW = schema.image_schema(SHAPE, "float16", "bench")
+
+
 def write_store(folder: Path, tokens: np.ndarray) -> None:
-    """Shards as extraction writes them, hashed and on the disk (fsync)."""
-    arrow = schema.image_schema(SHAPE, "float16", "bench")
+    """Shards as whole tables, hashed and on the disk (fsync)."""
     for number, part in enumerate(np.split(tokens, SHARDS)):
-        ids = [f"{number * len(part) + row:08}" for row in range(len(part))]
-        columns = [pa.array(ids), pa.array(["0" * 64] * len(part)), schema.tensor_column(part, arrow.field("tokens"))]
-        write_shard(folder / f"{number}.arrow", pa.table(columns, schema=arrow))
+        columns = [*leading(number, part), schema.tensor_column(part, ARROW.field("tokens"))]
+        write_shard(folder / f"{number}.arrow", pa.table(columns, schema=ARROW))
+
+
+def write_by_batches(folder: Path, tokens: np.ndarray) -> None:
+    """The same shards as extraction writes them: batch by batch."""
+    for number, part in enumerate(np.split(tokens, SHARDS)):
+        with atomically(folder / f"{number}.arrow") as stream:
+            file = ShardFile(stream, ARROW, leading(number, part))
+            for start in range(0, len(part), 8):
+                batch = part[start : start + 8]
+                file.put(list(range(start, start + len(batch))), {"tokens": batch})
+            file.finish()
+
+
+def leading(number: int, part: np.ndarray) -> list[pa.Array]:
+    """The columns id and sha256 of a shard."""
+    return [pa.array([f"{number * len(part) + row:08}" for row in range(len(part))]), pa.array(["0" * 64] * len(part))]
 
 
 def write_webdataset(folder: Path, tokens: np.ndarray, sync: bool = False) -> None:
@@ -170,6 +187,7 @@ def measure_writing(folder: Path, tokens: np.ndarray, rounds: int) -> None:
     fresh = iter(folder / f"write{n}" for n in range(10**6))
     ways: dict[str, Callable[[], object]] = {
         "store (hashed, fsync)": lambda: write_store(next(fresh), tokens),
+        "store, batch by batch": lambda: write_by_batches(next(fresh), tokens),
         "WebDataset .npy": lambda: write_webdataset(next(fresh), tokens),
         "WebDataset .npy, fsync": lambda: write_webdataset(next(fresh), tokens, sync=True),
     }

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from pipeline.backbones.devices import pick_device
-from pipeline.backbones.vision import RANDOM, VisionEncoder, load_vision_encoder
+from pipeline.backbones.vision import RANDOM, load_vision_encoder
 from pipeline.errors import UserError
 from pipeline.extract import Advance, ImageShards, Make
 from pipeline.params import Dataset, Params
@@ -33,7 +33,7 @@ AGAIN = "run the same command again: it goes on where it stopped"
 
 @dataclass(frozen=True)
 class Job:
-    """What a process has to know to make shards of image tokens; `threads` are torch's."""
+    """What a process has to know to make shards of image tokens; on a CPU `threads` forward passes run side by side."""
 
     params: Params
     data: Dataset
@@ -47,8 +47,7 @@ class Job:
         Raises UserError when it is not the one of the process that gave the job.
         """
         os.chdir(self.folder)
-        if torch.get_num_threads() != self.threads:  # setting what is set already may change how MKL computes
-            torch.set_num_threads(self.threads)
+        torch.set_num_threads(self.threads)
         work = ImageShards(self.params, self.data, load_vision_encoder(self.params.vision, self.params.runtime.device))
         if work.fingerprint != self.fingerprint:
             raise UserError(
@@ -64,7 +63,7 @@ def check_named_weights(params: Params) -> None:
         raise UserError(f"vision.pretrained {RANDOM}: each process would draw its own weights; name a weights file")
 
 
-def with_workers(params: Params, data: Dataset, encoder: VisionEncoder, count: int) -> Make:
+def with_workers(params: Params, data: Dataset, count: int) -> Make:
     """A way to make shards by `count` processes on this machine, which share its cores and GPUs.
 
     A worker that dies is named on stderr, and the others make its shard. Raises UserError when none is left; what a
@@ -77,7 +76,7 @@ def with_workers(params: Params, data: Dataset, encoder: VisionEncoder, count: i
             return {}
         number = min(count, len(paths))
         runtime = {"decode_threads": max(1, params.runtime.decode_threads // number)}
-        job = Job(params, data, paths[0].parent.name, Path.cwd(), _threads(params, encoder, number))
+        job = Job(params, data, paths[0].parent.name, Path.cwd(), max(1, torch.get_num_threads() // number))
         workers = [_Worker(i, _adapted(job, device=_device(params, i), **runtime)) for i in range(number)]
         try:
             return _hand_out(paths, workers, advance)
@@ -97,32 +96,6 @@ def _device(params: Params, worker: int) -> str:
     """GPUs in turn, where there are several and params.yaml names none."""
     device, count = params.runtime.device, torch.cuda.device_count()
     return f"cuda:{worker % count}" if device in ("auto", "cuda") and count > 1 else device
-
-
-def _threads(params: Params, encoder: VisionEncoder, workers: int) -> int:
-    """Torch's threads for each of some workers: its share of this process's, if the bits are the same, else as many.
-
-    How many threads share a sum may decide its last bits; for batches of one shape they do so always or never.
-    """
-    whole = torch.get_num_threads()
-    share = max(1, whole // workers)
-    if share == whole:
-        return whole
-    pixels = torch.rand(params.vision.batch, *_shape(encoder), generator=torch.Generator().manual_seed(0))
-    tokens = encoder.encode(pixels)
-    torch.set_num_threads(share)
-    same = torch.equal(tokens, encoder.encode(pixels))
-    torch.set_num_threads(whole)
-    if not same:
-        print(f"tokens depend on the number of threads: each worker takes {whole}, as one process would; "
-              f"OMP_NUM_THREADS={share} makes them faster, and other last bits", file=sys.stderr)  # fmt: skip
-    return share if same else whole
-
-
-def _shape(encoder: VisionEncoder) -> tuple[int, ...]:
-    from PIL import Image
-
-    return tuple(encoder.preprocess(Image.new("RGB", (256, 256))).shape)
 
 
 class _Worker:
@@ -211,8 +184,9 @@ def _serve(connection: Connection, job: Job) -> None:
 def with_ray(params: Params, data: Dataset) -> Make:
     """A way to make shards by tasks of a Ray cluster: RAY_ADDRESS, or one that is started on this machine.
 
-    All nodes see the project folder under the same path. A task reserves as many cores as torch has threads here, and a
-    GPU where runtime.device finds one. Tasks whose process or node dies are tried again, three times.
+    All nodes see the project folder under the same path. A task takes as many cores as torch has threads here, or
+    all of the largest node if that has fewer, and a GPU where runtime.device finds one. Tasks whose process or node
+    dies are tried again, three times.
     """
     check_named_weights(params)
     try:
@@ -225,11 +199,11 @@ def with_ray(params: Params, data: Dataset) -> Make:
             return {}
         if not ray.is_initialized():
             ray.init()
-        threads = torch.get_num_threads()
-        job = Job(params, data, paths[0].parent.name, Path.cwd(), threads)
         largest = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
+        cores = min(torch.get_num_threads(), largest)
+        job = Job(params, data, paths[0].parent.name, Path.cwd(), max(1, cores))
         gpus = int(pick_device(params.runtime.device).type == "cuda")
-        task = ray.remote(num_cpus=min(threads, largest), num_gpus=gpus, max_retries=3)(_build)
+        task = ray.remote(num_cpus=cores, num_gpus=gpus, max_retries=3)(_build)
         pending = {task.remote(job, path): path for path in paths}
         made = dict[Path, Shard]()
         while pending:

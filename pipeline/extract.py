@@ -8,7 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline.backbones.devices import hash_weights
+from pipeline.backbones.devices import hash_weights, pick_device
 from pipeline.backbones.vision import VisionEncoder
 from pipeline.errors import UserError
 from pipeline.params import Dataset, Params
@@ -36,14 +36,13 @@ from pipeline.store.shards import (
     Shard,
     ShardFile,
     atomically,
-    describe,
     open_shard,
     recorded,
     write_record,
     write_shard,
 )
 
-EXTRACTOR_VERSION = 2  # since 2: transparency over white, 16-bit grey scaled
+EXTRACTOR_VERSION = 3  # since 2: transparency over white, 16-bit grey scaled; since 3: one thread a forward pass
 """Raise it when a change here changes the bytes; a golden test notices when that was forgotten."""
 
 Advance = Callable[[int], None]
@@ -55,7 +54,7 @@ Make = Callable[[list[Path], Advance], dict[Path, Shard]]
 
 
 class Clock:
-    """Seconds by kind of work. Threads add up: reading and decoding may take more of them than passed on the wall."""
+    """Seconds by kind of work. Those of threads side by side add up, to more than passed on the wall."""
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
@@ -106,6 +105,8 @@ class ImageShards:
         )
         self.parts = _parts("images", self.fingerprint, params, data)
         self.donors = Donors(STORE / "images" / self.fingerprint)
+        device = pick_device(params.runtime.device).type
+        self.passes = {"cpu": torch.get_num_threads(), "cuda": 2}.get(device, 1)
 
     def part(self, number: int, of: int) -> list[Path]:
         """Every `of`-th shard, from `number` on, whether it is in the store or not.
@@ -135,9 +136,8 @@ class ImageShards:
                     advance(len(at))
                 with clock("write"):
                     assert file is not None, "a part has at least one row"
-                    file.finish()
-            with clock("write"):
-                shard = describe(path)
+                    sha256 = file.finish()
+        shard = Shard(path.name, sha256, len(rows), path.stat().st_size)
         write_record(path, shard, encoded=len(fresh), copied=len(rows) - len(fresh), seconds=clock.seconds())
         return shard
 
@@ -161,35 +161,48 @@ class ImageShards:
     def _rows_stand_alone(self) -> bool:
         """Whether a picture has the same bits in every place of a batch, whatever else is in it.
 
-        Some encoders fail this at some batch sizes (CoCa at 5 on two threads). Then no row is copied: in an extraction
-        from nothing it would stand in another place.
+        Some encoders fail this at some batch sizes. Then no row is copied: in an extraction from nothing it would stand
+        in another place.
         """
         picture = self.encoder.preprocess(Image.radial_gradient("L").convert("RGB"))
-        everywhere = self.encoder.encode(torch.stack([picture] * self.size))
-        alone = self.encoder.encode(_padded([picture], self.size))
+        with one_thread_each(1) as pool:
+            batches = torch.stack([picture] * self.size), _padded([picture], self.size)
+            everywhere, alone = pool.map(self.encoder.encode, batches)
         same = all(torch.equal(alone[0], tokens) for tokens in everywhere)
         if not same:
             print("tokens depend on the place in the batch: shards are made whole, no row is copied", file=sys.stderr)
         return same
 
     def _encode(self, rows: pd.DataFrame, fresh: list[int], clock: Clock) -> Iterator[tuple[list[int], Columns]]:
-        """Positions of some rows and their columns, batch by batch.
+        """Positions of some rows and their columns, batch by batch, in order; `passes` batches are in work at once.
 
-        Every batch has the same shape: a batch of another size would give other bits.
+        Every batch has the same shape: a batch of another size would give other bits. On a CPU a pass on one thread
+        beside others is faster than all threads in one pass: nobody waits for anybody, nor for decoding.
         """
+        with one_thread_each(self.passes) as pool:
+            ahead: deque[tuple[list[int], Future[Columns]]] = deque()
+            for at, pixels in self._batches(rows, fresh, clock):
+                ahead.append((at, pool.submit(self._pass, [rows["image"][row] for row in at], pixels, clock)))
+                if len(ahead) > self.passes:  # one waits for the first thread that is free
+                    at, columns = ahead.popleft()
+                    yield at, columns.result()
+            while ahead:
+                at, columns = ahead.popleft()
+                yield at, columns.result()
+
+    def _pass(self, names: list[str], pixels: Tensor, clock: Clock) -> Columns:
+        """The columns of a batch [size, 3, H, W], which begins with the pictures of these names."""
         dtype = self.params.cache.dtype
-        for at, pixels in self._batches(rows, fresh, clock):
-            with clock("encode"):
-                tokens = self.encoder.encode(pixels)[: len(at)]
-            try:
-                columns = pack(tokens, dtype)
-            except DoesNotFit as fault:
-                mend = "set cache.dtype: float32" if tokens.isfinite().all() else "the encoder gives no finite numbers"
-                raise UserError(f"{rows['image'][at[fault.row]]}: tokens do not fit {dtype}; {mend}") from None
-            yield at, columns
+        with clock("encode"):
+            tokens = self.encoder.encode(pixels)[: len(names)]
+        try:
+            return pack(tokens, dtype)
+        except DoesNotFit as fault:
+            mend = "set cache.dtype: float32" if tokens.isfinite().all() else "the encoder gives no finite numbers"
+            raise UserError(f"{names[fault.row]}: tokens do not fit {dtype}; {mend}") from None
 
     def _batches(self, rows: pd.DataFrame, fresh: list[int], clock: Clock) -> Iterator[tuple[list[int], Tensor]]:
-        """Padded batches [size, 3, H, W] in order; at most four batches are decoded ahead."""
+        """Padded batches [size, 3, H, W] in order; a batch for each pass and two more are decoded ahead."""
 
         def load(row: int) -> Tensor:
             with clock("read"):
@@ -200,15 +213,27 @@ class ImageShards:
         def stacked(at: list[int], futures: list[Any]) -> tuple[list[int], Tensor]:
             return at, _padded([future.result() for future in futures], self.size)
 
-        with ThreadPoolExecutor(self.params.runtime.decode_threads) as pool:
+        with one_thread_each(self.params.runtime.decode_threads) as pool:
             ahead: deque[tuple[list[int], list[Any]]] = deque()
             for start in range(0, len(fresh), self.size):
                 at = fresh[start : start + self.size]
                 ahead.append((at, [pool.submit(load, row) for row in at]))
-                if len(ahead) > 4:
+                if len(ahead) > self.passes + 2:
                     yield stacked(*ahead.popleft())
             while ahead:
                 yield stacked(*ahead.popleft())
+
+
+@contextmanager
+def one_thread_each(count: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads to compute side by side, each on itself alone: so no bit depends on how many threads torch has."""
+    whole = torch.get_num_threads()
+    try:
+        # The number is that of the thread that sets it, in OpenMP and in MKL, and the default of threads to come.
+        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(whole)
 
 
 def _padded(pictures: list[Tensor], size: int) -> Tensor:

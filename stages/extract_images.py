@@ -55,7 +55,7 @@ def make(params: Params, data: Dataset, repair: Manifest | None = None, workers:
     sources.ensure_rendered(params, data)  # DVC may have restored the manifest alone
     encoder, by = load_vision_encoder(params.vision, params.runtime.device), None
     if workers > 1:
-        by = distribute.with_workers(params, data, encoder, workers)
+        by = distribute.with_workers(params, data, workers)
     elif params.runtime.engine == "ray":
         by = distribute.with_ray(params, data)
     rows = usable_rows(Path("data") / params.profile, data)

@@ -28,7 +28,7 @@ from pipeline.extract import ImageShards, extract_images
 from pipeline.params import Params
 from pipeline.store import schema
 from pipeline.store.dtypes import pack
-from pipeline.store.shards import STORE, ShardFile, atomically, manifest_path, write_shard
+from pipeline.store.shards import STORE, ShardFile, atomically, manifest_path, sha256_of, write_shard
 from stages.cli import app
 
 MANIFEST = manifest_path(Path("data/tiny"), "images", "classes")
@@ -133,7 +133,7 @@ class Killer:
 
 def test_a_killed_worker_is_named_and_another_makes_its_shard(params, alone, capsys):
     killer, encoder = Killer(), load_vision_encoder(params.vision)
-    make = distribute.with_workers(params, "classes", encoder, 2)
+    make = distribute.with_workers(params, "classes", 2)
     extract_images(params, "classes", encoder, killer, make=make)
     assert f"(process {killer.victim}) was killed by SIGKILL while it made" in capsys.readouterr().err
     assert killer.rows == 30, "the rows of the half shard are taken back"
@@ -142,7 +142,7 @@ def test_a_killed_worker_is_named_and_another_makes_its_shard(params, alone, cap
 
 def test_without_workers_left_extraction_ends_and_goes_on_later(params, alone):
     killer, encoder = Killer(), load_vision_encoder(params.vision)
-    make = distribute.with_workers(params, "classes", encoder, 1)
+    make = distribute.with_workers(params, "classes", 1)
     with pytest.raises(UserError, match=r"worker 0 \(process \d+\) was killed by SIGKILL .* run the same command"):
         extract_images(params, "classes", encoder, killer, make=make)
     assert not list(STORE.glob("images/*/.*")), "nothing half written is left"
@@ -154,7 +154,7 @@ def test_what_a_worker_raises_is_raised(params):
     Path("pictures/class1/07.png").write_bytes(b"x")
     encoder = load_vision_encoder(params.vision)
     with pytest.raises(UserError, match=r"07.png: changed since it was prepared"):
-        extract_images(params, "classes", encoder, print, make=distribute.with_workers(params, "classes", encoder, 1))
+        extract_images(params, "classes", encoder, print, make=distribute.with_workers(params, "classes", 1))
     assert not multiprocessing.active_children()
 
 
@@ -211,35 +211,15 @@ def test_two_processes_may_make_the_same_shard_at_once(params, alone):
     assert taken() == {path.name: alone[0][path.name]}
 
 
-class ByThreads:
-    """An encoder whose last bits tell the number of threads, or not."""
-
-    def __init__(self, minds: bool):
-        self.minds, self.identity = minds, {}
-
-    def preprocess(self, image):
-        return torch.zeros(3, 8, 8)
-
-    def encode(self, pixels):
-        return pixels.flatten(2) + (torch.get_num_threads() if self.minds else 0)
-
-
-@pytest.mark.parametrize(("minds", "threads"), [(False, 1), (True, 2)])
-def test_workers_share_the_cores_where_that_leaves_the_bits(params, minds, threads, capsys):
-    assert torch.get_num_threads() == 2
-    assert distribute._threads(params, ByThreads(minds), 2) == threads
-    assert torch.get_num_threads() == 2
-    assert ("tokens depend on the number of threads" in capsys.readouterr().err) == minds
-
-
 def test_workers_share_the_gpus(params, monkeypatch):
     assert distribute._device(params, 1) == "auto"
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert [distribute._device(params, worker) for worker in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
 
 
+@pytest.mark.parametrize("order", [np.arange(50), np.random.default_rng(0).permutation(50)], ids=["in order", "mixed"])
 @pytest.mark.parametrize("dtype", list(schema.STORED))
-def test_a_shard_written_row_by_row_has_the_same_bytes(tmp_path, dtype):
+def test_a_shard_written_row_by_row_has_the_same_bytes(tmp_path, dtype, order):
     columns = pack(torch.randn(50, 7, 5), dtype)
     arrow = schema.image_schema((7, 5), dtype, "x")
     leading = [pa.array([f"id {i}" for i in range(50)]), pa.array([f"{i:064}" for i in range(50)])]
@@ -247,8 +227,9 @@ def test_a_shard_written_row_by_row_has_the_same_bytes(tmp_path, dtype):
     whole = write_shard(tmp_path / "whole.arrow", pa.table([*leading, *tensors], arrow))
     with atomically(tmp_path / "rows.arrow") as stream:
         file = ShardFile(stream, arrow, leading)
-        for at in np.array_split(np.random.default_rng(0).permutation(50), 9):
+        for at in np.array_split(order, 9):
             file.put(at.tolist(), {name: column[at] for name, column in columns.items()})
-        file.finish()
+        sha256 = file.finish()
+    assert sha256 == whole.sha256 == sha256_of(tmp_path / "whole.arrow")
     assert (tmp_path / "rows.arrow").read_bytes() == (tmp_path / "whole.arrow").read_bytes()
     assert (tmp_path / "rows.arrow").stat().st_mode == (tmp_path / whole.name).stat().st_mode

@@ -1,5 +1,6 @@
 """Extraction: the real encoders' shapes, and shards that are whole, reused, and the same however they were made."""
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from pipeline import sources
 from pipeline.backbones.llm import load_embedding, load_tokenizer
 from pipeline.backbones.vision import load_vision_encoder
 from pipeline.errors import UserError
-from pipeline.extract import extract_captions, extract_images
+from pipeline.extract import Clock, ImageShards, extract_captions, extract_images
 from pipeline.params import Vision
 from pipeline.pictures import decode
 from pipeline.store.reader import CaptionTokens, ImageTokens
@@ -95,6 +96,52 @@ def test_interrupted_extraction_loses_one_shard_and_ends_with_the_same_bytes(pre
     assert again.calls < 6
     idle = Counting()
     assert run(prepared, idle) == whole and idle.calls == 0
+
+
+def in_one_shard(params, batch):
+    cache, vision = params.cache.model_copy(update={"shards": 1}), params.vision.model_copy(update={"batch": batch})
+    return params.model_copy(update={"cache": cache, "vision": vision})
+
+
+class SideBySide(Counting):
+    """Passes that wait for one another, two by two, and whose numbers tell torch's threads."""
+
+    def __init__(self):
+        super().__init__()
+        self.meeting = threading.Barrier(2)
+
+    def encode(self, pixels):
+        self.meeting.wait(20)
+        return super().encode(pixels) + torch.get_num_threads()
+
+
+def test_passes_go_side_by_side_on_one_thread_each(prepared):
+    assert torch.get_num_threads() == 2
+    params = in_one_shard(prepared, batch=10)
+    work = ImageShards(params, "captions", SideBySide())
+    [rows] = work.parts.values()
+    found = list(work._encode(rows, list(range(40)), Clock()))
+    assert [row for at, _ in found for row in at] == list(range(40))
+    pictures = torch.stack([work.encoder.preprocess(decode(Path(name).read_bytes())) for name in rows["image"]])
+    expected = (pictures.flatten(2).transpose(1, 2) + 1).half().numpy()
+    assert np.array_equal(np.concatenate([columns["tokens"] for _, columns in found]), expected)
+    assert torch.get_num_threads() == 2
+
+
+def test_what_is_ahead_of_the_disk_is_bounded(prepared):
+    loaded = []
+
+    class Loading(Counting):
+        def preprocess(self, image):
+            loaded.append(image)
+            return super().preprocess(image)
+
+    params = in_one_shard(prepared, batch=2)
+    work = ImageShards(params, "captions", Loading())
+    tokens = work._encode(*work.parts.values(), list(range(40)), Clock())
+    next(tokens)
+    tokens.close()
+    assert 2 * (work.passes + 1) <= len(loaded) <= 2 * (2 * work.passes + 4) < 40
 
 
 def test_reader_gives_what_the_encoder_gave(prepared):

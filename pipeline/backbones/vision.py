@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Protocol
 
 import torch
@@ -27,7 +28,7 @@ class VisionEncoder(Protocol):
         """An RGB picture of any size to float32 [3, H, W]."""
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """float32 [B, 3, H, W] to image tokens, float32 [B, N, D] on the CPU."""
+        """float32 [B, 3, H, W] to image tokens, float32 [B, N, D] on the CPU. Threads may call it side by side."""
 
 
 class _Encoder:
@@ -53,11 +54,31 @@ class _Encoder:
             "preprocess": " ".join(repr(preprocess).split()),
             "dtype": str(self.dtype),
         }
+        self._streams = SimpleQueue[torch.cuda.Stream]()
+        for _ in range(2 if device.type == "cuda" else 0):  # two, and no more: torch keeps freed memory by stream
+            self._streams.put(torch.cuda.Stream(device))
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> Tensor:
+        if self.device.type == "cuda":
+            return self._encode_on_stream(pixels)
         pixels = pixels.to(self.device, self.dtype, memory_format=torch.channels_last)
         return self.features(pixels).float().cpu()
+
+    def _encode_on_stream(self, pixels: Tensor) -> Tensor:
+        """Copies from and to pinned memory overlap what the GPU computes for a thread that has the other stream."""
+        stream = self._streams.get()
+        try:
+            stream.wait_stream(torch.cuda.default_stream(self.device))  # which brought the weights
+            with torch.cuda.stream(stream):
+                pinned = pixels.pin_memory()
+                there = pinned.to(self.device, non_blocking=True)
+                tokens = self.features(there.to(self.dtype, memory_format=torch.channels_last)).float().contiguous()
+                back = torch.empty(tokens.shape, pin_memory=True).copy_(tokens, non_blocking=True)
+            stream.synchronize()
+            return back
+        finally:
+            self._streams.put(stream)
 
 
 def load_vision_encoder(params: Vision, device: str = "auto") -> VisionEncoder:

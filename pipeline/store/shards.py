@@ -12,6 +12,7 @@ import platform
 import secrets
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -120,9 +121,10 @@ def in_use(exclusive: bool = False) -> Iterator[None]:
 def write_shard(path: Path, table: pa.Table) -> Shard:
     """Write a table as an uncompressed Arrow IPC file of one record batch under its final name, read-only."""
     with atomically(path) as file:
-        _write_table(file, table)
-        os.fchmod(file.fileno(), 0o444)
-    return describe(path)
+        hashed = _Hashed(file)
+        _write_table(hashed, table)
+        sha256 = hashed.finish()
+    return Shard(path.name, sha256, table.num_rows, path.stat().st_size)
 
 
 def _write_table(file: Any, table: pa.Table) -> None:
@@ -130,8 +132,45 @@ def _write_table(file: Any, table: pa.Table) -> None:
         writer.write_table(table.combine_chunks())
 
 
+class _Hashed:
+    """A file that another thread hashes while it is written, as far as that is done in order and never twice."""
+
+    closed = False
+    PIECE = 1 << 20  # bytes; one write of many took Linux up to eight times as long
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.tell, self.flush = file, file.tell, file.flush
+        self._digest, self._hashed, self._beside = hashlib.sha256(), 0, ThreadPoolExecutor(1)
+        self._hashing = self._beside.submit(self._digest.update, b"")
+
+    def write(self, data: Any) -> int:
+        buffer = pa.py_buffer(data)
+        if self.tell() == self._hashed:
+            self._hashed += buffer.size
+            self._hashing.result()  # so that one buffer waits in memory, not all
+            self._hashing = self._beside.submit(self._digest.update, buffer)
+        for start in range(0, buffer.size, self.PIECE):
+            self.file.write(buffer[start : start + self.PIECE])
+        return buffer.size
+
+    def finish(self) -> str:
+        """Bring all to the disk, make the file read-only and return its SHA-256.
+
+        What was not written in order is read again.
+        """
+        self.flush()
+        os.fchmod(self.file.fileno(), 0o444)
+        os.fsync(self.file.fileno())
+        self._hashing.result()
+        with Path(self.file.name).open("rb") as file:
+            file.seek(self._hashed)
+            while chunk := file.read(self.PIECE):
+                self._digest.update(chunk)
+        return self._digest.hexdigest()
+
+
 class ShardFile:
-    """A shard that is written row by row, in any order: memory does not grow with its size.
+    """A shard that is written row by row, in any order, each row once: memory does not grow with its size.
 
     The file has its final layout from the start, with holes where the numbers go. Its bytes are those of write_shard.
     `leading` are the columns [rows] before the fixed-shape ones of the schema `arrow`.
@@ -141,29 +180,29 @@ class ShardFile:
         rows, fields = len(leading[0]), list(arrow)[len(leading) :]
         blank = [_zeros(rows, field) for field in fields]
         columns = [schema.tensor_column(zeros, field) for zeros, field in zip(blank, fields, strict=True)]
-        _write_table(_Holes(file, {zeros.ctypes.data for zeros in blank}), pa.table([*leading, *columns], arrow))
+        self._file, self._hashed = file, _Hashed(file)
+        holes = _Holes(self._hashed, {zeros.ctypes.data for zeros in blank})
+        _write_table(holes, pa.table([*leading, *columns], arrow))
         file.flush()
         mapped = pa.memory_map(file.name)
         start = mapped.read_buffer().address
         mapped.seek(0)
         table = pa.ipc.open_file(mapped).read_all()
         found = {field.name: schema.dense(table, field.name) for field in fields}
-        self._file = file
         self._places = {name: (column.ctypes.data - start, column[0].nbytes) for name, column in found.items()}
 
     def put(self, at: list[int], columns: dict[str, np.ndarray[Any, Any]]) -> None:
         """Write rows to the positions `at`; columns [len(at), ...] in the numbers of the schema."""
+        runs = np.split(np.arange(len(at)), np.flatnonzero(np.diff(at) != 1) + 1)  # of neighbours, which go at once
         for name, column in columns.items():
             offset, size = self._places[name]
-            for row, numbers in zip(at, column, strict=True):
-                self._file.seek(offset + row * size)
-                self._file.write(np.ascontiguousarray(numbers).data)
+            for run in runs:
+                self._file.seek(offset + at[run[0]] * size)
+                self._hashed.write(np.ascontiguousarray(column[run[0] : run[-1] + 1]))
 
-    def finish(self) -> None:
-        """Bring all to the disk and make the file read-only."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        os.fchmod(self._file.fileno(), 0o444)
+    def finish(self) -> str:
+        """Bring all to the disk, make the file read-only and return its SHA-256."""
+        return self._hashed.finish()
 
 
 def _zeros(rows: int, field: pa.Field) -> np.ndarray[Any, Any]:
@@ -178,16 +217,16 @@ class _Holes:
 
     closed = False
 
-    def __init__(self, file: BinaryIO, blank: set[int]):
-        self.file, self.blank = file, blank
-        self.tell, self.flush = file.tell, file.flush
+    def __init__(self, hashed: _Hashed, blank: set[int]):
+        self.hashed, self.blank = hashed, blank
+        self.tell, self.flush = hashed.tell, hashed.flush
 
     def write(self, data: Any) -> int:
         buffer = pa.py_buffer(data)
         if buffer.address in self.blank:
-            self.file.seek(buffer.size, os.SEEK_CUR)
+            self.hashed.file.seek(buffer.size, os.SEEK_CUR)
         else:
-            self.file.write(data)
+            self.hashed.write(buffer)
         return buffer.size
 
 
