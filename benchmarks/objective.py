@@ -1,13 +1,13 @@
 """Which options of pretrain.objective help? Pre-trains one adapter with each of them, on the features of a project.
 
     python benchmarks/objective.py --project FOLDER --out runs.csv [--adapter mlp] [--seeds 3] [--folds 5]
-        [--epochs 4] [--batch 32] [--only plain base] [--finetune] [--table]
+        [--epochs 4] [--batch 32] [--data captions] [--only plain base] [--finetune] [--table]
 
 FOLDER is a project whose pictures and captions are extracted; nothing is written there. Without --folds its own split
 counts; with it, the hash of a picture's id puts it into one of five folds, and each of the first --folds ones is held
 out in turn while the other four train; its number is added to the seed.
---finetune: each run pre-trains on all that the project's pretrain.data names, is fine-tuned on captions and on classes
-with the project's own settings, the same for every objective, and evaluated on the test pictures.
+--finetune: each run is also fine-tuned on captions and on classes with the project's own settings, the same for every
+objective, and evaluated on the test pictures. Another --data or --epochs wants another CSV.
 Every finished run adds a row to the CSV, and a run that has its row is not repeated, so a killed script goes on.
 In the end (with --table at once) the means and standard deviations over seeds and folds are printed.
 """
@@ -49,6 +49,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "base, unmatched": BASE | {"unmatched": 0.2},
     "base, contrast 1": BASE | {"contrast": 1.0},
     "base, contrast, unmatched": BASE | {"contrast": 0.3, "unmatched": 0.2},
+    "base, contrast at 0.2, unmatched": BASE | {"contrast": 0.3, "temperature": 0.2, "unmatched": 0.2},
+    "base, contrast at 0.5, unmatched": BASE | {"contrast": 0.3, "temperature": 0.5, "unmatched": 0.2},
+    "base, contrast 1 at 0.5, unmatched": BASE | {"contrast": 1.0, "temperature": 0.5, "unmatched": 0.2},
 }
 KEY = ["data", "adapter", "variant", "seed", "fold"]
 FIGURES = {  # of the metrics: a column of the table, and its unit
@@ -103,6 +106,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--folds", type=int)
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--batch", type=int)
+    parser.add_argument("--data", nargs="+", choices=["captions", "classes"], default=["captions"])
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--finetune", action="store_true", help="fine-tune and evaluate every run")
     parser.add_argument("--table", action="store_true", help="run nothing, print the table")
@@ -110,12 +114,10 @@ def _arguments() -> argparse.Namespace:
 
 
 def changed(values: dict[str, Any], arguments: argparse.Namespace, variant: str, seed: int) -> Params:
-    """The project's parameters with a variant's objective on one thread, learning from captions alone if only that."""
+    """The project's parameters with a variant's objective, on one thread."""
     values = json.loads(json.dumps(values))
     section = values["adapters"][arguments.adapter]
-    values["pretrain"] |= section["pretrain"] | {"objective": VARIANTS[variant]}
-    if not arguments.finetune:
-        values["pretrain"]["data"] = ["captions"]
+    values["pretrain"] |= section["pretrain"] | {"data": arguments.data, "objective": VARIANTS[variant]}
     for key in ("epochs", "batch"):
         values["pretrain"][key] = getattr(arguments, key) or values["pretrain"][key]
     section["pretrain"] = {}
@@ -144,7 +146,10 @@ def linked(project: Path, profile: str, fold: int) -> Iterator[None]:
 
 
 def run_once(params: Params, adapter: Any, finetuned: bool) -> dict[str, float]:
-    """Pre-train in the current folder; the metrics. Runs of equal measure and seed share the constant sets."""
+    """Pre-train, and perhaps fine-tune, in the current folder; the metrics.
+
+    Runs of equal measure and seed share the constant sets.
+    """
     Path("params.yaml").write_text(yaml.safe_dump(params.model_dump(mode="json", exclude_unset=True)))
     base = Path("data") / params.profile
     began = time.perf_counter()
