@@ -207,7 +207,9 @@ class Objective(Section):
     contrast: Annotated[float, Field(ge=0)] = Field(
         0.0, description="weight of a second loss: telling the batch's own captions from the others by EMD; 0: none"
     )
-    temperature: Annotated[float, Field(gt=0)] = Field(0.1, description="of the contrast, in units of the EMD")
+    temperature: Annotated[float, Field(gt=0)] = Field(
+        0.1, description="of the contrast, in units of the EMD: about what it differs by between pictures"
+    )
     unmatched: Share = Field(0.0, description="share of the image tokens' mass that need not become a word")
     solver: Literal["exact", "pot", "sinkhorn"] = Field(
         "exact", description="pot: exact too, by the library POT; sinkhorn: approximate, for comparison"
