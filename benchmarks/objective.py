@@ -3,11 +3,11 @@
     python benchmarks/objective.py --project FOLDER --out runs.csv [--adapter mlp] [--seeds 3] [--folds 5]
         [--epochs 4] [--batch 32] [--data captions] [--only plain base] [--finetune] [--table]
 
-FOLDER is a project whose pictures and captions are extracted; nothing is written there. Without --folds its own split
-counts; with it, the hash of a picture's id puts it into one of five folds, and each of the first --folds ones is held
-out in turn while the other four train; its number is added to the seed.
+FOLDER is a project whose pictures and captions are extracted; nothing but data/models is written there. Without --folds
+its own split counts; with it, the hash of a picture's id puts it into one of five folds, and each of the first --folds
+ones is held out in turn while the other four train; its number is added to the seed.
 --finetune: each run is also fine-tuned on captions and on classes with the project's own settings, the same for every
-objective, and evaluated on the test pictures. Another --data or --epochs wants another CSV.
+objective, and evaluated on the test pictures. Other --data, --epochs, --batch, and --finetune want another CSV.
 Every finished run adds a row to the CSV, and a run that has its row is not repeated, so a killed script goes on.
 In the end (with --table at once) the means and standard deviations over seeds and folds are printed.
 """
@@ -110,7 +110,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--finetune", action="store_true", help="fine-tune and evaluate every run")
     parser.add_argument("--table", action="store_true", help="run nothing, print the table")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.folds and (arguments.finetune or arguments.data != ["captions"]):
+        parser.error("folds split captions alone, and leave no test pictures: without --data and --finetune")
+    return arguments
 
 
 def changed(values: dict[str, Any], arguments: argparse.Namespace, variant: str, seed: int) -> Params:

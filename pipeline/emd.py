@@ -71,7 +71,8 @@ def start_emd(
     The gradient is that of sum(plan * cost) with the plan held fixed: for an exact plan that is the gradient of the
     EMD wherever it has one (envelope theorem, Danskin 1967); for Sinkhorn's it is wrong by far more than the value.
     Weights and center get none. Finishing raises ValueError naming the pair when a cost is not finite, weights are
-    negative or sum to nothing, or no optimum is found; starting does when a caption has no words.
+    negative or sum to nothing, or no optimum is found; starting does when a caption has no words, or unmatched mass is
+    asked of Sinkhorn.
     """
     if unmatched and solver == "sinkhorn":
         raise ValueError("unmatched mass is for the exact solvers, not for sinkhorn")

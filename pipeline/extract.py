@@ -26,7 +26,7 @@ from pipeline.backbones.vision import VisionEncoder
 from pipeline.errors import UserError
 from pipeline.params import Dataset, Params
 from pipeline.pictures import decode, read
-from pipeline.store import schema
+from pipeline.store import schema, versions
 from pipeline.store.donors import Donors
 from pipeline.store.dtypes import Columns, DoesNotFit, pack
 from pipeline.store.reader import usable_rows
@@ -41,9 +41,6 @@ from pipeline.store.shards import (
     write_record,
     write_shard,
 )
-
-EXTRACTOR_VERSION = 3  # since 2: transparency over white, 16-bit grey scaled; since 3: one thread a forward pass
-"""Raise it when a change here changes the bytes; a golden test notices when that was forgotten."""
 
 Advance = Callable[[int], None]
 Parts = dict[Path, pd.DataFrame]
@@ -101,7 +98,7 @@ class ImageShards:
     def __init__(self, params: Params, data: Dataset, encoder: VisionEncoder):
         self.params, self.encoder, self.size = params, encoder, params.vision.batch
         self.fingerprint = schema.fingerprint(
-            **encoder.identity, stored=params.cache.dtype, batch=self.size, version=EXTRACTOR_VERSION
+            **encoder.identity, stored=params.cache.dtype, batch=self.size, version=versions.IMAGES
         )
         self.parts = _parts("images", self.fingerprint, params, data)
         self.donors = Donors(STORE / "images" / self.fingerprint)
@@ -226,14 +223,22 @@ class ImageShards:
 
 @contextmanager
 def one_thread_each(count: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads to compute side by side, each on itself alone: so no bit depends on how many threads torch has."""
-    whole = torch.get_num_threads()
+    """Threads to compute side by side, each on itself alone: so no bit depends on how many threads torch has.
+
+    After an error what has not begun is not done any more.
+    """
+    whole, pool = torch.get_num_threads(), ThreadPoolExecutor(count, initializer=_alone)
     try:
-        # The number is that of the thread that sets it, in OpenMP and in MKL, and the default of threads to come.
-        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield pool
+        yield pool
     finally:
-        torch.set_num_threads(whole)
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(whole)  # the last one set is also the default of threads to come
+
+
+def _alone() -> None:
+    """Compute on this thread alone: in OpenMP and MKL the number is that of the thread that sets it."""
+    torch.get_num_threads()  # a thread's first call takes the default, and would do so after it was set
+    torch.set_num_threads(1)
 
 
 def _padded(pictures: list[Tensor], size: int) -> Tensor:
@@ -274,7 +279,7 @@ def extract_captions(
     captions changed is tokenised anew as a whole: that is cheap. `repair` as for extract_images.
     """
     vocabulary = hashlib.sha256(str(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
-    print_ = schema.fingerprint(embedding=hash_weights(embedding), vocabulary=vocabulary, version=EXTRACTOR_VERSION)
+    print_ = schema.fingerprint(embedding=hash_weights(embedding), vocabulary=vocabulary, version=versions.TEXT)
 
     def tokenise(rows: pd.DataFrame) -> list[list[list[int]]]:
         return [tokenizer(list(texts), add_special_tokens=False)["input_ids"] for texts in rows["captions"]]

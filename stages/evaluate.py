@@ -59,11 +59,15 @@ def _classes(params: Params, adapter: str, images: ImageTokens, out: Path) -> di
 
 def _probe(base: Path, images: ImageTokens) -> float:
     """The linear probe, fitted once: no adapter has a part in it."""
+    import sklearn
+
     from pipeline.evaluate import food101
+    from pipeline.store import dtypes, reader
     from pipeline.training import Checkpoint
 
     inputs = [base / "images" / "classes" / "manifest.json", base / "prepare" / "classes.parquet"]
-    kept = Checkpoint.of(base, "linear-probe", [], [*inputs, Path(food101.__file__)])
+    code = [Path(str(module.__file__)) for module in (food101, dtypes, reader)]
+    kept = Checkpoint.of(base, "linear-probe", [sklearn.__version__], [*inputs, *code])
     state = kept.load()
     if state is None:
         state = {"accuracy": food101.linear_probe(images)}

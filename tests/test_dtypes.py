@@ -67,7 +67,7 @@ def test_numbers_that_do_not_fit_are_named(dtype, value):
 
 
 def test_stored_bytes_are_stable():
-    """Golden values: when one changes, raise EXTRACTOR_VERSION, or old shards would mean something else."""
+    """Golden values: when one changes, raise its version, or old shards would mean something else."""
     digests = {dtype: hashlib.sha256(b"".join(c.tobytes() for c in pack(tokens(), dtype).values())) for dtype in DTYPES}
     assert {dtype: digest.hexdigest()[:12] for dtype, digest in digests.items()} == {
         "float16": "cccf0f1a39cc",

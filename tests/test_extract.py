@@ -13,7 +13,7 @@ from pipeline import sources
 from pipeline.backbones.llm import load_embedding, load_tokenizer
 from pipeline.backbones.vision import load_vision_encoder
 from pipeline.errors import UserError
-from pipeline.extract import Clock, ImageShards, extract_captions, extract_images
+from pipeline.extract import Clock, ImageShards, extract_captions, extract_images, one_thread_each
 from pipeline.params import Vision
 from pipeline.pictures import decode
 from pipeline.store.reader import CaptionTokens, ImageTokens
@@ -128,6 +128,13 @@ def test_passes_go_side_by_side_on_one_thread_each(prepared):
     assert torch.get_num_threads() == 2
 
 
+def test_a_thread_computes_alone_whatever_is_set_before_its_first_pass():
+    with one_thread_each(1) as pool:
+        pool.submit(int).result()  # it has begun and computed nothing yet
+        torch.set_num_threads(2)
+        assert pool.submit(lambda: (torch.ones(9).sum(), torch.get_num_threads())[1]).result() == 1
+
+
 def test_what_is_ahead_of_the_disk_is_bounded(prepared):
     loaded = []
 
@@ -207,7 +214,7 @@ def test_a_picture_changed_since_prepare_is_named(prepared):
 
 
 def test_layout_is_stable():
-    """Golden values: when one changes, raise EXTRACTOR_VERSION or FORMAT, or old stores would be misread."""
+    """Golden values: when one changes, raise its version or FORMAT, or old stores would be misread."""
     assert shard_of("42", 8) == 5
     assert shard_key([("b", "2"), ("a", "1")]) == shard_key([("a", "1"), ("b", "2")]) == "ddc7523b594d0dff5bb4dc05"
     assert fingerprint(encoder="x", version=1) == "15494b0aff1f6eb4ecc4cb32"

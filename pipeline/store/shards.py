@@ -192,7 +192,7 @@ class ShardFile:
         self._places = {name: (column.ctypes.data - start, column[0].nbytes) for name, column in found.items()}
 
     def put(self, at: list[int], columns: dict[str, np.ndarray[Any, Any]]) -> None:
-        """Write rows to the positions `at`; columns [len(at), ...] in the numbers of the schema."""
+        """Write rows to the positions `at`, at least one; columns [len(at), ...] in the numbers of the schema."""
         runs = np.split(np.arange(len(at)), np.flatnonzero(np.diff(at) != 1) + 1)  # of neighbours, which go at once
         for name, column in columns.items():
             offset, size = self._places[name]
