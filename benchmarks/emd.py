@@ -22,7 +22,7 @@ from ot.lp.emd_wrap import emd_c
 from torch import Tensor
 
 from pipeline.adapters import build_adapter
-from pipeline.backbones.devices import to_device
+from pipeline.backbones.devices import keep_freed_memory, to_device
 from pipeline.backbones.llm import load_llm
 from pipeline.emd import cost_matrix, emd, solve
 from pipeline.objective import Pairs, start_loss
@@ -136,8 +136,8 @@ def forward_backward(quick: bool, threads: int) -> None:
 
 
 def whole_step(quick: bool, threads: int) -> None:
-    """(d) An mlp adapter's forward, EMD, backward: images with their five captions, or pair by pair."""
-    images = 1 if quick else 2
+    """(d) An mlp adapter's forward, EMD, backward: the thesis's batch of 8 with five captions, or pair by pair."""
+    images = 1 if quick else 8
     _, y, offsets, index = batch(images, 255, 5, (8, 20), 4096)
     x = torch.randn(images, 255, 512)
     adapter = build_adapter("mlp", 512, 4096)
@@ -323,6 +323,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="of (h)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    keep_freed_memory()  # as pre-training does
     print(f"{os.cpu_count()} cores, {arguments.threads} threads used, torch {torch.__version__}, POT {ot.__version__}")
     parts = {"a": solver, "c": forward_backward, "d": whole_step, "e": free_loss, "f": sinkhorn}
     parts |= {"g": against_language_model, "h": lambda *few: in_flight(*few, arguments.device)}
