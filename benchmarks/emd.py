@@ -66,10 +66,10 @@ def costs_of(data: Batch) -> np.ndarray:
     """Squared costs [B, N, L] of a batch whose images have as many columns as the widest needs."""
     x, y, offsets, index = data
     spans = [(offsets[index.index(i)], offsets[len(index) - index[::-1].index(i)]) for i in range(len(x))]
-    padded = torch.zeros(len(x), max(end - start for start, end in spans), y.shape[1])
+    word_at = torch.full((len(x), max(end - start for start, end in spans)), -1)
     for i, (start, end) in enumerate(spans):
-        padded[i, : end - start] = y[start:end]
-    return cost_matrix(x, padded, "sqeuclidean").numpy()
+        word_at[i, : end - start] = torch.arange(start, end)
+    return cost_matrix(x, y, word_at, "sqeuclidean").numpy()
 
 
 def against_core(quick: bool, rank: int | None) -> None:

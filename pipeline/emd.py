@@ -80,14 +80,23 @@ def start_emd(
     if image_index is None:
         offsets, image_index, word_weights = _all_pairs(len(tokens), offsets, word_weights)
     layout = _Layout(offsets, image_index, len(tokens))
+    word_at = torch.arange(len(words))[None] if all_pairs else torch.from_numpy(layout.word_at())
+    word_at = to_device(word_at, tokens.device)
     weights = _numpy(token_weights), _numpy(word_weights)
     with torch.autocast(tokens.device.type, enabled=False):
-        x, y = tokens.float(), words.float()[None] if all_pairs else layout.by_image(words.float())
+        x, y = tokens.float(), words.float()
         if center is not None and cost == "cosine":
             x, y = x - center, y - center
-        costs = cost_matrix(x.detach(), y.detach(), cost)
+        costs = cost_matrix(x.detach(), y.detach(), word_at, cost)
+
+    def value(entries: Entries) -> Tensor:
+        """EMD [P] by plans, differentiable; a GPU is sent the plans and not waited for."""
+        place, pair, mass = (to_device(entry, costs.device) for entry in entries)
+        found: Tensor = _EMD.apply(x, y, cost, costs, word_at, place, pair, mass, len(layout.image))
+        return found
+
     if solver == "sinkhorn":
-        return lambda: _value(x, y, cost, costs, _sinkhorn(costs, layout, *weights, regularisation), layout)
+        return lambda: value(_sinkhorn(costs, layout, *weights, regularisation))
     on_host, arrived = _to_host(costs)
 
     def entries() -> Entries:
@@ -103,7 +112,7 @@ def start_emd(
         )
 
     found = BACKGROUND.submit(entries).result if background else entries
-    return lambda: _value(x, y, cost, costs, found(), layout)
+    return lambda: value(found())
 
 
 def _at_once(start: Callable[Arguments, Callable[[], Tensor]]) -> Callable[Arguments, Tensor]:
@@ -127,13 +136,6 @@ def _to_host(costs: Tensor) -> tuple[Tensor, Callable[[], object]]:
     return on_host, arrived.synchronize
 
 
-def _value(x: Tensor, y: Tensor, cost: Cost, costs: Tensor, entries: Entries, layout: _Layout) -> Tensor:
-    """EMD [P] by plans, differentiable; a GPU is sent the plans and not waited for."""
-    place, pair, mass = (to_device(entry, costs.device) for entry in entries)
-    value: Tensor = _EMD.apply(x, y, cost, costs.view(-1)[place], place, pair, mass, len(layout.image))
-    return value
-
-
 def _all_pairs(
     images: int, offsets: Sequence[int], word_weights: Tensor | None
 ) -> tuple[list[int], list[int], Tensor | None]:
@@ -147,16 +149,28 @@ def _all_pairs(
     )
 
 
-def cost_matrix(x: Tensor, y: Tensor, cost: Cost) -> Tensor:
-    """Ground costs [B, N, L] between x [B, N, D] and y [B, L, D], or [1, L, D] the same for all x."""
-    shape = (*x.shape[:2], y.shape[1])
-    if len(y) == 1:
-        x = x.flatten(0, 1)[None]
-    norm_x, norm_y = torch.linalg.vector_norm(x, dim=-1)[..., None], torch.linalg.vector_norm(y, dim=-1)[:, None]
+def cost_matrix(x: Tensor, y: Tensor, word_at: Tensor, cost: Cost) -> Tensor:
+    """Ground costs [B, N, L] between tokens x [B, N, D] and words of y [T, D], for image b those at word_at[b].
+
+    word_at is [B, L], or [1, L] for all images the same; a column without a word, -1, costs anything.
+    """
+    norm_x, norm_y = torch.linalg.vector_norm(x, dim=-1)[..., None], torch.linalg.vector_norm(y, dim=-1)
+    norm_y, products = norm_y[word_at][:, None], _products(x, y, word_at)
     if cost == "cosine":
-        return (1 - x @ y.mT / (norm_x.clamp_min(TINY) * norm_y.clamp_min(TINY))).view(shape)
-    squared = torch.baddbmm(norm_x.square() + norm_y.square(), x, y.mT, alpha=-2).clamp_min_(TINY).view(shape)
+        return 1 - products / (norm_x.clamp_min(TINY) * norm_y.clamp_min(TINY))
+    squared = (norm_x.square() + norm_y.square()).sub_(products, alpha=2).clamp_min_(TINY)
     return squared.sqrt_() if cost == "euclidean" else squared
+
+
+def _products(x: Tensor, y: Tensor, word_at: Tensor) -> Tensor:
+    """Inner products of the same shape; on a CPU image by image where the words of each are consecutive, uncopied."""
+    first, last, count = word_at[:, 0], word_at.amax(1), (word_at >= 0).sum(1)
+    if x.is_cuda or len(word_at) == 1 or (last - first + 1 != count).any():
+        return x @ y[word_at if len(word_at) > 1 else word_at[0]].mT
+    products = x.new_zeros(*x.shape[:2], word_at.shape[1])
+    for image, (start, words) in enumerate(zip(first.tolist(), count.tolist(), strict=True)):
+        torch.mm(x[image], y[start : start + words].T, out=products[image, :, :words])
+    return products
 
 
 class _EMD(torch.autograd.Function):
@@ -172,29 +186,28 @@ class _EMD(torch.autograd.Function):
         x: Tensor,
         y: Tensor,
         cost: Cost,
-        chosen: Tensor,
+        costs: Tensor,
+        word_at: Tensor,
         place: Tensor,
         pair: Tensor,
         mass: Tensor,
         pairs: int,
     ) -> Tensor:
+        chosen, (tokens, slots) = costs.view(-1)[place], costs.shape[1:]
+        of_x = place // slots  # rows of x.view(-1, D)
+        of_y = word_at[place // (tokens * slots) % len(word_at), place % slots]
         ctx.cost = cost
-        ctx.save_for_backward(x, y, place, pair, mass, chosen)
+        ctx.save_for_backward(x, y, of_x, of_y, pair, mass, chosen)
         return chosen.new_zeros(pairs, dtype=mass.dtype).index_add_(0, pair, chosen * mass).float()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, y, place, pair, mass, chosen = ctx.saved_tensors
-        tokens, slots = x.shape[1], y.shape[1]
-        of_x = place // slots  # rows of x.view(-1, D)
-        of_y = place % slots  # of y.view(-1, D)
-        if len(y) > 1:
-            of_y = of_y + place // (tokens * slots) * slots
+        x, y, of_x, of_y, pair, mass, chosen = ctx.saved_tensors
         weight = mass.float() * grad[pair]
         if ctx.cost == "cosine":
             norm_x = torch.linalg.vector_norm(x, dim=-1).view(-1)[of_x]
-            norm_y = torch.linalg.vector_norm(y, dim=-1).view(-1)[of_y]
+            norm_y = torch.linalg.vector_norm(y, dim=-1)[of_y]
             weight = torch.where((norm_x > TINY) & (norm_y > TINY), weight, 0)
             q = weight / (norm_x * norm_y).clamp_min(TINY**2)
             p, r = ((1 - chosen) * weight / norm.clamp_min(TINY).square() for norm in (norm_x, norm_y))
@@ -202,20 +215,19 @@ class _EMD(torch.autograd.Function):
             scale = chosen.reciprocal() if ctx.cost == "euclidean" else 2
             zero = TINY**0.5 if ctx.cost == "euclidean" else TINY
             p = q = r = torch.where(chosen > zero, weight * scale, 0)
-        grad_x = _side(x, of_x, p, y, of_y, q) if ctx.needs_input_grad[0] else None
-        grad_y = _side(y, of_y, r, x, of_x, q) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_y, None, None, None, None, None, None
+        rows = x.flatten(0, 1)
+        grad_x = _side(rows, of_x, p, y, of_y, q).view_as(x) if ctx.needs_input_grad[0] else None
+        grad_y = _side(y, of_y, r, rows, of_x, q) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_y, None, None, None, None, None, None, None
 
 
 def _side(x: Tensor, of_x: Tensor, p: Tensor, y: Tensor, of_y: Tensor, q: Tensor) -> Tensor:
     """The sum over entries of p x - q y at the rows of x; the plan is so sparse that this beats a matrix product."""
     order = of_x.argsort()
-    rows = torch.arange(x.shape[0] * x.shape[1], device=x.device)
-    pulled = torch.nn.functional.embedding_bag(
-        of_y[order], y.flatten(0, 1), torch.searchsorted(of_x[order], rows), mode="sum", per_sample_weights=-q[order]
-    )
-    own = p.new_zeros(len(rows)).index_add_(0, of_x, p).view(*x.shape[:2], 1)
-    return pulled.view_as(x).addcmul_(x, own)  # in place: fresh memory costs more than the sum
+    begin = torch.searchsorted(of_x[order], torch.arange(len(x), device=x.device))
+    pulled = torch.nn.functional.embedding_bag(of_y[order], y, begin, mode="sum", per_sample_weights=-q[order])
+    own = p.new_zeros(len(x), 1).index_add_(0, of_x, p[:, None])
+    return pulled.addcmul_(x, own)  # in place: fresh memory costs more than the sum
 
 
 class _Layout:
@@ -235,11 +247,11 @@ class _Layout:
         self.image_of_word = np.repeat(self.image, self.length)
         self.slot_of_word = np.arange(self.offsets[-1]) - np.repeat(self.offsets[:-1] - self.column, self.length)
 
-    def by_image(self, words: Tensor) -> Tensor:
-        """[T, D] -> [B, L, D]; unused slots repeat the first word."""
-        word_at = np.zeros((self.images, self.slots), np.int64)
-        word_at[self.image_of_word, self.slot_of_word] = np.arange(len(words))
-        return words[to_device(torch.from_numpy(word_at), words.device)]
+    def word_at(self) -> np.ndarray:
+        """The word of each column of an image [B, L], -1 where an image has fewer."""
+        word_at = np.full((self.images, self.slots), -1)
+        word_at[self.image_of_word, self.slot_of_word] = np.arange(self.offsets[-1])
+        return word_at
 
     def weights(
         self, tokens: int, token_weights: np.ndarray | None, word_weights: np.ndarray | None

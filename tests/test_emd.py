@@ -145,7 +145,7 @@ def test_partial_values_and_gradients_equal_pots(cost):
     theirs = [x.double().requires_grad_(), words.double().requires_grad_()]
     for pair, image in enumerate(index):
         y = theirs[1][offsets[pair] : offsets[pair + 1]]
-        matrix = cost_matrix(theirs[0][image][None], y[None], cost)[0]
+        matrix = cost_matrix(theirs[0][image][None], y, torch.arange(len(y))[None], cost)[0]
         a, b = np.full(len(matrix), 1 / len(matrix)), np.full(len(y), 0.7 / len(y))
         plan = ot.partial.partial_wasserstein(a, b, matrix.detach().numpy(), m=b.sum())
         expected = (torch.from_numpy(plan) * matrix).sum()
@@ -236,11 +236,31 @@ def test_points_that_coincide_have_a_finite_gradient():
     assert x.grad.isfinite().all()
 
 
+def test_captions_of_an_image_may_stand_apart_and_an_image_may_have_none():
+    x, words, offsets, index = problem(1)
+    order = [4, 0, 2, 5, 1, 3]
+    spans = [range(offsets[pair], offsets[pair + 1]) for pair in order]
+    moved = torch.tensor([word for span in spans for word in span])
+    apart = [torch.cat([torch.randn(1, *x.shape[1:]), x]).requires_grad_(), words[moved].requires_grad_()]
+    together = [x.requires_grad_(), words.requires_grad_()]
+    expected = emd(*together, offsets, index, cost="sqeuclidean")
+    values = emd(*apart, np.cumsum([0, *map(len, spans)]).tolist(), [index[p] + 1 for p in order], cost="sqeuclidean")
+    torch.testing.assert_close(values, expected[order])
+    weights = torch.rand(len(order))
+    (values * weights).sum().backward()
+    (expected[order] * weights).sum().backward()
+    torch.testing.assert_close(apart[0].grad[1:], x.grad)
+    torch.testing.assert_close(apart[1].grad, words.grad[moved])
+    assert not apart[0].grad[0].any()
+
+
 def test_center_moves_the_cosine():
     x, words = torch.randn(1, 4, 5), torch.randn(3, 5)
     center = torch.randn(5)
     expected = pairwise_distances((x[0] - center).numpy(), (words - center).numpy(), "cosine")
-    np.testing.assert_allclose(cost_matrix(x - center, (words - center)[None], "cosine")[0], expected, atol=1e-5)
+    np.testing.assert_allclose(
+        cost_matrix(x - center, words - center, torch.arange(3)[None], "cosine")[0], expected, atol=1e-5
+    )
     value = emd(x, words, [0, 3], [0], cost="cosine", center=center).item()
     assert value == pytest.approx(ot.emd2([], [], expected.astype(float)), abs=1e-5)
 
