@@ -79,9 +79,10 @@ def ways(params: Params, encoder: VisionEncoder) -> dict[str, Callable[[], objec
     """What a round measures."""
     work = ImageShards(params, "classes", encoder)
     names = [name for rows in work.parts.values() for name in rows["image"]]
-    batches = [
-        pixels for rows in work.parts.values() for _, pixels in work._batches(rows, list(range(len(rows))), Clock())
-    ]
+    batches = []
+    with one_thread_each(work.threads) as pool:
+        for rows in work.parts.values():
+            batches += [pixels for _, pixels in work._batches(pool, rows, list(range(len(rows))), Clock())]
 
     def extraction() -> None:
         shutil.rmtree(STORE, ignore_errors=True)

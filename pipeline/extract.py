@@ -102,8 +102,9 @@ class ImageShards:
         )
         self.parts = _parts("images", self.fingerprint, params, data)
         self.donors = Donors(STORE / "images" / self.fingerprint)
-        device = pick_device(params.runtime.device).type
+        device, decoders = pick_device(params.runtime.device).type, params.runtime.decode_threads
         self.passes = {"cpu": torch.get_num_threads(), "cuda": 2}.get(device, 1)
+        self.threads = max(self.passes, decoders) if device == "cpu" else self.passes + decoders
 
     def part(self, number: int, of: int) -> list[Path]:
         """Every `of`-th shard, from `number` on, whether it is in the store or not.
@@ -174,11 +175,12 @@ class ImageShards:
         """Positions of some rows and their columns, batch by batch, in order; `passes` batches are in work at once.
 
         Every batch has the same shape: a batch of another size would give other bits. On a CPU a pass on one thread
-        beside others is faster than all threads in one pass: nobody waits for anybody, nor for decoding.
+        beside others is faster than all threads in one pass: nobody waits for anybody. The same threads decode, so that
+        as many are at work as there are cores; on a GPU those of the passes wait for it.
         """
-        with one_thread_each(self.passes) as pool:
+        with one_thread_each(self.threads) as pool:
             ahead: deque[tuple[list[int], Future[Columns]]] = deque()
-            for at, pixels in self._batches(rows, fresh, clock):
+            for at, pixels in self._batches(pool, rows, fresh, clock):
                 ahead.append((at, pool.submit(self._pass, [rows["image"][row] for row in at], pixels, clock)))
                 if len(ahead) > self.passes:  # one waits for the first thread that is free
                     at, columns = ahead.popleft()
@@ -198,7 +200,9 @@ class ImageShards:
             mend = "set cache.dtype: float32" if tokens.isfinite().all() else "the encoder gives no finite numbers"
             raise UserError(f"{names[fault.row]}: tokens do not fit {dtype}; {mend}") from None
 
-    def _batches(self, rows: pd.DataFrame, fresh: list[int], clock: Clock) -> Iterator[tuple[list[int], Tensor]]:
+    def _batches(
+        self, pool: ThreadPoolExecutor, rows: pd.DataFrame, fresh: list[int], clock: Clock
+    ) -> Iterator[tuple[list[int], Tensor]]:
         """Padded batches [size, 3, H, W] in order; a batch for each pass and two more are decoded ahead."""
 
         def load(row: int) -> Tensor:
@@ -210,15 +214,14 @@ class ImageShards:
         def stacked(at: list[int], futures: list[Any]) -> tuple[list[int], Tensor]:
             return at, _padded([future.result() for future in futures], self.size)
 
-        with one_thread_each(self.params.runtime.decode_threads) as pool:
-            ahead: deque[tuple[list[int], list[Any]]] = deque()
-            for start in range(0, len(fresh), self.size):
-                at = fresh[start : start + self.size]
-                ahead.append((at, [pool.submit(load, row) for row in at]))
-                if len(ahead) > self.passes + 2:
-                    yield stacked(*ahead.popleft())
-            while ahead:
+        ahead: deque[tuple[list[int], list[Any]]] = deque()
+        for start in range(0, len(fresh), self.size):
+            at = fresh[start : start + self.size]
+            ahead.append((at, [pool.submit(load, row) for row in at]))
+            if len(ahead) > self.passes + 2:
                 yield stacked(*ahead.popleft())
+        while ahead:
+            yield stacked(*ahead.popleft())
 
 
 @contextmanager

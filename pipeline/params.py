@@ -295,7 +295,10 @@ class Runtime(Section):
     engine: Literal["local", "ray"] = Field(
         default="local", description="where images are extracted: here, or a Ray cluster"
     )
-    decode_threads: Positive = 2
+    decode_threads: Positive = Field(
+        default=2,
+        description="threads that read and decode pictures; on a CPU extraction takes a thread a core at least",
+    )
     emd_threads: Positive = 2
 
 
