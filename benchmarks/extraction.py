@@ -34,7 +34,7 @@ from PIL import Image
 
 from pipeline import sources
 from pipeline.backbones.vision import VisionEncoder, load_vision_encoder
-from pipeline.extract import Clock, ImageShards, extract_images, one_thread_each
+from pipeline.extract import ImageShards, _padded, extract_images, one_thread_each
 from pipeline.params import Params
 from pipeline.pictures import decode
 from pipeline.store.inventory import timings
@@ -78,11 +78,11 @@ def seconds(work: Callable[[], object]) -> float:
 def ways(params: Params, encoder: VisionEncoder) -> dict[str, Callable[[], object]]:
     """What a round measures."""
     work = ImageShards(params, "classes", encoder)
-    names = [name for rows in work.parts.values() for name in rows["image"]]
-    batches = []
-    with one_thread_each(work.threads) as pool:
-        for rows in work.parts.values():
-            batches += [pixels for _, pixels in work._batches(pool, rows, list(range(len(rows))), Clock())]
+    names, batches = [], []
+    for rows in work.parts.values():  # no batch crosses a shard
+        pictures = [encoder.preprocess(decode(Path(name).read_bytes())) for name in rows["image"]]
+        batches += [_padded(pictures[i : i + work.size], work.size) for i in range(0, len(pictures), work.size)]
+        names += list(rows["image"])
 
     def extraction() -> None:
         shutil.rmtree(STORE, ignore_errors=True)

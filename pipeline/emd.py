@@ -71,11 +71,13 @@ def start_emd(
     The gradient is that of sum(plan * cost) with the plan held fixed: for an exact plan that is the gradient of the
     EMD wherever it has one (envelope theorem, Danskin 1967); for Sinkhorn's it is wrong by far more than the value.
     Weights and center get none. Finishing raises ValueError naming the pair when a cost is not finite, weights are
-    negative or sum to nothing, or no optimum is found; starting does when a caption has no words, or unmatched mass is
-    asked of Sinkhorn.
+    negative or sum to nothing, or no optimum is found; starting does when a caption has no words, the offsets do not
+    end with the words, or unmatched mass is asked of Sinkhorn.
     """
     if unmatched and solver == "sinkhorn":
         raise ValueError("unmatched mass is for the exact solvers, not for sinkhorn")
+    if offsets[-1] != len(words):
+        raise ValueError(f"the offsets end at {offsets[-1]}, and there are {len(words)} words")
     all_pairs = image_index is None
     if image_index is None:
         offsets, image_index, word_weights = _all_pairs(len(tokens), offsets, word_weights)
@@ -163,13 +165,17 @@ def cost_matrix(x: Tensor, y: Tensor, word_at: Tensor, cost: Cost) -> Tensor:
 
 
 def _products(x: Tensor, y: Tensor, word_at: Tensor) -> Tensor:
-    """Inner products of the same shape; on a CPU image by image where the words of each are consecutive, uncopied."""
-    first, last, count = word_at[:, 0], word_at.amax(1), (word_at >= 0).sum(1)
-    if x.is_cuda or len(word_at) == 1 or (last - first + 1 != count).any():
+    """Inner products [B, N, L] for `cost_matrix`; on a CPU image by image where the words of each are consecutive."""
+    if x.device.type != "cpu" or len(word_at) == 1:
         return x @ y[word_at if len(word_at) > 1 else word_at[0]].mT
-    products = x.new_zeros(*x.shape[:2], word_at.shape[1])
-    for image, (start, words) in enumerate(zip(first.tolist(), count.tolist(), strict=True)):
-        torch.mm(x[image], y[start : start + words].T, out=products[image, :, :words])
+    count, column = (word_at >= 0).sum(1), torch.arange(word_at.shape[1])
+    if not torch.equal(word_at, torch.where(column < count[:, None], word_at[:, :1] + column, -1)):
+        return x @ y[word_at].mT
+    products = x.new_zeros(*x.shape[:2], len(column))
+    for image, words in enumerate(count.tolist()):
+        if words:  # neither copied nor filled up to as many as another image has
+            start = int(word_at[image, 0])
+            products[image, :, :words] = x[image] @ y[start : start + words].T
     return products
 
 

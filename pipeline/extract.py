@@ -7,9 +7,10 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -45,7 +46,6 @@ from pipeline.store.shards import (
 Advance = Callable[[int], None]
 Parts = dict[Path, pd.DataFrame]
 """The shards a data set needs, in the order of its manifest, and the rows of each."""
-Build = Callable[[Path, Advance], Shard]
 Make = Callable[[list[Path], Advance], dict[Path, Shard]]
 """Makes some shards: in this process, or by many (pipeline/distribute.py)."""
 
@@ -85,8 +85,17 @@ def extract_images(
     """
     work = ImageShards(params, data, encoder)
     _check_repair("images", data, work.fingerprint, work.parts, repair)
-    shards = _build_missing(work.parts, make or _in_turn(work.build), advance)
+    shards = _build_missing(work.parts, make or work.build_all, advance)
     return Manifest("images", work.fingerprint, shards)
+
+
+@dataclass
+class _Part:
+    """A shard in work: its rows, those that have to be encoded, and what it takes."""
+
+    rows: pd.DataFrame
+    fresh: list[int] = field(default_factory=list)
+    clock: Clock = field(default_factory=Clock)
 
 
 class ImageShards:
@@ -105,6 +114,7 @@ class ImageShards:
         device, decoders = pick_device(params.runtime.device).type, params.runtime.decode_threads
         self.passes = {"cpu": torch.get_num_threads(), "cuda": 2}.get(device, 1)
         self.threads = max(self.passes, decoders) if device == "cpu" else self.passes + decoders
+        self._encoding = threading.BoundedSemaphore(self.passes)
 
     def part(self, number: int, of: int) -> list[Path]:
         """Every `of`-th shard, from `number` on, whether it is in the store or not.
@@ -115,45 +125,80 @@ class ImageShards:
 
     def build_missing(self, paths: list[Path], advance: Advance) -> None:
         """Make those of some shards that are not in the store yet."""
-        _build_missing({path: self.parts[path] for path in paths}, _in_turn(self.build), advance)
+        _build_missing({path: self.parts[path] for path in paths}, self.build_all, advance)
 
     def build(self, path: Path, advance: Advance) -> Shard:
-        """Make one shard: rows are copied from other shards where their picture is there, else encoded.
+        """Make one shard. Whoever makes a single one calls this, in another process or on another machine."""
+        return self.build_all([path], advance)[path]
 
-        Whoever makes a shard calls this, here, in another process or on another machine. Numbers go to the disk batch
-        by batch: memory does not grow with the shard.
+    def build_all(self, paths: list[Path], advance: Advance) -> dict[Path, Shard]:
+        """Make some shards in order: rows are copied from other shards where their picture is there, else encoded.
+
+        While a shard is brought to the disk the next one is in work, so that nothing stands still between them.
         """
-        rows, clock, fresh = self.parts[path], Clock(), list[int]()
+        parts = {path: _Part(self.parts[path]) for path in paths}
+        with closing(self._tokens(list(parts.values()))) as tokens:
+            return {path: self._write(path, part, tokens, advance) for path, part in parts.items()}
+
+    def _write(self, path: Path, part: _Part, tokens: Iterator[tuple[list[int], Columns]], advance: Advance) -> Shard:
+        """Write a shard, batch by batch as its tokens come: memory does not grow with it."""
+        missing, clock = len(part.rows), part.clock
         with clock("all"):
             with atomically(path) as stream:
                 file = None
-                for at, values in self._tokens(rows, fresh, clock):
+                while missing:
+                    at, values = next(tokens)
                     with clock("write"):
-                        file = file or self._file(stream, rows, values["tokens"].shape[1:])
+                        file = file or self._file(stream, part.rows, values["tokens"].shape[1:])
                         file.put(at, values)
+                    missing -= len(at)
                     advance(len(at))
                 with clock("write"):
                     assert file is not None, "a part has at least one row"
                     sha256 = file.finish()
-        shard = Shard(path.name, sha256, len(rows), path.stat().st_size)
-        write_record(path, shard, encoded=len(fresh), copied=len(rows) - len(fresh), seconds=clock.seconds())
+        shard = Shard(path.name, sha256, len(part.rows), path.stat().st_size)
+        encoded = len(part.fresh)
+        write_record(path, shard, encoded=encoded, copied=shard.rows - encoded, seconds=clock.seconds())
         return shard
 
     def _file(self, stream: BinaryIO, rows: pd.DataFrame, shape: tuple[int, int]) -> ShardFile:
         arrow = schema.image_schema(shape, self.params.cache.dtype, self.fingerprint)
         return ShardFile(stream, arrow, [pa.array(rows["id"]), pa.array(rows["sha256"])])
 
-    def _tokens(self, rows: pd.DataFrame, fresh: list[int], clock: Clock) -> Iterator[tuple[list[int], Columns]]:
-        """Positions and columns of all rows: copies first. `fresh` receives the positions that had to be encoded."""
-        for row, sha256 in enumerate(rows["sha256"]):
-            with clock("copy"):
-                found = self.donors.find(sha256)
-                copied = found is not None and self._rows_stand_alone
-            if copied and found is not None:
-                yield [row], found
-            else:
-                fresh.append(row)
-        yield from self._encode(rows, fresh, clock)
+    def _tokens(self, parts: list[_Part]) -> Generator[tuple[list[int], Columns], None, None]:
+        """Positions and columns of all rows, part by part, a batch at a time; in each part copies come first.
+
+        On a CPU a pass on one thread beside others is faster than all threads in one pass: nobody waits for anybody.
+        The same threads decode, so that no more are at work than torch has. On a GPU those that encode wait for it.
+        """
+        with one_thread_each(self.threads) as pool:
+            ahead: deque[tuple[list[int], Future[Columns]]] = deque()
+            for at, columns in self._started(pool, parts):
+                ahead.append((at, columns))
+                if len(ahead) > 2 * self.passes + 2:
+                    at, columns = ahead.popleft()
+                    yield at, columns.result()
+            while ahead:
+                at, columns = ahead.popleft()
+                yield at, columns.result()
+
+    def _started(self, pool: ThreadPoolExecutor, parts: list[_Part]) -> Iterator[tuple[list[int], Future[Columns]]]:
+        """The same, as the pool begins with it. It takes tasks in order, so a pass finds its pictures loaded."""
+        for part in parts:
+            for row, sha256 in enumerate(part.rows["sha256"]):
+                with part.clock("copy"):
+                    found = self.donors.find(sha256)
+                    copied = found is not None and self._rows_stand_alone
+                if copied and found is not None:
+                    there = Future[Columns]()
+                    there.set_result(found)
+                    yield [row], there
+                else:
+                    part.fresh.append(row)
+            for start in range(0, len(part.fresh), self.size):
+                at = part.fresh[start : start + self.size]
+                pictures = [pool.submit(self._load, part, row) for row in at]
+                yield at, pool.submit(self._pass, part, at, pictures)
 
     @cached_property
     def _rows_stand_alone(self) -> bool:
@@ -171,57 +216,24 @@ class ImageShards:
             print("tokens depend on the place in the batch: shards are made whole, no row is copied", file=sys.stderr)
         return same
 
-    def _encode(self, rows: pd.DataFrame, fresh: list[int], clock: Clock) -> Iterator[tuple[list[int], Columns]]:
-        """Positions of some rows and their columns, batch by batch, in order; `passes` batches are in work at once.
+    def _load(self, part: _Part, row: int) -> Tensor:
+        name = part.rows["image"][row]
+        with part.clock("read"):
+            content = _read_picture(name, part.rows["sha256"][row])
+        with part.clock("decode"):
+            return self.encoder.preprocess(_decoded(content, name))
 
-        Every batch has the same shape: a batch of another size would give other bits. On a CPU a pass on one thread
-        beside others is faster than all threads in one pass: nobody waits for anybody. The same threads decode, so that
-        as many are at work as there are cores; on a GPU those of the passes wait for it.
-        """
-        with one_thread_each(self.threads) as pool:
-            ahead: deque[tuple[list[int], Future[Columns]]] = deque()
-            for at, pixels in self._batches(pool, rows, fresh, clock):
-                ahead.append((at, pool.submit(self._pass, [rows["image"][row] for row in at], pixels, clock)))
-                if len(ahead) > self.passes:  # one waits for the first thread that is free
-                    at, columns = ahead.popleft()
-                    yield at, columns.result()
-            while ahead:
-                at, columns = ahead.popleft()
-                yield at, columns.result()
-
-    def _pass(self, names: list[str], pixels: Tensor, clock: Clock) -> Columns:
-        """The columns of a batch [size, 3, H, W], which begins with the pictures of these names."""
+    def _pass(self, part: _Part, at: list[int], pictures: list[Future[Tensor]]) -> Columns:
+        """The columns of the rows `at`. Every batch has the same shape: one of another size would give other bits."""
+        pixels = _padded([picture.result() for picture in pictures], self.size)
+        with self._encoding, part.clock("encode"):
+            tokens = self.encoder.encode(pixels)[: len(at)]
         dtype = self.params.cache.dtype
-        with clock("encode"):
-            tokens = self.encoder.encode(pixels)[: len(names)]
         try:
             return pack(tokens, dtype)
         except DoesNotFit as fault:
             mend = "set cache.dtype: float32" if tokens.isfinite().all() else "the encoder gives no finite numbers"
-            raise UserError(f"{names[fault.row]}: tokens do not fit {dtype}; {mend}") from None
-
-    def _batches(
-        self, pool: ThreadPoolExecutor, rows: pd.DataFrame, fresh: list[int], clock: Clock
-    ) -> Iterator[tuple[list[int], Tensor]]:
-        """Padded batches [size, 3, H, W] in order; a batch for each pass and two more are decoded ahead."""
-
-        def load(row: int) -> Tensor:
-            with clock("read"):
-                content = _read_picture(rows["image"][row], rows["sha256"][row])
-            with clock("decode"):
-                return self.encoder.preprocess(_decoded(content, rows["image"][row]))
-
-        def stacked(at: list[int], futures: list[Any]) -> tuple[list[int], Tensor]:
-            return at, _padded([future.result() for future in futures], self.size)
-
-        ahead: deque[tuple[list[int], list[Any]]] = deque()
-        for start in range(0, len(fresh), self.size):
-            at = fresh[start : start + self.size]
-            ahead.append((at, [pool.submit(load, row) for row in at]))
-            if len(ahead) > self.passes + 2:
-                yield stacked(*ahead.popleft())
-        while ahead:
-            yield stacked(*ahead.popleft())
+            raise UserError(f"{part.rows['image'][at[fault.row]]}: tokens do not fit {dtype}; {mend}") from None
 
 
 @contextmanager
@@ -300,7 +312,7 @@ def extract_captions(
 
     parts = _parts("text", print_, params, data)
     _check_repair("text", data, print_, parts, repair)
-    shards = _build_missing(parts, _in_turn(build), advance)
+    shards = _build_missing(parts, lambda paths, advance: {path: build(path, advance) for path in paths}, advance)
     manifest = Manifest("text", print_, shards)
     return Manifest("text", print_, shards, _embedding_table(manifest, embedding))
 
@@ -354,10 +366,6 @@ def _build_missing(parts: Parts, make: Make, advance: Advance) -> list[Shard]:
     advance(sum(len(parts[path]) for path, shard in there.items() if shard is not None))
     made = make([path for path, shard in there.items() if shard is None], advance)
     return [shard or made[path] for path, shard in there.items()]
-
-
-def _in_turn(build: Build) -> Make:
-    return lambda paths, advance: {path: build(path, advance) for path in paths}
 
 
 def _text_hash(texts: Any) -> str:

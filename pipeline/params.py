@@ -297,7 +297,7 @@ class Runtime(Section):
     )
     decode_threads: Positive = Field(
         default=2,
-        description="threads that read and decode pictures; on a CPU extraction takes a thread a core at least",
+        description="threads that read and decode pictures; in extraction on a CPU at least as many as torch has",
     )
     emd_threads: Positive = 2
 

@@ -254,6 +254,15 @@ def test_captions_of_an_image_may_stand_apart_and_an_image_may_have_none():
     assert not apart[0].grad[0].any()
 
 
+def test_no_caption_gives_no_value_and_words_of_none_are_refused():
+    x, words = torch.randn(2, 4, 5), torch.randn(3, 5)
+    assert (
+        emd(x, words[:0], [0], [], cost="euclidean").shape == emd(x, words[:0], [0], None, cost="cosine").shape == (0,)
+    )
+    with pytest.raises(ValueError, match="offsets end at 2, and there are 3 words"):
+        emd(x, words, [0, 2], [0], cost="euclidean")
+
+
 def test_center_moves_the_cosine():
     x, words = torch.randn(1, 4, 5), torch.randn(3, 5)
     center = torch.randn(5)

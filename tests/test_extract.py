@@ -1,6 +1,7 @@
 """Extraction: the real encoders' shapes, and shards that are whole, reused, and the same however they were made."""
 
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,12 @@ from pipeline import sources
 from pipeline.backbones.llm import load_embedding, load_tokenizer
 from pipeline.backbones.vision import load_vision_encoder
 from pipeline.errors import UserError
-from pipeline.extract import Clock, ImageShards, extract_captions, extract_images, one_thread_each
+from pipeline.extract import ImageShards, _Part, extract_captions, extract_images, one_thread_each
 from pipeline.params import Vision
 from pipeline.pictures import decode
 from pipeline.store.reader import CaptionTokens, ImageTokens
 from pipeline.store.schema import fingerprint, shard_key, shard_of
-from pipeline.store.shards import Manifest, open_shard
+from pipeline.store.shards import Manifest, ShardFile, open_shard
 
 
 class Counting:
@@ -120,7 +121,7 @@ def test_passes_go_side_by_side_on_one_thread_each(prepared):
     params = in_one_shard(prepared, batch=10)
     work = ImageShards(params, "captions", SideBySide())
     [rows] = work.parts.values()
-    found = list(work._encode(rows, list(range(40)), Clock()))
+    found = list(work._tokens([_Part(rows)]))
     assert [row for at, _ in found for row in at] == list(range(40))
     pictures = torch.stack([work.encoder.preprocess(decode(Path(name).read_bytes())) for name in rows["image"]])
     expected = (pictures.flatten(2).transpose(1, 2) + 1).half().numpy()
@@ -135,6 +136,22 @@ def test_a_thread_computes_alone_whatever_is_set_before_its_first_pass():
         assert pool.submit(lambda: (torch.ones(9).sum(), torch.get_num_threads())[1]).result() == 1
 
 
+def test_the_next_shard_is_in_work_while_one_is_brought_to_the_disk(prepared, monkeypatch):
+    encoder, finish, written = Counting(), ShardFile.finish, []
+
+    def waits_for_the_next(file):
+        written.append(file)
+        passes = 2 * len(written) + (len(written) < 3)  # a shard takes two
+        deadline = time.monotonic() + 20
+        while encoder.calls < passes and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert encoder.calls >= passes
+        return finish(file)
+
+    monkeypatch.setattr(ShardFile, "finish", waits_for_the_next)
+    assert len(run(prepared, encoder).shards) == len(written) == 3 and encoder.calls == 6
+
+
 def test_what_is_ahead_of_the_disk_is_bounded(prepared):
     loaded = []
 
@@ -145,10 +162,10 @@ def test_what_is_ahead_of_the_disk_is_bounded(prepared):
 
     params = in_one_shard(prepared, batch=2)
     work = ImageShards(params, "captions", Loading())
-    tokens = work._encode(*work.parts.values(), list(range(40)), Clock())
+    tokens = work._tokens([_Part(rows) for rows in work.parts.values()])
     next(tokens)
     tokens.close()
-    assert 2 * (work.passes + 1) <= len(loaded) <= 2 * (2 * work.passes + 4) < 40
+    assert 2 <= len(loaded) <= 2 * (2 * work.passes + 3) < 40
 
 
 def test_reader_gives_what_the_encoder_gave(prepared):
