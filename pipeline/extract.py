@@ -188,8 +188,7 @@ class ImageShards:
             for row, sha256 in enumerate(part.rows["sha256"]):
                 with part.clock("copy"):
                     found = self.donors.find(sha256)
-                    copied = found is not None and self._rows_stand_alone
-                if copied and found is not None:
+                if found is not None and self._rows_stand_alone:
                     there = Future[Columns]()
                     there.set_result(found)
                     yield [row], there
