@@ -48,6 +48,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "base, whitened": BASE | {"space": "whitened"},
     "base, unmatched": BASE | {"unmatched": 0.2},
     "base, contrast 1": BASE | {"contrast": 1.0},
+    "base, contrast 1, unmatched": BASE | {"contrast": 1.0, "unmatched": 0.2},
     "base, contrast, unmatched": BASE | {"contrast": 0.3, "unmatched": 0.2},
     "base, contrast at 0.2, unmatched": BASE | {"contrast": 0.3, "temperature": 0.2, "unmatched": 0.2},
     "base, contrast at 0.5, unmatched": BASE | {"contrast": 0.3, "temperature": 0.5, "unmatched": 0.2},
