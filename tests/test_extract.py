@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from pipeline import sources
 from pipeline.backbones.llm import load_embedding, load_tokenizer
@@ -179,6 +180,14 @@ def test_reader_gives_what_the_encoder_gave(prepared):
         direct = encoder.encode(encoder.preprocess(picture)[None])[0]
         torch.testing.assert_close(tokens[row], direct.half().float(), rtol=0, atol=0)
     assert len({*images.split("train"), *images.split("val"), *images.split("test")}) == len(images.ids) == 40
+
+
+def test_torch_loads_batches_of_rows(prepared):
+    run(prepared, Counting())
+    images = ImageTokens.open(Path("data/tiny"), "captions")
+    order = list(range(len(images)))[::-1]
+    loader = DataLoader(images, batch_size=16, sampler=order, collate_fn=lambda tokens: tokens)
+    assert torch.equal(torch.cat(list(loader)), images.tokens(order)) and len(order) == 40
 
 
 def test_caption_tokens_and_embeddings(prepared):

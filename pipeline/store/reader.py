@@ -62,6 +62,13 @@ class ImageTokens:
         mapped = Mapped(shards, [places[row_id] for row_id in rows["id"]])
         return cls(rows, shards[0]["tokens"].shape[1:], dtype, mapped)
 
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitems__(self, positions: list[int]) -> Tensor:
+        """`tokens`, as torch's DataLoader asks for a batch. It needs no workers: they would copy each batch once more."""
+        return self.tokens(positions)
+
     def split(self, name: str) -> list[int]:
         """Positions of the rows of train, val or test."""
         return [int(i) for i in np.flatnonzero(self.rows["split"] == name)]
