@@ -66,7 +66,7 @@ class ImageTokens:
         return len(self.ids)
 
     def __getitems__(self, positions: list[int]) -> Tensor:
-        """`tokens`, as torch's DataLoader asks for a batch. It needs no workers: they would copy each batch once more."""
+        """`tokens`, as torch's DataLoader asks for a batch; it needs no workers, which would copy each once more."""
         return self.tokens(positions)
 
     def split(self, name: str) -> list[int]:
