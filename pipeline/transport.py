@@ -20,9 +20,6 @@ ZERO, ONE = np.uint64(0), np.uint64(1)  # indices are unsigned: no wrap-around t
 
 compiled = njit(cache=True, nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 entry = njit(cache=True, nogil=True, error_model="numpy")
-reordered = njit(
-    cache=True, nogil=True, error_model="numpy", fastmath=True, no_cpython_wrapper=True, no_cfunc_wrapper=True
-)
 
 
 class _State(NamedTuple):
@@ -56,7 +53,7 @@ def _move(flow, member, place, filled, i, j, k, units):
         place[last, j] = place[i, j]
 
 
-@reordered
+@compiled
 def _soften(cost, price, kernel, least, a, b, n, m):
     """Prices nearer to the optimum by a few Sinkhorn iterations; only the start depends on them, not the result."""
     regret = 0.0

@@ -1,5 +1,6 @@
 """EMD against POT, scipy's linear programming, sklearn's distances and finite differences."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -322,6 +323,22 @@ def test_sinkhorn_comes_near_from_above():
     assert (fine > -0.005).all()
     assert (fine < 0.05).all()
     assert rough.mean() > 3 * fine.mean()
+
+
+def test_the_first_run_which_compiles_gives_what_later_ones_give(tmp_path):
+    """Bit for bit, prices too: numba compiles loops that may be reordered one way and loads them in another."""
+    code = """
+import numpy as np
+from pipeline.emd import solve
+plan = solve(np.random.default_rng(0).random((200, 9, 12), np.float32), range(0, 2412, 12), range(200))
+print(plan.potential.tobytes().hex(), plan.mass.tobytes().hex())
+"""
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    first, later = (
+        subprocess.run([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, check=True).stdout
+        for _ in range(2)
+    )
+    assert first == later and any(tmp_path.iterdir())
 
 
 def test_needs_neither_pot_nor_numba_to_be_imported():
