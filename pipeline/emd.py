@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any, Literal, NamedTuple, NoReturn, ParamSpec
 
 import numpy as np
@@ -244,12 +245,12 @@ class _Layout:
         self.length = np.diff(self.offsets)
         if (self.length < 1).any():
             raise ValueError(f"EMD of pair {self.length.argmin()}: the caption has no words")
+        used = np.bincount(self.image, self.length, images).astype(np.int64)  # columns of each image
+        order = np.argsort(self.image, kind="stable")  # pairs by image
         self.column = np.empty_like(self.image)  # of a pair's first word
-        used = [0] * images
-        for pair, image in enumerate(image_index):
-            self.column[pair] = used[image]
-            used[image] += int(self.length[pair])
-        self.images, self.slots = images, max(used)
+        self.column[order] = np.cumsum(self.length[order]) - self.length[order]
+        self.column -= (np.cumsum(used) - used)[self.image]
+        self.images, self.slots = images, int(used.max())
         self.image_of_word = np.repeat(self.image, self.length)
         self.slot_of_word = np.arange(self.offsets[-1]) - np.repeat(self.offsets[:-1] - self.column, self.length)
 
@@ -272,6 +273,15 @@ class _Layout:
             pair = int(bad.argmax())
             _fail(pair, int(self.image[pair]), "weights have to be finite, not negative, and not all zero")
         return a, b
+
+    def spans(self, count: int) -> list[tuple[int, int]]:
+        """The pairs in at most `count` runs (first, last + 1) that take about equally long to solve."""
+        if count == 1:
+            return [(0, len(self.length))]
+        work = np.cumsum(self.length)
+        ends = np.searchsorted(work, work[-1] * np.arange(1, count + 1) / count)
+        ends = np.unique(np.minimum(ends + 1, len(work)))
+        return list(zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True))
 
     def places(self, plan: Plan, shape: Sequence[int]) -> np.ndarray:
         """Of a plan's entries in the flattened cost matrices [B, N, L]."""
@@ -297,25 +307,28 @@ def solve(
     if unmatched:
         return _solve_partial(costs, offsets, image_index, token_weights, word_weights, unmatched, solver, threads)
     layout = _Layout(offsets, image_index, len(costs))
-    token_mass, word_mass = layout.weights(costs.shape[1], token_weights, word_weights)
-    entries = costs.shape[1] + layout.length - 1
-    begin = np.cumsum([0, *entries])
-    token, word = np.zeros(begin[-1], np.int64), np.zeros(begin[-1], np.int64)
-    mass, potential = np.zeros(begin[-1]), np.zeros(len(word_mass))
-    costs = np.ascontiguousarray(costs)
-    inputs = (costs, layout.image, layout.column, layout.offsets, token_mass.ravel(), word_mass)
-    outputs = (begin, token, word, mass, potential)
+    weights = layout.weights(costs.shape[1], token_weights, word_weights)
+    begin = np.cumsum([0, *(costs.shape[1] + layout.length - 1)])  # room for the entries of each pair
+    columns = [np.empty(begin[-1], np.int64) for _ in range(3)] + [np.empty(begin[-1])]
+    potential = np.empty(layout.offsets[-1])
+    inputs = (np.ascontiguousarray(costs), layout.image, layout.column, layout.offsets, weights[0].ravel(), weights[1])
     run = _exact if solver == "exact" else _pot
-    chunks = np.array_split(np.arange(len(layout.image)), 4 * threads)
-    spans = [(int(chunk[0]), int(chunk[-1]) + 1) for chunk in chunks if len(chunk)]
-    if threads == 1 or costs.shape[1] * layout.offsets[-1] < SMALL:
-        run((0, len(layout.image)), *inputs, *outputs)
-    else:  # both solvers run without the GIL
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(lambda span: run(span, *inputs, *outputs), spans))
-    used = np.flatnonzero(mass)
-    pair = np.repeat(np.arange(len(layout.image)), entries)
-    return Plan(pair[used], token[used], word[used], mass[used], potential)
+    spans = layout.spans(1 if costs.shape[1] * layout.offsets[-1] < SMALL else threads)
+
+    def entries(span: tuple[int, int]) -> slice:
+        """Solves a run of pairs, whose plans then stand one after the other here."""
+        return slice(begin[span[0]], run(span, *inputs, begin[span[0]], *columns, potential))
+
+    # Both solvers run without the GIL.
+    parts = list((map if len(spans) == 1 else solver_threads(threads).map)(entries, spans))
+    pair, token, word, mass = (np.concatenate([column[part] for part in parts]) for column in columns)
+    return Plan(pair, token, word, mass, potential)
+
+
+@cache
+def solver_threads(count: int) -> ThreadPoolExecutor:
+    """Threads for solving, kept as long as the process: to start them costs as much as a small batch."""
+    return ThreadPoolExecutor(count, "emd-solver")
 
 
 def _solve_partial(
@@ -355,17 +368,18 @@ def _fail(pair: int, image: int, why: str) -> NoReturn:
     raise ValueError(f"EMD of pair {pair} (image {image}): {why}")
 
 
-def _exact(span: tuple[int, int], costs: np.ndarray, image: np.ndarray, *arrays: np.ndarray) -> None:
-    """Solve a range of pairs into the arrays, as transport.solve_pairs has them."""
+def _exact(span: tuple[int, int], costs: np.ndarray, image: np.ndarray, *arrays: Any) -> int:
+    """Solve a range of pairs into the arrays, as transport.solve_pairs has them; returns where their plans end."""
     from pipeline import transport
 
-    pair, status = transport.solve_pairs(*span, costs, image, *arrays)
+    end, pair, status = transport.solve_pairs(*span, costs, image, *arrays)
     if status != transport.SOLVED:
         why = {
             transport.NOT_FINITE: "a ground cost is not finite",
             transport.NO_OPTIMUM: "the solver found no optimum",
         }
         _fail(pair, image[pair], why[status])
+    return int(end)
 
 
 def _pot(
@@ -376,12 +390,13 @@ def _pot(
     offsets: np.ndarray,
     token_weights: np.ndarray,
     word_weights: np.ndarray,
-    begin: np.ndarray,
+    at: int,
+    pair: np.ndarray,
     token: np.ndarray,
     word: np.ndarray,
     mass: np.ndarray,
     potential: np.ndarray,
-) -> None:
+) -> int:
     """The same with POT's network simplex."""
     from ot.lp.emd_wrap import emd_c
 
@@ -397,8 +412,9 @@ def _pot(
         if code != POT_OPTIMAL:
             _fail(p, image[p], f"the solver found no optimum (code {code})")
         i, j = np.nonzero(flow)
-        here = slice(begin[p], begin[p] + len(i))
-        token[here], word[here], mass[here], potential[mine] = i, j + offsets[p], flow[i, j], dual
+        here, at = slice(at, at + len(i)), at + len(i)
+        pair[here], token[here], word[here], mass[here], potential[mine] = p, i, j + offsets[p], flow[i, j], dual
+    return at
 
 
 def _sinkhorn(

@@ -332,7 +332,7 @@ def _entries(s, m):
 
 @compiled
 def _write(s, n, m, total, at, turned, first, token, word, mass):
-    """Write the plan from entry `at` on, at most n + m - 1 entries; returns its duality gap."""
+    """Write the plan from entry `at` on, at most n + m - 1 entries; returns its duality gap and where it ends."""
     cost, price, flow = s.cost, s.price, s.flow
     gap = 0.0
     for i in range(n):
@@ -347,18 +347,18 @@ def _write(s, n, m, total, at, turned, first, token, word, mass):
                 mass[at] = flow[i, j] / total
                 gap += mass[at] * (cost[i, j] - price[j] - best)
                 at += 1
-    return gap
+    return gap, at
 
 
 @entry
 def solve_pairs(
-    start, stop, costs, image, column, offsets, token_weights, word_weights, begin, token, word, mass, dual
+    start, stop, costs, image, column, offsets, token_weights, word_weights, at, pair, token, word, mass, dual
 ):
-    """Solve the pairs from `start` to before `stop`; returns the first that failed, and why, or (-1, SOLVED).
+    """Solve the pairs from `start` to before `stop`; returns (where their plans end, the pair that failed, why).
 
     costs [B, N, L]: pair p is image[p], columns column[p] and on, one for each of words offsets[p] to offsets[p + 1].
-    token_weights [B * N] and word_weights [T], any sum. The plan of pair p goes to begin[p] and on of token, word
-    (index into the T words) and mass, which have room for N + m - 1 entries and are zero; dual [T]: words' potentials.
+    token_weights [B * N] and word_weights [T], any sum. The plans go one after the other to `at` and on of pair, token,
+    word (index into the T words) and mass, with room for N + m - 1 entries each; dual [T]: words' potentials.
     """
     tokens, widest = costs.shape[1], 0
     for p in range(start, stop):
@@ -370,18 +370,21 @@ def solve_pairs(
         turned, n, m = words > tokens, max(tokens, words), min(tokens, words)
         largest = _load(s, costs, image[p], column[p], tokens, words)
         if not np.isfinite(largest):
-            return p, NOT_FINITE
+            return at, p, NOT_FINITE
         total = np.int64(np.floor(UNITS / (n * m))) * n * m  # so that equal weights are whole units
         of_tokens, of_words = (b, a) if turned else (a, b)
         _units(token_weights, image[p] * tokens, tokens, total, of_tokens)
         _units(word_weights, offsets[p], words, total, of_words)
         _start(s, a, b, n, m)
         if not _balance(s, n, m, HOP * largest):
-            return p, NO_OPTIMUM
+            return at, p, NO_OPTIMUM
         if _entries(s, m) > n + m - 1:
             _thin(s.flow, n, m)
-        if not _write(s, n, m, total, begin[p], turned, offsets[p], token, word, mass) <= GAP * largest:
-            return p, NO_OPTIMUM
+        gap, end = _write(s, n, m, total, at, turned, offsets[p], token, word, mass)
+        if not gap <= GAP * largest:
+            return at, p, NO_OPTIMUM
+        pair[at:end] = p
+        at = end
         for j in range(words):
             dual[offsets[p] + j] = s.key[j] if turned else s.price[j]
-    return -1, SOLVED
+    return at, -1, SOLVED
