@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.backbones.devices import to_device
+from pipeline.backbones.devices import exact_products, to_device
 
 Cost = Literal["euclidean", "sqeuclidean", "cosine"]
 Solver = Literal["exact", "pot", "sinkhorn"]
@@ -92,30 +92,31 @@ def start_emd(
             x, y = x - center, y - center
         costs = cost_matrix(x.detach(), y.detach(), word_at, cost)
 
-    def value(entries: Entries) -> Tensor:
-        """EMD [P] by plans, differentiable; a GPU is sent the plans and not waited for."""
-        place, pair, mass = (to_device(entry, costs.device) for entry in entries)
+    def value(place: Tensor, pair: Tensor, mass: Tensor) -> Tensor:
+        """EMD [P] by plans, differentiable."""
         found: Tensor = _EMD.apply(x, y, cost, costs, word_at, place, pair, mass, len(layout.image))
         return found
 
     if solver == "sinkhorn":
-        return lambda: value(_sinkhorn(costs, layout, *weights, regularisation))
+        return lambda: value(*_sinkhorn(costs, layout, *weights, regularisation))
     on_host, arrived = _to_host(costs)
 
-    def entries() -> Entries:
+    def plans() -> Tensor:
+        """Place, pair and mass of the entries in one piece [3, E], int64; the mass by its bits."""
         arrived()
         plan = solve(
             on_host.numpy(), offsets, image_index, token_weights=weights[0], word_weights=weights[1],
             unmatched=unmatched, solver=solver, threads=threads,
         )  # fmt: skip
-        return (
-            torch.from_numpy(layout.places(plan, costs.shape)),
-            torch.from_numpy(plan.pair),
-            torch.from_numpy(plan.mass),
-        )
+        return torch.from_numpy(np.stack([layout.places(plan, costs.shape), plan.pair, plan.mass.view(np.int64)]))
 
-    found = BACKGROUND.submit(entries).result if background else entries
-    return lambda: value(found())
+    found = BACKGROUND.submit(plans).result if background else plans
+
+    def finish() -> Tensor:
+        place, pair, mass = to_device(found(), costs.device)  # a GPU is sent the plans and not waited for
+        return value(place, pair, mass.view(torch.float64))
+
+    return finish
 
 
 def _at_once(start: Callable[Arguments, Callable[[], Tensor]]) -> Callable[Arguments, Tensor]:
@@ -127,6 +128,40 @@ def _at_once(start: Callable[Arguments, Callable[[], Tensor]]) -> Callable[Argum
 
 
 emd = _at_once(start_emd)
+
+
+def barycentric_weights(
+    tokens: Tensor,
+    words: Tensor,
+    offsets: Sequence[int],
+    pair_weights: Tensor,
+    *,
+    cost: Cost,
+    word_weights: Tensor,
+    center: Tensor,
+    unmatched: float,
+    solver: Solver,
+    threads: int,
+) -> tuple[float, Tensor]:
+    """How to better one set of tokens [M, D] for P captions: their weighted EMD, and weights [M, T] of all words.
+
+    The set of words' means by these weights has no larger EMD: it is the minimum for the present plans of the squared
+    distance (Cuturi & Doucet 2014, algorithm 2), of a bound on the distance (Weiszfeld 1937), or of the cosine.
+    pair_weights [P]; the rest and the errors are those of `start_emd`. A token without mass has no weights.
+    """
+    x, y = (side - center if cost == "cosine" else side for side in (tokens, words))
+    costs = cost_matrix(x[None], y, torch.arange(len(y), device=y.device)[None], cost)
+    plan = solve(
+        costs.cpu().numpy(), offsets, [0] * (len(offsets) - 1), word_weights=_numpy(word_weights), unmatched=unmatched,
+        solver="pot" if solver == "pot" else "exact", threads=threads,
+    )  # fmt: skip
+    pair, token, word, mass = (to_device(torch.from_numpy(column), y.device) for column in plan[:4])
+    place, mass = token * len(y) + word, mass.float() * pair_weights[pair]
+    chosen = costs.view(-1)[place]
+    norm = chosen if cost == "euclidean" else torch.linalg.vector_norm(y, dim=-1)[word]
+    pull = mass if cost == "sqeuclidean" else mass / norm.clamp_min(TINY**0.5)
+    weights = costs.new_zeros(costs.numel()).index_add_(0, place, pull).view(costs.shape[1:])
+    return (chosen * mass).sum().item(), weights
 
 
 def _to_host(costs: Tensor) -> tuple[Tensor, Callable[[], object]]:
@@ -158,7 +193,9 @@ def cost_matrix(x: Tensor, y: Tensor, word_at: Tensor, cost: Cost) -> Tensor:
     word_at is [B, L], or [1, L] for all images the same; a column without a word, -1, costs anything.
     """
     norm_x, norm_y = torch.linalg.vector_norm(x, dim=-1)[..., None], torch.linalg.vector_norm(y, dim=-1)
-    norm_y, products = norm_y[word_at][:, None], _products(x, y, word_at)
+    norm_y = norm_y[word_at][:, None]
+    with exact_products():  # the squares below cancel
+        products = _products(x, y, word_at)
     if cost == "cosine":
         return 1 - products / (norm_x.clamp_min(TINY) * norm_y.clamp_min(TINY))
     squared = (norm_x.square() + norm_y.square()).sub_(products, alpha=2).clamp_min_(TINY)
@@ -312,7 +349,7 @@ def solve(
     columns = [np.empty(begin[-1], np.int64) for _ in range(3)] + [np.empty(begin[-1])]
     potential = np.empty(layout.offsets[-1])
     inputs = (np.ascontiguousarray(costs), layout.image, layout.column, layout.offsets, weights[0].ravel(), weights[1])
-    run = _exact if solver == "exact" else _pot
+    run: Callable[..., int] = _exact if solver == "exact" else _pot
     spans = layout.spans(1 if costs.shape[1] * layout.offsets[-1] < SMALL else threads)
 
     def entries(span: tuple[int, int]) -> slice:

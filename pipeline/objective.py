@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.backbones.devices import pick_device, to_device
-from pipeline.emd import start_emd
+from pipeline.backbones.devices import exact_products, pick_device, to_device
+from pipeline.emd import barycentric_weights, start_emd
 from pipeline.errors import UserError
 from pipeline.params import Dataset, Objective, Params, Pretrain
 from pipeline.store.reader import CaptionTokens, ImageTokens
@@ -52,11 +52,11 @@ class Pairs:
         """What the objective's distance needs: weights of words, the map into its space, the centre of words there."""
         self.word_weights = self._weights_of_words()
         counts = self._document_frequencies(self.train)
-        self.words, self.into_space = self.table, None
+        self.words, self.into_space = self.table.to(self.device), None
         if self.settings.objective.space == "whitened":
             into_space = whitening(self.table, counts)
-            self.words, self.into_space = self.table @ into_space, into_space.to(self.device)
-        self.center = (counts @ self.words / counts.sum()).to(self.device)
+            self.words, self.into_space = (self.table @ into_space).to(self.device), into_space.to(self.device)
+        self.center = counts.to(self.device) @ self.words / counts.sum()
 
     def measured_by(self, objective: Objective) -> Pairs:
         """The same data under another objective."""
@@ -106,9 +106,11 @@ class Pairs:
         flat = [row for caption in captions for row in caption]
         offsets = np.cumsum([0, *map(len, captions)]).tolist()
         if self.into_space is not None:
-            tokens = tokens @ self.into_space
+            with exact_products():
+                tokens = tokens @ self.into_space
+        words = self.words[to_device(torch.tensor(flat), self.device)]
         return start_emd(
-            tokens, to_device(self.words[flat], tokens.device), offsets, image_index,
+            tokens, words, offsets, image_index,
             cost=self.settings.objective.cost, word_weights=self._weights(flat, captions),
             center=self.center, unmatched=self.settings.objective.unmatched,
             solver=self.settings.objective.solver, threads=self.threads, background=self.in_flight > 1,
@@ -121,14 +123,31 @@ class Pairs:
         mass = weights.new_zeros(len(captions)).index_add(0, caption_of, weights)
         return torch.where(mass[caption_of] > 0, weights, 1.0)
 
+    def better_set(self, tokens: Tensor, positions: list[int]) -> tuple[float, Tensor, Tensor]:
+        """One set of tokens [M, D] against some images' captions: EMD summed over the images, and a better set.
+
+        That is words' sums by weight, [M, D], and the weights' sums, [M, 1]: of several parts they add up.
+        """
+        captions, index = self.captions_of(positions)
+        flat = [row for caption in captions for row in caption]
+        rows, image = (to_device(torch.tensor(values), self.device) for values in (flat, index))
+        value, weights = barycentric_weights(
+            tokens if self.into_space is None else tokens @ self.into_space, self.words[rows],
+            np.cumsum([0, *map(len, captions)]).tolist(), torch.bincount(image)[image].reciprocal(),
+            cost=self.settings.objective.cost, word_weights=self._weights(flat, captions), center=self.center,
+            unmatched=self.settings.objective.unmatched, solver=self.settings.objective.solver, threads=self.threads,
+        )  # fmt: skip
+        return value, weights @ self.table[flat].to(self.device), weights.sum(1, keepdim=True)
+
     def tokens(self, positions: list[int]) -> Tensor:
         """Image tokens [B, N, D] on the device."""
-        tokens = torch.empty(len(positions), *self._images[0].shape)
+        tokens = torch.empty(len(positions), *self._images[0].shape, device=self.device)
         for number, images in enumerate(self._images):
             here = [i for i, position in enumerate(positions) if self._places[position][0] == number]
             if here:
-                tokens[here] = images.tokens([self._places[positions[i]][1] for i in here])
-        return to_device(tokens, self.device)
+                found = images.tokens([self._places[positions[i]][1] for i in here], self.device)
+                tokens.index_copy_(0, to_device(torch.tensor(here), self.device), found)
+        return tokens
 
     def per_image(self, tokens: Tensor, positions: list[int]) -> Tensor:
         """EMD averaged over the captions of each image, [B].

@@ -5,11 +5,15 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
+
+CPU = torch.device("cpu")
 
 
 def keep_freed_memory() -> None:
@@ -40,6 +44,22 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+def fast_products() -> None:
+    """From now on a GPU multiplies float32 matrices in TF32 (10 bits of mantissa, sums in float32): for training."""
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Matrix products in full float32 in spite of `fast_products`; backward passes are outside."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:

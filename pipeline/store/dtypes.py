@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.backbones.devices import CPU, to_device
+
 Columns = dict[str, np.ndarray[Any, Any]]
 """Columns of some rows of a shard, by name: [R, ...] each."""
 
@@ -41,8 +43,8 @@ def pack(tokens: Tensor, dtype: str) -> Columns:
     return {name: column.numpy() for name, column in columns.items()}
 
 
-def unpack(stored: Columns, dtype: str) -> Tensor:
-    """What `pack` made, as float32 [R, ..., D]."""
-    columns = {name: torch.from_numpy(column) for name, column in stored.items()}
+def unpack(stored: Columns, dtype: str, device: torch.device = CPU) -> Tensor:
+    """What `pack` made, as float32 [R, ..., D] on a device, to which it goes as it is kept."""
+    columns = {name: to_device(torch.from_numpy(column), device) for name, column in stored.items()}
     tokens = columns["tokens"].view(torch.bfloat16) if dtype == "bfloat16" else columns["tokens"]
     return tokens.float() * columns["scale"][..., None] if dtype == "int8" else tokens.float()

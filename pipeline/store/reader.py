@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
+import torch
 from torch import Tensor
 
+from pipeline.backbones.devices import CPU
 from pipeline.errors import UserError
 from pipeline.params import Dataset
 from pipeline.store.dtypes import Columns, unpack
@@ -73,9 +75,9 @@ class ImageTokens:
         """Positions of the rows of train, val or test."""
         return [int(i) for i in np.flatnonzero(self.rows["split"] == name)]
 
-    def tokens(self, positions: list[int]) -> Tensor:
-        """Image tokens of some rows: float32 [B, N, D]."""
-        return unpack(self.stored(positions), self.dtype)
+    def tokens(self, positions: list[int], device: torch.device = CPU) -> Tensor:
+        """Image tokens of some rows: float32 [B, N, D] on a device."""
+        return unpack(self.stored(positions), self.dtype, device)
 
 
 class Mapped:
