@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.adapters import Adapter, build_adapter, load_adapter
+from pipeline.backbones.devices import fast_products
 from pipeline.backbones.llm import load_llm
 from pipeline.errors import UserError
 from pipeline.params import AdapterName, Dataset, FinetuneTask, Params
@@ -55,6 +56,7 @@ def finetune(params: Params, name: AdapterName, data: Dataset, pretrained: Path 
     images = ImageTokens.open(base, data)
     examples = Examples(images, data, settings, params.seed)
     torch.manual_seed(params.seed)
+    fast_products()
     llm = load_llm(params.llm, params.runtime.device)
     lora = add_lora(llm, params.finetune.lora)
     architecture = params.adapters[name].architecture
@@ -65,6 +67,8 @@ def finetune(params: Params, name: AdapterName, data: Dataset, pretrained: Path 
     )
     _check_fit(adapter, images.shape[1], llm.width)
     model = VLM(adapter, llm)
+    if params.runtime.activations == "recompute":
+        model.recompute_activations()
     files = [base / "images" / data / "manifest.json", base / "prepare" / f"{data}.parquet", Path(__file__)]
     files += [Path(__file__).with_name(code) for code in ("adapters.py", "vlm.py")]
     files += [pretrained / "last.safetensors"] if pretrained else []

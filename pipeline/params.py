@@ -300,6 +300,10 @@ class Runtime(Section):
         description="threads that read and decode pictures; in extraction on a CPU at least as many as torch has",
     )
     emd_threads: Positive = 2
+    activations: Literal["keep", "recompute"] = Field(
+        default="keep",
+        description="of the LLM in fine-tuning; recompute: a fraction of the memory, more time (checkpointing)",
+    )
 
 
 class Params(Section):

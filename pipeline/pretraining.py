@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline.adapters import Adapter, build_adapter
-from pipeline.backbones.devices import keep_freed_memory
+from pipeline.backbones.devices import fast_products, keep_freed_memory
 from pipeline.objective import Pairs, start_loss
 from pipeline.params import AdapterName, Objective, Params, Pretrain
 from pipeline.training import Checkpoint, Trainer, steps_per_epoch, total_steps, write_history
@@ -118,6 +118,7 @@ class HeldOut:
 def pretrain(params: Params, name: AdapterName, out: Path) -> None:
     """Pre-train an adapter and write its weights of the first and last epoch, history and metrics to `out`."""
     keep_freed_memory()
+    fast_products()
     settings = params.pretrain_for(name)
     pairs = Pairs(params, settings)
     torch.manual_seed(params.seed)

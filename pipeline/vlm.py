@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,17 @@ class VLM(nn.Module):
         self.network, self.tokenizer, self.system_prompt = llm.network, llm.tokenizer, llm.system_prompt
         self.device = llm.network.get_input_embeddings().weight.device
         self.adapter = adapter.to(self.device)
+        # Whether the words before the image go through the LLM once for all rows: a CPU saves their work by it; a GPU
+        # has done one long pass in less time than two short ones.
+        self.shares_prompt = self.device.type == "cpu"
+
+    def recompute_activations(self) -> None:
+        """From now on a training step keeps each layer's input alone, and computes the rest again going back.
+
+        Gradient checkpointing (Chen et al. 2016): the same gradients from a fraction of the memory, in more time.
+        """
+        self.shares_prompt = False  # layers that are computed again leave nothing for later words
+        self.network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def prompt(self, text: str) -> tuple[list[int], list[int]]:
         """Token ids before and after the image: `[INST] prompt, image tokens [/INST]` in the LLM's own chat format."""
@@ -48,15 +60,15 @@ class VLM(nn.Module):
         """
         answer_ids = [[*self._ids(answer), self.tokenizer.eos_token_id] for answer in answers]
         inputs, mask, cache = self._splice(tokens, prompt, answer_ids)
+        done = cache.get_seq_length() if cache is not None else 0
         longest = max(map(len, answer_ids))
         labels = torch.full((len(answers), longest), IGNORED, device=self.device)
         for row, ids in enumerate(answer_ids):
             labels[row, longest - len(ids) :] = torch.tensor(ids, device=self.device)
         # Answers end at the right edge, so logits are computed at their positions only: [B, longest + 1, V].
-        cached = cache.get_seq_length()
         output = self.network(
-            inputs_embeds=inputs[:, cached:], attention_mask=mask, position_ids=(mask.cumsum(1) - 1)[:, cached:],
-            cache=cache, use_cache=True, logits_to_keep=longest + 1,
+            inputs_embeds=inputs[:, done:], attention_mask=mask, position_ids=(mask.cumsum(1) - 1)[:, done:],
+            cache=cache, use_cache=cache is not None, logits_to_keep=longest + 1,
         )  # fmt: skip
         logits = output.logits[:, :-1].float().flatten(0, 1)
         total = F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORED, reduction="sum")
@@ -84,27 +96,35 @@ class VLM(nn.Module):
     ) -> list[str]:
         """Greedy answers to one prompt about many cached images, batch by batch, with a progress bar.
 
-        `decoding` is what `generate` takes besides: prefix, repetition_penalty.
+        `batch` is halved, from there on, when a GPU's memory does not hold it. `decoding` is what `generate` takes
+        besides: prefix, repetition_penalty.
         """
         texts: list[str] = []
         with progress_bar(prompt.strip()[:32], len(positions), "images") as advance:
-            for start in range(0, len(positions), batch):
-                part = positions[start : start + batch]
-                texts += self.generate(images.tokens(part), prompt, max_new_tokens, **decoding)
+            while part := positions[len(texts) : len(texts) + batch]:
+                try:
+                    texts += self.generate(images.tokens(part, self.device), prompt, max_new_tokens, **decoding)
+                except torch.OutOfMemoryError:
+                    if batch == 1:
+                        raise
+                    batch = (len(part) + 1) // 2
+                    torch.cuda.empty_cache()
+                    continue
                 advance(len(part))
         return texts
 
     def _splice(self, tokens: Tensor, prompt: str, answers: Sequence[list[int]]) -> tuple[Tensor, Tensor, Any]:
-        """LLM inputs [B, L, D] and their mask [B, L], both whole; and the cache of the words before the image.
+        """LLM inputs [B, L, D] and their mask [B, L], both whole; and the cache of the words before the image, or None.
 
-        Those words are the same in every row, so they go through the LLM once. Rows are padded after them, on the left
-        of the image.
+        Those words are the same in every row, so they go through the LLM once where that pays. Rows are padded after
+        them, on the left of the image.
         """
         embed = self.network.get_input_embeddings()
         before, after = self.prompt(prompt)
-        head = embed(torch.tensor([before], device=self.device))
-        cache = self.network(inputs_embeds=head, use_cache=True, logits_to_keep=1).cache
-        cache.batch_repeat_interleave(len(answers))
+        head, cache = embed(torch.tensor([before], device=self.device)), None
+        if self.shares_prompt:
+            cache = self.network(inputs_embeds=head, use_cache=True, logits_to_keep=1).cache
+            cache.batch_repeat_interleave(len(answers))
         soft_prompts = self.adapter(tokens.to(self.device).float()).to(head.dtype)  # [B, M, D]
         rows = [
             torch.cat([soft_prompt, embed(torch.tensor(after + answer, device=self.device))])
@@ -139,15 +159,33 @@ def add_lora(llm: LanguageModel, params: LoRA) -> Any:
         raise UserError(f"finetune.lora.modules {params.modules}: {str(error).splitlines()[0]}") from None
 
 
-def load_vlm(params: LLM, adapter_folder: Path, weights: str, device: str = "auto") -> VLM:
-    """A VLM from disk for answers, in eval mode; with the folder's LoRA where it has one.
+@contextmanager
+def tuned(llm: LanguageModel, folder: Path, weights: str) -> Iterator[VLM]:
+    """A loaded LLM with an adapter from disk, in eval mode, and with the folder's LoRA where it has one.
 
-    Raises UserError naming the file when something is missing.
+    Afterwards the LLM is again as it was: one serves for several adapters. Raises UserError naming the file when
+    something is missing.
     """
-    adapter = load_adapter(adapter_folder, weights)
-    llm = load_llm(params, device)
-    if (adapter_folder / "lora").exists():
-        from peft import PeftModel
+    adapter, lora = load_adapter(folder, weights), _insert_lora(llm, folder)
+    try:
+        yield VLM(adapter, llm).eval()
+    finally:
+        if lora is not None:
+            lora.unload()
 
-        PeftModel.from_pretrained(llm.network, adapter_folder / "lora")
+
+def load_vlm(params: LLM, folder: Path, weights: str, device: str = "auto") -> VLM:
+    """The same for as long as the process lives, with an LLM of its own; what is missing is said before that loads."""
+    adapter = load_adapter(folder, weights)
+    llm = load_llm(params, device)
+    _insert_lora(llm, folder)
     return VLM(adapter, llm).eval()
+
+
+def _insert_lora(llm: LanguageModel, folder: Path) -> Any:
+    """Insert a folder's LoRA, where it has one, into the LLM, in place; returns PEFT's handle on it or None."""
+    if not (folder / "lora").exists():
+        return None
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(llm.network, folder / "lora")

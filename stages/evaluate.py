@@ -12,6 +12,7 @@ from pipeline.params import AdapterName, Params, load_params
 from stages import timed
 
 if TYPE_CHECKING:
+    from pipeline.backbones.llm import LanguageModel
     from pipeline.store.reader import ImageTokens
 
 
@@ -24,24 +25,27 @@ def evaluate(adapter: Annotated[AdapterName, typer.Argument(help="One of run.ada
     """
     params = load_params()
     with timed(params, f"evaluate@{adapter}"):
+        from pipeline.backbones.llm import load_llm
         from pipeline.store.reader import ImageTokens
 
         base = Path("data") / params.profile
         out = base / "evaluate" / adapter
         out.mkdir(parents=True, exist_ok=True)
-        metrics = _classes(params, adapter, ImageTokens.open(base, "classes"), out)
-        metrics |= _captions(params, adapter, ImageTokens.open(base, "captions"), out)
+        classes, captions = ImageTokens.open(base, "classes"), ImageTokens.open(base, "captions")
+        llm = load_llm(params.llm, params.runtime.device)  # once: adapters and LoRA are put in and taken out again
+        metrics = _classes(params, llm, adapter, classes, out)
+        metrics |= _captions(params, llm, adapter, captions, out)
         (out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
 
 
-def _classes(params: Params, adapter: str, images: ImageTokens, out: Path) -> dict[str, Any]:
+def _classes(params: Params, llm: LanguageModel, adapter: str, images: ImageTokens, out: Path) -> dict[str, Any]:
     from pipeline.evaluate import food101
-    from pipeline.vlm import load_vlm
+    from pipeline.vlm import tuned
 
     settings = params.evaluate
     folder = Path("data") / params.profile / "finetune" / f"{adapter}-classes"
-    model = load_vlm(params.llm, folder, "adapter", params.runtime.device)
-    predictions = food101.predict(model, images, settings.class_prompt, settings.class_tokens, settings.batch)
+    with tuned(llm, folder, "adapter") as model:
+        predictions = food101.predict(model, images, settings.class_prompt, settings.class_tokens, settings.batch)
     predictions.to_csv(out / "predictions.csv", index=False)
     food101.per_class(predictions).to_csv(out / "per_class.csv", index=False)
     food101.confusions(predictions).to_csv(out / "confusions.csv", index=False)
@@ -75,9 +79,9 @@ def _probe(base: Path, images: ImageTokens) -> float:
     return float(state["accuracy"])
 
 
-def _captions(params: Params, adapter: str, images: ImageTokens, out: Path) -> dict[str, Any]:
+def _captions(params: Params, llm: LanguageModel, adapter: str, images: ImageTokens, out: Path) -> dict[str, Any]:
     from pipeline.evaluate import captions as c
-    from pipeline.vlm import load_vlm
+    from pipeline.vlm import tuned
 
     base, settings = Path("data") / params.profile, params.evaluate
     positions = c.choose(images, settings.captions, params.seed)
@@ -87,8 +91,8 @@ def _captions(params: Params, adapter: str, images: ImageTokens, out: Path) -> d
         ("pretrained", base / "pretrain" / adapter, "last", settings.pretrained_prompt, decoding),
         ("finetuned", base / "finetune" / f"{adapter}-captions", "adapter", settings.finetuned_prompt, {}),
     ):
-        model = load_vlm(params.llm, folder, weights, params.runtime.device)
-        answers = model.answers(images, positions, prompt, settings.caption_tokens, settings.batch, **extra)
+        with tuned(llm, folder, weights) as model:
+            answers = model.answers(images, positions, prompt, settings.caption_tokens, settings.batch, **extra)
         texts[kind] = [answer.split("\n")[0] for answer in answers]  # a caption is one line
     rows = images.rows.iloc[positions]
     references = [list(texts) for texts in rows["captions"]]

@@ -59,12 +59,23 @@ def test_window_of_clouds_that_meet_and_of_clouds_that_do_not() -> None:
     assert not meet and (low < 0.6).all() and (high > 5.4).all()
 
 
+class Scale(torch.nn.Module):
+    def __init__(self, factor: float):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens * self.factor
+
+
 def fake_stores(monkeypatch: pytest.MonkeyPatch) -> None:
     random = np.random.default_rng(3)
     table = torch.from_numpy(random.normal(size=(50, WIDTH))).float()
     tokens = torch.from_numpy(random.normal(size=(40, 5, WIDTH))).float()
     ids = [f"p{number:02}" for number in range(40)]
-    images = SimpleNamespace(ids=ids, split=lambda name: list(range(10, 40)), tokens=lambda at: tokens[at])
+    images = SimpleNamespace(
+        ids=ids, split=lambda name: list(range(10, 40)), tokens=lambda at, device: tokens[at].to(device)
+    )
     captions = SimpleNamespace(
         captions=lambda row_id: [[int(row_id[1:]), 1, 2], [3]], embeddings=lambda row: table[row]
     )
@@ -85,7 +96,7 @@ def test_stage_writes_pictures_and_figures_the_same_twice(tmp_path: Path, monkey
     fake_stores(monkeypatch)
     weights(tmp_path)
     scale = {"first": 3.0, "last": 1.0, "adapter": 1.5}
-    monkeypatch.setattr(rooms, "load_adapter", lambda folder, name: lambda tokens: tokens * scale[name])
+    monkeypatch.setattr(rooms, "load_adapter", lambda folder, name: Scale(scale[name]))
     params = load_params(DEMO)
     folder = rooms.pca(params, "mlp")
     first = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -109,6 +120,6 @@ def test_an_adapter_that_diverged_is_named(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     fake_stores(monkeypatch)
     weights(tmp_path)
-    monkeypatch.setattr(rooms, "load_adapter", lambda folder, name: lambda tokens: tokens * float("nan"))
+    monkeypatch.setattr(rooms, "load_adapter", lambda folder, name: Scale(float("nan")))
     with pytest.raises(UserError, match="not finite"):
         rooms.pca(load_params(DEMO), "mlp")

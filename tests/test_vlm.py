@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from pipeline.backbones import llm as backbone
 from pipeline.backbones.llm import load_embedding, load_llm
 from pipeline.errors import UserError
 from pipeline.params import LLM, LoRA
-from pipeline.vlm import VLM, add_lora, load_vlm
+from pipeline.vlm import VLM, add_lora, load_vlm, tuned
 
 
 @pytest.fixture
@@ -31,15 +32,30 @@ def test_prompt_is_mistrals(model):
     assert model.tokenizer.decode(after) == " [/INST]"
 
 
-def test_loss_equals_transformers_row_by_row(model, params):
-    tokens = torch.randn(3, 4, 8)
+@pytest.fixture(params=["words before the image once", "one pass"])
+def either_way(model, request) -> VLM:
+    """As a CPU does it, and as a GPU does, whichever this is."""
+    model.shares_prompt = request.param != "one pass"
+    return model
+
+
+def test_loss_equals_transformers_row_by_row(either_way, params):
+    model, tokens = either_way, torch.randn(3, 4, 8)
     answers = ["a cat", "a dog on a red background", "an apple"]
     total, count = model.loss(tokens, "Describe this image", answers)
-    reference = AutoModelForCausalLM.from_pretrained(params.model).eval()
+    with torch.device(model.device):
+        expected, expected_count = row_by_row(model, params, tokens.to(model.device), answers)
+    assert count == expected_count
+    assert total.item() == pytest.approx(expected, rel=1e-5)
+
+
+def row_by_row(model: VLM, params: LLM, tokens: torch.Tensor, answers: list[str]) -> tuple[float, int]:
+    """Loss and number of answer tokens by transformers' own loss, without padding or cache."""
+    reference = AutoModelForCausalLM.from_pretrained(params.model).eval().to(model.device)
     embed, expected, expected_count = reference.get_input_embeddings(), 0.0, 0
-    for row in range(3):
+    for row, text in enumerate(answers):
         before, after = model.prompt("Describe this image")
-        answer = [*model.tokenizer(answers[row], add_special_tokens=False).input_ids, model.tokenizer.eos_token_id]
+        answer = [*model.tokenizer(text, add_special_tokens=False).input_ids, model.tokenizer.eos_token_id]
         parts = [
             embed(torch.tensor(before)),
             model.adapter(tokens[row : row + 1])[0],
@@ -50,16 +66,21 @@ def test_loss_equals_transformers_row_by_row(model, params):
         labels[0, -len(answer) :] = torch.tensor(answer)
         expected += reference(inputs_embeds=inputs, labels=labels).loss.item() * len(answer)
         expected_count += len(answer)
-    assert count == expected_count
-    assert total.item() == pytest.approx(expected, rel=1e-5)
+    return expected, expected_count
 
 
 @pytest.mark.parametrize("prefix", ["", "A picture of"])
-def test_generation_equals_greedy_argmax(model, params, prefix):
-    tokens = torch.randn(2, 4, 8)
+def test_generation_equals_greedy_argmax(either_way, params, prefix):
+    model, tokens = either_way, torch.randn(2, 4, 8)
     answers = model.generate(tokens, "Describe this image", 5, prefix)
-    reference = AutoModelForCausalLM.from_pretrained(params.model).eval()
-    embed = reference.get_input_embeddings()
+    with torch.device(model.device):
+        assert answers == greedy(model, params, tokens.to(model.device), prefix)
+
+
+def greedy(model: VLM, params: LLM, tokens: torch.Tensor, prefix: str) -> list[str]:
+    """Five tokens an image by argmax, each from a whole pass of transformers' model."""
+    reference = AutoModelForCausalLM.from_pretrained(params.model).eval().to(model.device)
+    embed, answers = reference.get_input_embeddings(), []
     before, after = model.prompt("Describe this image")
     after += model.tokenizer(prefix, add_special_tokens=False)["input_ids"]
     for row in range(2):
@@ -68,7 +89,63 @@ def test_generation_equals_greedy_argmax(model, params, prefix):
         for _ in range(5):
             ids.append(int(reference(inputs_embeds=inputs).logits[0, -1].argmax()))
             inputs = torch.cat([inputs, embed(torch.tensor([[ids[-1]]]))], 1)
-        assert answers[row] == (prefix + model.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+        answers.append((prefix + model.tokenizer.decode(ids, skip_special_tokens=True)).strip())
+    return answers
+
+
+def test_recomputed_activations_give_the_same_gradients(params):
+    """Also with dropout, whose draws have to be the same the second time."""
+    found = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        llm = load_llm(params)
+        lora = add_lora(llm, LoRA(dropout=0.5))
+        model = VLM(build_adapter("linear", 8, 32), llm).train()
+        model.shares_prompt = False
+        if recompute:
+            model.recompute_activations()
+        torch.manual_seed(1)
+        total, _ = model.loss(torch.ones(2, 4, 8), "What is it?", ["a cat", "a dog on a red background"])
+        total.backward()
+        trained = [p for p in (*model.adapter.parameters(), *lora.parameters()) if p.requires_grad]
+        found.append([total.detach(), *(p.grad for p in trained)])
+    assert all(gradient.abs().sum() > 0 for gradient in found[0][1:3])
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_a_batch_that_memory_does_not_hold_is_halved(model, monkeypatch):
+    sizes, generate = [], model.generate
+
+    def small_memory(tokens, *args, **options):
+        sizes.append(len(tokens))
+        if len(tokens) > 2:
+            raise torch.OutOfMemoryError
+        return generate(tokens, *args, **options)
+
+    images = SimpleNamespace(tokens=lambda some, device: torch.stack([torch.full((4, 8), float(i)) for i in some]))
+    whole = model.answers(images, [3, 1, 4, 1, 5], "What is it?", 3, batch=8)
+    monkeypatch.setattr(model, "generate", small_memory)
+    assert model.answers(images, [3, 1, 4, 1, 5], "What is it?", 3, batch=8) == whole
+    assert sizes == [5, 3, 2, 2, 1]
+
+
+def test_one_llm_serves_several_adapters(params, tmp_path):
+    """After LoRA is taken out the LLM is as it was, and the next folder's answers are its own."""
+    for name in ("one", "other"):
+        llm = load_llm(params)
+        lora = add_lora(llm, LoRA())
+        for key, parameter in lora.named_parameters():
+            if "lora_B" in key:
+                torch.nn.init.normal_(parameter, std=0.3)
+        VLM(build_adapter("linear", 8, 32), llm).adapter.save(tmp_path / name, "adapter")
+        lora.save_pretrained(tmp_path / name / "lora")
+    build_adapter("linear", 8, 32).save(tmp_path / "plain", "last")
+    example, llm = (torch.randn(1, 4, 8), "What is it?", ["a cat"]), load_llm(params)
+    for folder, weights in (("plain", "last"), ("one", "adapter"), ("other", "adapter"), ("plain", "last")):
+        with tuned(llm, tmp_path / folder, weights) as model, torch.no_grad():
+            together = model.loss(*example)[0]
+        alone = load_vlm(params, tmp_path / folder, weights).loss(*example)[0]
+        torch.testing.assert_close(together, alone, rtol=0, atol=0)
 
 
 def test_embedding_alone_equals_the_models(params, tmp_path):

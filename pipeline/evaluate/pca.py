@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.decomposition import PCA
 from torch import Tensor
 
 from pipeline.adapters import load_adapter
+from pipeline.backbones.devices import CPU, pick_device
 from pipeline.backbones.llm import load_embedding_matrix
 from pipeline.errors import UserError
 from pipeline.evaluate import BLUE, GREEN, GREY, INK, RED, canvas, require, save_png
@@ -58,14 +58,16 @@ def pca(params: Params, adapter: AdapterName) -> Path:
     base = Path("data") / params.profile
     positions, image_store = _pictures(params, base)
     text = text_tokens(CaptionTokens.open(base, "captions"), [image_store.ids[at] for at in positions])
-    images = {state: _image_tokens(base, adapter, state, image_store, positions) for state in STATES}
-    states = {state: fit(tokens, text) for state, tokens in images.items()}
+    device = pick_device(params.runtime.device)
+    device = CPU if device.type == "mps" else device  # which has no float64
+    images = {state: _image_tokens(base, adapter, state, image_store, positions, device) for state in STATES}
+    states = {state: fit(tokens, text, device) for state, tokens in images.items()}
     table = load_embedding_matrix(params.llm)
     vocabulary = table[sample(len(table), params.pca.vocabulary, params.seed)].double().numpy()
     folder = base / "pca" / adapter
     folder.mkdir(parents=True, exist_ok=True)
     draw_states(folder, adapter, states, params.seed)
-    draw_vocabulary(folder / "vocabulary.png", adapter, images["last"], text, vocabulary, params.seed)
+    draw_vocabulary(folder / "vocabulary.png", adapter, images["last"], text, vocabulary, params.seed, device)
     draw_explained(folder / "explained.png", adapter, {state: found.explained for state, found in states.items()})
     metrics = {state: found.metrics() for state, found in states.items()}
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
@@ -86,12 +88,15 @@ def text_tokens(store: CaptionTokens, ids: list[str]) -> Array:
     return np.asarray(store.embeddings(tokens).double().numpy())
 
 
-def _image_tokens(base: Path, adapter: AdapterName, state: str, store: ImageTokens, positions: list[int]) -> Array:
+def _image_tokens(
+    base: Path, adapter: AdapterName, state: str, store: ImageTokens, positions: list[int], device: torch.device
+) -> Array:
     task, file = (f"{adapter}-captions", "adapter") if state == "finetuned" else (adapter, "last")
     stage = "finetune" if state == "finetuned" else "pretrain"
     weights = "first" if state == "epoch1" else file
     path = require(base / stage / task / f"{weights}.safetensors", f"{stage}@{task}")
-    tokens = adapted(load_adapter(path.parent, weights), store.tokens, positions)
+    network = load_adapter(path.parent, weights).to(device)
+    tokens = adapted(network, lambda some: store.tokens(some, device), positions)
     if not np.isfinite(tokens).all():
         raise UserError(f"{path}: its image tokens are not finite; lower the learning rate in {stage}")
     return tokens
@@ -104,12 +109,28 @@ def adapted(adapter: Callable[[Tensor], Tensor], tokens: Callable[[list[int]], T
     return np.asarray(torch.cat(parts).flatten(0, 1).double().cpu().numpy())
 
 
-def fit(image: Array, text: Array) -> Components:
+def fit(image: Array, text: Array, device: torch.device = CPU) -> Components:
     """PCA on image tokens [n, D] and text tokens [m, D] together."""
-    # The covariance's eigenvectors: exact, deterministic, and D x D however many tokens there are.
-    model = PCA(svd_solver="covariance_eigh").fit(np.concatenate([image, text]))
+    planes, explained = components([image, text], device)
     gap = float(np.linalg.norm(image.mean(0) - text.mean(0)))
-    return Components(model.transform(image)[:, :2], model.transform(text)[:, :2], model.explained_variance_ratio_, gap)
+    return Components(planes[0], planes[1], explained, gap)
+
+
+def components(clouds: list[Array], device: torch.device = CPU) -> tuple[list[Array], Array]:
+    """Clouds [n, D] on the first two principal components of all of them together, and all variance ratios, falling.
+
+    By the covariance's eigenvectors, in float64: exact, and D x D however many tokens there are. A component has the
+    sign that makes its largest entry positive.
+    """
+    parts = [torch.from_numpy(cloud).to(device) for cloud in clouds]
+    rows = torch.cat(parts)
+    center = rows.mean(0)
+    rows -= center
+    variances, axes = torch.linalg.eigh(rows.T @ rows)
+    variances, plane = variances.flip(0).clamp_min(0), axes.flip(1)[:, :2]
+    plane = plane * plane.gather(0, plane.abs().argmax(0, keepdim=True)).sign()
+    explained = (variances / variances.sum())[: min(rows.shape)]
+    return [((part - center) @ plane).cpu().numpy() for part in parts], explained.cpu().numpy()
 
 
 def count_for(explained: Array, share: float) -> int:
@@ -152,11 +173,12 @@ def draw_states(folder: Path, adapter: str, states: dict[str, Components], seed:
     _scatter(folder / "zoom.png", title, last.image, last.text, seed, (low, high))
 
 
-def draw_vocabulary(path: Path, adapter: str, image: Array, text: Array, vocabulary: Array, seed: int) -> None:
+def draw_vocabulary(
+    path: Path, adapter: str, image: Array, text: Array, vocabulary: Array, seed: int, device: torch.device = CPU
+) -> None:
     """Image and text tokens on the components of all three kinds: vocabulary rows [V, D] in grey below them."""
-    model = PCA(n_components=2, svd_solver="covariance_eigh").fit(np.concatenate([vocabulary, image, text]))
     title = f"{adapter} {STATES['last']} among the LLM's vocabulary\n({len(vocabulary):,} of its rows, at random)"
-    planes = [model.transform(rows) for rows in (image, text, vocabulary)]
+    planes, _ = components([image, text, vocabulary], device)
     _scatter(path, title, planes[0], planes[1], seed, vocabulary=planes[2])
 
 
