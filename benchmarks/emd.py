@@ -13,12 +13,11 @@ import itertools
 import os
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-import ot
 import torch
-from ot.lp.emd_wrap import emd_c
 from torch import Tensor
 
 from pipeline.adapters import build_adapter
@@ -74,6 +73,8 @@ def costs_of(data: Batch) -> np.ndarray:
 
 def against_core(quick: bool, rank: int | None) -> None:
     """(a) Solver against POT's C core alone, its float64 matrices ready."""
+    from ot.lp.emd_wrap import emd_c
+
     data = batch(8 if quick else 40, 255, 5, (8, 20), 64, rank)
     costs, (_, _, offsets, index) = costs_of(data), data
     ready = []
@@ -114,6 +115,8 @@ def solver(quick: bool, threads: int) -> None:
 
 def pot_loop(x: Tensor, y: Tensor, offsets: list[int], index: list[int]) -> Tensor:
     """What one writes with POT's differentiable front end: a loop over the pairs."""
+    import ot  # here, so that what needs no POT runs without it
+
     of_image = x.unbind(0)
     captions = [y[start:end] for start, end in itertools.pairwise(offsets)]
     values = []
@@ -270,12 +273,12 @@ def in_flight(quick: bool, threads: int, device: str) -> None:
 class Flight:
     """Training with so many micro-batches in flight; `turns` has its seconds an image, and those without work."""
 
-    def __init__(self, pairs: RandomPairs, name: str, widths: tuple[int, int], flights: int):
+    def __init__(self, pairs: Pairs, name: str, widths: tuple[int, int], flights: int, examples: int = COCO):
         torch.manual_seed(0)
         self.device, self.turns, self.marks = pairs.device, [], []
         self.pairs, self.adapter = pairs, build_adapter(name, *widths).to(pairs.device)
         self.trainer = Trainer(
-            name, self.adapter, [{"params": list(self.adapter.parameters())}], pairs.settings, COCO, 0, self.start,
+            name, self.adapter, [{"params": list(self.adapter.parameters())}], pairs.settings, examples, 0, self.start,
             lambda step: {}, set(), Checkpoint(Path(os.devnull), ""), in_flight=flights,
         )  # fmt: skip
         self.optimizer = torch.optim.AdamW(self.adapter.parameters(), lr=1e-4, fused=True)
@@ -324,7 +327,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()  # as pre-training does
-    print(f"{os.cpu_count()} cores, {arguments.threads} threads used, torch {torch.__version__}, POT {ot.__version__}")
+    print(f"{os.cpu_count()} cores, {arguments.threads} threads used, torch {torch.__version__}, POT {version('POT')}")
     parts = {"a": solver, "c": forward_backward, "d": whole_step, "e": free_loss, "f": sinkhorn}
     parts |= {"g": against_language_model, "h": lambda *few: in_flight(*few, arguments.device)}
     for letter in arguments.only:

@@ -1,0 +1,386 @@
+"""Every stage at the thesis's size on a GPU, on pictures and weights made here; see gpu.sh, which calls this."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+
+HERE = Path(__file__).resolve().parents[1]
+# fmt: off
+WORDS = [
+    "a", "the", "red", "green", "small", "dog", "cat", "table", "bus", "man", "woman",
+    "plays", "holds", "stands", "on", "beside", "under", "street", "ball", "kite", "train",
+]
+# fmt: on
+CHAT = "{{ bos_token }}{% for m in messages %} [INST] {{ m['content'] }} [/INST]{% endfor %}"
+COCO = 118_287  # images of train2017
+
+
+def line(what: str, value: str, before: str = "") -> None:
+    print(f"{what:<58}{value:<34}{before and f'before: {before}'}", flush=True)
+
+
+@contextmanager
+def seconds(found: list[float]) -> Iterator[None]:
+    wait()
+    began = time.perf_counter()
+    yield
+    wait()
+    found.append(time.perf_counter() - began)
+
+
+def wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def timed(work: Callable[[], object]) -> float:
+    found: list[float] = []
+    with seconds(found):
+        work()
+    return found[0]
+
+
+def peak(work: Callable[[], object]) -> float:
+    """GiB of GPU memory that some work takes at most, with what is there already."""
+    if not torch.cuda.is_available():
+        work()
+        return float("nan")
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    work()
+    wait()
+    return torch.cuda.max_memory_allocated() / 2**30
+
+
+class Bench:
+    """The steps, in order; each prints its lines. `tiny`: sizes for a CPU, to see that all of it runs."""
+
+    def __init__(self, tiny: bool):
+        from pipeline.params import load_params
+
+        self.tiny = tiny
+        self.pictures, self.labelled = (40, 40) if tiny else (4096, 512)
+        values = yaml.safe_load((HERE / "profiles/thesis.yaml").read_text(encoding="utf-8"))
+        values["data"]["captions"] |= {"root": "coco", "captions": "captions.json", "images": "images"}
+        values["data"]["classes"] |= {"root": "food", "source": "imagefolder"}
+        values["vision"] |= {"pretrained": "random"}
+        values["llm"] |= {"model": "llm", "revision": None}
+        values["cache"]["shards"] = 4
+        values["run"] = {"adapters": ["mlp"], "scratch": ["mlp"]}
+        values["pretrain"] |= {"epochs": 1, "validation_images": 64, "candidates": 32}
+        for task in ("captions", "classes"):
+            values["finetune"][task] |= {"max_steps": 4, "validations": 1, "validation_images": 16}
+        values["evaluate"] |= {"captions": 96}
+        values["pca"] |= {"images": 24}
+        if tiny:
+            values["vision"] |= {"encoder": "timm", "model": "resnet10t", "batch": 4, "dtype": "float32"}
+            values["llm"] |= {"quantization": "none", "dtype": "float32"}
+            values["pretrain"] |= {"batch": 4, "max_steps": 2, "validation_images": 4, "candidates": 3}
+            values["evaluate"] |= {"captions": 2, "caption_tokens": 3, "class_tokens": 2}
+            values["pca"] |= {"images": 3, "vocabulary": 50}
+            values["runtime"] |= {"device": "cpu", "decode_threads": 2, "emd_threads": 2}
+        else:
+            values["runtime"] |= {"decode_threads": os.cpu_count(), "emd_threads": min(16, os.cpu_count() or 1)}
+        Path("params.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+        self.params = load_params()
+        self.base = Path("data") / self.params.profile
+
+    def make(self) -> None:
+        """Pictures like photos (smooth, with edges), 640 x 480, and captions; a Mistral-7B of random weights."""
+        line("made: JPEGs, captions, weights", f"{timed(self._pictures):.0f} s, {timed(self._llm):.0f} s")
+
+    def _pictures(self) -> None:
+        rng = np.random.default_rng(0)
+        size = (64, 48) if self.tiny else (640, 480)
+        kinds = [rng.integers(256, size=(12, 16, 3), dtype=np.uint8) for _ in range(64)]
+
+        def write(number: int) -> None:
+            picture = Image.fromarray(kinds[number % 64]).resize(size, Image.Resampling.BICUBIC)
+            picture.paste((number % 256, number // 256, 99), (9, 9, size[0] // 4 + number % 7, size[1] // 3))
+            folder = f"food/class {number % 4}" if number < self.labelled else None
+            for place in filter(None, ["coco/images", folder]):
+                picture.save(f"{place}/{number:06d}.jpg", quality=90)
+
+        for folder in ("coco/images", *(f"food/class {i}" for i in range(4))):
+            Path(folder).mkdir(parents=True)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(write, range(self.pictures)))
+        images = [{"id": i, "file_name": f"{i:06d}.jpg"} for i in range(self.pictures)]
+        captions = [
+            {"id": 5 * i + j, "image_id": i, "caption": " ".join(rng.choice(WORDS, rng.integers(8, 15)))}
+            for i in range(self.pictures)
+            for j in range(5)
+        ]
+        Path("coco/captions.json").write_text(json.dumps({"images": images, "annotations": captions}))
+
+    def _llm(self) -> None:
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+        from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
+        tokenizer.train_from_iterator([" ".join(WORDS)], trainer)
+        fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+        fast.chat_template = CHAT
+        fast.save_pretrained("llm")
+        tiny = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+        size = {**tiny, "num_key_value_heads": 2, "vocab_size": 400} if self.tiny else {"sliding_window": None}
+        with torch.device(self.device):
+            torch.set_default_dtype(torch.float32 if self.tiny else torch.bfloat16)
+            network = MistralForCausalLM(MistralConfig(bos_token_id=0, eos_token_id=1, **size))
+            torch.set_default_dtype(torch.float32)
+        network.save_pretrained("llm")
+
+    @property
+    def device(self) -> torch.device:
+        from pipeline.backbones.devices import pick_device
+
+        return pick_device(self.params.runtime.device)
+
+    def extraction(self) -> None:
+        """Stages prepare, extract_images and extract_captions, over pictures that are not in the store."""
+        from pipeline import sources
+        from stages import extract_captions, extract_images
+
+        for data in ("captions", "classes"):
+            spent = timed(
+                lambda data=data: sources.write(
+                    sources.prepare(self.params, data), self.base / f"prepare/{data}.parquet"
+                )
+            )
+            line(f"prepare {data}", f"{spent:.1f} s")
+        for data in ("captions", "classes"):
+            spent = timed(
+                lambda data=data: extract_images.make(self.params, data).write(self._manifest("images", data))
+            )
+            count = self.pictures if data == "captions" else self.labelled
+            line(
+                f"extract_images {data}, encoder loaded included",
+                f"{count / spent:.0f} images/s, {spent:.1f} s",
+                "349 images/s",
+            )
+            extract_captions.make(self.params, data).write(self._manifest("text", data))
+
+    def _manifest(self, kind: str, data: str) -> Path:
+        from pipeline.store.shards import manifest_path
+
+        return manifest_path(self.base, kind, data)
+
+    def solver(self) -> None:
+        """Plans alone, thesis's shapes, as the background thread of pre-training calls it."""
+        from benchmarks.emd import batch, costs_of
+        from pipeline.emd import solve
+
+        data = batch(4 if self.tiny else 64, 255, 5, (8, 20), 64)
+        costs, (_, _, offsets, index) = costs_of(data), data
+        one = 0.0
+        for threads in (1, 8, 16):
+            solve(costs, offsets, index, threads=threads)
+            spent = min(
+                timed(lambda t=threads: solve(costs, offsets, index, threads=t)) for _ in range(2 if self.tiny else 12)
+            )
+            one = one or spent
+            before = {1: "13,470", 8: "27,930", 16: "17,619"}[threads]
+            line(
+                f"solver, {len(index)} pairs a batch, {threads} threads",
+                f"{len(index) / spent:,.0f} pairs/s, {one / spent:.1f} x one",
+                before,
+            )
+
+    def constant_set(self) -> None:
+        from pipeline.objective import Pairs
+        from pipeline.pretraining import fit_constant_set
+
+        pairs = Pairs(self.params, self.params.pretrain_for("mlp"))
+        fit_constant_set(pairs, 1, 0)  # compiles
+        spent = timed(lambda: fit_constant_set(pairs, 1, 0)), timed(lambda: fit_constant_set(pairs, 255, 0))
+        line("constant token; constant set of 255", f"{spent[0]:.1f} s; {spent[1]:.1f} s", "19.5 s")
+
+    def pretraining(self) -> None:
+        """The whole stage, then its steps alone, as the profile has it and with the adapter alone."""
+        from benchmarks.emd import Flight
+        from pipeline.objective import Pairs
+        from pipeline.pretraining import pretrain
+
+        line(
+            "pretrain mlp, the stage, one epoch of these pictures",
+            f"{timed(lambda: pretrain(self.params, 'mlp', self.base / 'pretrain/mlp')):.1f} s",
+            "30.9 s",
+        )
+        settings = self.params.pretrain_for("mlp")
+        pairs = Pairs(self.params, settings)
+        side = Flight(pairs, "mlp", (pairs.d_in, pairs.table.shape[1]), pairs.in_flight, len(pairs.train))
+        for _ in range(2 if self.tiny else 4):
+            side.fly(2 if self.tiny else 12)
+        spent, idle = min(side.turns[1:])
+        what = f"micro-batches of {settings.batch} x {settings.accumulate}"
+        line(
+            f"pretrain mlp, steps, {what}",
+            f"{1 / spent:,.0f} images/s, COCO epoch {COCO * spent:.0f} s",
+            "304, as the profile had it; 1,319, 90 s",
+        )
+        line("    of it without work for want of plans", f"{idle / spent:.1%}")
+        adapter, optimizer = side.adapter, side.optimizer
+        tokens = pairs.tokens(pairs.train[: settings.batch])
+
+        def alone() -> None:
+            for _ in range(4 if self.tiny else 20):
+                adapter(tokens).sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+        alone()
+        spent = timed(alone) / (4 if self.tiny else 20) / len(tokens)
+        line("    the adapter alone, a step each micro-batch", f"{1 / spent:,.0f} images/s", "4,935")
+
+    def language_model(self) -> None:
+        """Fine-tuning steps, then cross-entropy through the frozen LLM."""
+        from pipeline.adapters import build_adapter
+        from pipeline.backbones.devices import fast_products
+        from pipeline.backbones.llm import load_llm
+        from pipeline.params import LoRA
+        from pipeline.store.reader import ImageTokens
+        from pipeline.vlm import VLM, add_lora
+
+        fast_products()
+        images = ImageTokens.open(self.base, "captions")
+        loaded: list[Any] = []
+        line(
+            "load_llm",
+            f"{timed(lambda: loaded.append(load_llm(self.params.llm, self.params.runtime.device))):.1f} s",
+            "4.7 s",
+        )
+        llm = loaded[0]
+        answer = "a red dog stands beside a green table on the street"
+        adapter = build_adapter("mlp", images.shape[1], llm.width)
+
+        def step(model: VLM, size: int) -> None:
+            total, count = model.loss(images.tokens(list(range(size))), "Describe this image", [answer] * size)
+            (total / count).backward()
+
+        def measure(model: VLM, size: int, what: str, before: str) -> None:
+            step(model, size)
+            spent = min(timed(lambda: step(model, size)) for _ in range(2 if self.tiny else 4))
+            line(
+                what,
+                f"{spent:.2f} s a step, {peak(lambda: step(model, size)):.1f} GiB, {size / spent:.1f} images/s",
+                before,
+            )
+            model.zero_grad(set_to_none=True)
+
+        frozen = VLM(adapter, llm).train()
+        for size, before in ((8, "18.7 images/s"), (32, "42.7 images/s")):
+            measure(frozen, 2 if self.tiny else size, f"cross-entropy through the frozen LLM, batch {size}", before)
+        add_lora(llm, LoRA())
+        model = VLM(adapter, llm).train()
+        sizes = (2,) if self.tiny else (8, 16)
+        for size in sizes:
+            measure(
+                model,
+                size,
+                f"fine-tune mlp, activations kept, batch {size}",
+                {8: "0.44 s, 19.1 GB"}.get(size, "0.64 s, 33.4 GB"),
+            )
+        model.recompute_activations()
+        for size in (*sizes, *(() if self.tiny else (64,))):
+            measure(
+                model,
+                size,
+                f"fine-tune mlp, activations recomputed, batch {size}",
+                {16: "0.51 s, 7.5 GB", 64: "15.9 GB"}.get(size, ""),
+            )
+
+    def evaluation(self) -> None:
+        """Stages finetune (a few steps), evaluate and pca."""
+        from pipeline.evaluate.pca import pca
+        from pipeline.finetuning import finetune
+        from stages import evaluate
+
+        for data in ("captions", "classes"):
+            out = self.base / "finetune" / f"mlp-{data}"
+            spent = timed(
+                lambda data=data, out=out: finetune(self.params, "mlp", data, self.base / "pretrain/mlp", out)
+            )
+            line(f"finetune mlp {data}, the stage, 4 steps", f"{spent:.1f} s")
+        line(
+            "evaluate, the stage: names, and captions twice",
+            f"{timed(lambda: evaluate.evaluate('mlp')):.1f} s",
+            "58 s for 196 pictures",
+        )
+        line(f"pca, {self.params.pca.images} pictures", f"{timed(lambda: pca(self.params, 'mlp')):.1f} s", "49 s")
+
+    def answers(self) -> None:
+        from pipeline.store.reader import ImageTokens
+        from pipeline.vlm import load_vlm
+
+        settings = self.params.evaluate
+        for data, tokens, before in (
+            ("classes", settings.class_tokens, "54 at batch 100"),
+            ("captions", settings.caption_tokens, "2.6 to 2.9"),
+        ):
+            images = ImageTokens.open(self.base, data)
+            model = load_vlm(
+                self.params.llm, self.base / "finetune" / f"mlp-{data}", "adapter", self.params.runtime.device
+            )
+            some = list(range(min(len(images), 4 if self.tiny else settings.batch)))
+            model.answers(images, some[:2], "Describe", 2, 2)
+            spent = timed(
+                lambda m=model, i=images, s=some, t=tokens: m.answers(i, s, "Describe the image: ", t, settings.batch)
+            )
+            line(f"answers, {data}, {tokens} tokens, batch {len(some)}", f"{len(some) / spent:.1f} images/s", before)
+            del model
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+
+STEPS = ("make", "extraction", "solver", "constant_set", "pretraining", "language_model", "evaluation", "answers")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("steps", nargs="*", choices=[*STEPS, []], help="default: all, in order")
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes on the CPU, to see that it runs")
+    arguments = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="terraalign-gpu-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
+    os.chdir(folder)
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    print(f"{name}, {os.cpu_count()} cores, torch {torch.__version__}", flush=True)
+    failed = []
+    try:
+        bench = Bench(arguments.tiny)
+        for step in dict.fromkeys(("make", *(arguments.steps or STEPS))):
+            began = time.perf_counter()
+            try:
+                getattr(bench, step)()
+            except Exception:  # whatever it is: the other figures are wanted all the same
+                traceback.print_exc(limit=6)
+                failed.append(step)
+                line(step, "FAILED")
+            print(f"-- {step}: {time.perf_counter() - began:.0f} s", flush=True)
+    finally:
+        os.chdir("/")
+        shutil.rmtree(folder, ignore_errors=True)
+    raise SystemExit(f"failed: {', '.join(failed)}" if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
