@@ -2,6 +2,7 @@
 
     pip install -e '.[dev]' && pip install --no-deps --target FOLDER clip-retrieval
     PYTHONPATH=FOLDER python benchmarks/extraction.py [--encoder lite0] [--pictures 256] [--rounds 5]
+    python benchmarks/extraction.py --decoders [--encoder coca] [--batch 64] [--folder PICTURES]
     python benchmarks/extraction.py --memory
 
 Pictures are JPEGs of 640 x 480, made from a seed. One after the other in every round: extraction with all it does
@@ -9,6 +10,11 @@ Pictures are JPEGs of 640 x 480, made from a seed. One after the other in every 
 two ways there are (pass after pass on all of torch's threads; as many passes side by side, one thread each), decoding
 alone on one thread, and clip-retrieval's inference. A figure is the median over the rounds of the ratio within a round,
 so what else runs on the machine weighs on all sides.
+
+--decoders: of every decoder that works here, extraction with it and where its time went (seconds of threads add up),
+and how far its pixels and tokens are from PIL's. On a CPU also the time of the processor, on one thread, from the bytes
+of a picture to its pixels: the least of `--rounds` for each picture, the decoders in turn. With --folder, of the JPEGs
+below that folder.
 
 --memory: the peak of a process that extracts 2,000 and of one that extracts 20,000 rows, in as many shards.
 """
@@ -33,8 +39,11 @@ import yaml
 from PIL import Image
 
 from pipeline import sources
+from pipeline.backbones.devices import pick_device
 from pipeline.backbones.vision import VisionEncoder, load_vision_encoder
-from pipeline.extract import ImageShards, _padded, extract_images, one_thread_each
+from pipeline.decoding import Decoder, decoder_for, padded
+from pipeline.errors import UserError
+from pipeline.extract import ImageShards, extract_images, one_thread_each
 from pipeline.params import Params
 from pipeline.pictures import decode
 from pipeline.store.inventory import timings
@@ -60,10 +69,18 @@ def write_pictures(folder: Path, count: int) -> None:
         Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(path, quality=90)
 
 
-def parameters(vision: dict[str, str], shards: int, threads: int) -> Params:
+def copy_pictures(folder: Path, count: int) -> None:
+    """JPEGs from below a folder, every so many, as two classes."""
+    found = sorted(folder.rglob("*.jpg"))
+    for i, path in enumerate(found[:: max(1, len(found) // count)][:count]):
+        Path(f"pictures/class{i % 2}").mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, f"pictures/class{i % 2}/{i:06}.jpg")
+
+
+def parameters(vision: dict[str, str], shards: int, threads: int, batch: int = 8) -> Params:
     values = yaml.safe_load(PROFILE.read_text())
     values["data"]["classes"] |= {"source": "imagefolder", "root": "pictures", "count": None}
-    values["vision"] = {**vision, "batch": 8}
+    values["vision"] = {**vision, "batch": batch}
     values["cache"]["shards"] = shards
     values["runtime"]["decode_threads"] = threads
     return Params.model_validate(values)
@@ -81,7 +98,7 @@ def ways(params: Params, encoder: VisionEncoder) -> dict[str, Callable[[], objec
     names, batches = [], []
     for rows in work.parts.values():  # no batch crosses a shard
         pictures = [encoder.preprocess(decode(Path(name).read_bytes())) for name in rows["image"]]
-        batches += [_padded(pictures[i : i + work.size], work.size) for i in range(0, len(pictures), work.size)]
+        batches += [padded(pictures[i : i + work.size], work.size) for i in range(0, len(pictures), work.size)]
         names += list(rows["image"])
 
     def extraction() -> None:
@@ -170,6 +187,62 @@ def measure(params: Params, encoder: VisionEncoder, rounds: int, cores: int) -> 
         print(f"speed of extraction / {name}: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
 
 
+def decoders_here(encoder: VisionEncoder) -> dict[str, Decoder]:
+    found = {}
+    for name in ("pil", "torchvision", "nvjpeg"):
+        try:
+            found[name] = decoder_for(name, encoder.preprocess, pick_device("auto"))
+        except UserError as fault:
+            print(fault)
+    return found
+
+
+def processor_time(decoders: dict[str, Decoder], contents: list[bytes], rounds: int) -> dict[str, float]:
+    """Milliseconds of the processor a picture, by decoder."""
+    least = {name: [float("inf")] * len(contents) for name in decoders}
+    for _ in range(rounds):
+        for at, content in enumerate(contents):
+            for name, decoder in decoders.items():
+                began = time.thread_time()
+                decoder.load(content)
+                least[name][at] = min(least[name][at], time.thread_time() - began)
+    return {name: statistics.mean(times) * 1000 for name, times in least.items()}
+
+
+def distance(encoder: VisionEncoder, one: torch.Tensor, other: torch.Tensor) -> str:
+    """How far two batches of pixels and their tokens are from one another."""
+    levels = (one.float() - other.float()).abs()
+    tokens = [encoder.encode(pixels) for pixels in (one, other)]
+    cosine = torch.nn.functional.cosine_similarity(*tokens, dim=-1)[tokens[1].norm(dim=-1) > 0]
+    apart = (tokens[0] - tokens[1]).norm() / tokens[1].norm()
+    return (
+        f"pixels off by {levels.mean():.4f} of 255, at most {levels.max():.0f}; tokens off by {apart:.5f} (L2), "
+        f"cosine {cosine.mean():.6f}, at least {cosine.min():.6f}"
+    )
+
+
+def measure_decoders(params: Params, encoder: VisionEncoder, pictures: int, rounds: int) -> None:
+    torch.set_num_threads(1 if pick_device("auto").type == "cpu" else torch.get_num_threads())
+    contents = [path.read_bytes() for path in sorted(Path("pictures").glob("*/*"))][:256]
+    decoders, by_pil = decoders_here(encoder), Decoder(encoder.preprocess)
+    spent = {} if torch.cuda.is_available() else processor_time(decoders, contents, rounds)
+    pixels = by_pil.batch([by_pil.load(content) for content in contents], len(contents))
+    for name, decoder in decoders.items():
+        vision = params.vision.model_copy(update={"decoder": name})
+        by_it, times = params.model_copy(update={"vision": vision}), []
+        for _ in range(rounds):
+            shutil.rmtree(STORE, ignore_errors=True)
+            began = time.perf_counter()
+            extract_images(by_it, "classes", encoder, lambda n: None)
+            times.append(time.perf_counter() - began)
+        took = timings("images", next(STORE.glob("images/*")).name)
+        print(f"{name}: {pictures / min(times):.0f} images/s; the last: {dict(took)}")
+        if name in spent:
+            print(f"    {spent[name]:.3f} ms of the processor a picture, {spent[name] / spent['pil']:.2f} of PIL's")
+        found = decoder.batch([decoder.load(content) for content in contents], len(contents)).cpu()
+        print(f"    {distance(encoder, found, pixels)}")
+
+
 class Cheap:
     """An encoder of no layers with tokens of 50 kB a picture in float16."""
 
@@ -211,6 +284,9 @@ def main() -> None:
     parser.add_argument("--encoder", choices=list(VISION), default="lite0")
     parser.add_argument("--pictures", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--decoders", action="store_true")
+    parser.add_argument("--folder", type=Path)
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -219,16 +295,24 @@ def main() -> None:
         return
     cores = len(os.sched_getaffinity(0))
     print(f"{cores} cores, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    folder_of = options.folder and options.folder.resolve()
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         if options.memory:
             measure_memory()
             return
-        params = parameters(VISION[options.encoder], SHARDS, cores)
-        write_pictures(Path("pictures"), options.pictures)
+        params = parameters(VISION[options.encoder], SHARDS, cores, options.batch)
+        if folder_of is None:
+            write_pictures(Path("pictures"), options.pictures)
+        else:
+            copy_pictures(folder_of, options.pictures)
         sources.write(sources.prepare(params, "classes"), sources.manifest_path(params, "classes"))
         torch.manual_seed(0)
-        measure(params, load_vision_encoder(params.vision), options.rounds, cores)
+        encoder = load_vision_encoder(params.vision)
+        if options.decoders:
+            measure_decoders(params, encoder, len(list(Path("pictures").glob("*/*"))), options.rounds)
+        else:
+            measure(params, encoder, options.rounds, cores)
 
 
 if __name__ == "__main__":

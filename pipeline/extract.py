@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 import sys
 import threading
 import time
@@ -24,9 +25,10 @@ from torch import Tensor
 
 from pipeline.backbones.devices import hash_weights, pick_device
 from pipeline.backbones.vision import VisionEncoder
+from pipeline.decoding import Loaded, decoder_for, padded, say_once
 from pipeline.errors import UserError
 from pipeline.params import Dataset, Params
-from pipeline.pictures import decode, read
+from pipeline.pictures import read
 from pipeline.store import schema, versions
 from pipeline.store.donors import Donors
 from pipeline.store.dtypes import Columns, DoesNotFit, pack
@@ -106,13 +108,19 @@ class ImageShards:
 
     def __init__(self, params: Params, data: Dataset, encoder: VisionEncoder):
         self.params, self.encoder, self.size = params, encoder, params.vision.batch
+        place, decoders = pick_device(params.runtime.device), params.runtime.decode_threads
+        self.decoder, device = decoder_for(params.vision.decoder, encoder.preprocess, place), place.type
+        if params.vision.decoder == "auto" and multiprocessing.parent_process() is None:
+            say_once(f"vision.decoder auto: {self.decoder.name}")
+        made_by = {**encoder.identity, **self.decoder.identity}
         self.fingerprint = schema.fingerprint(
-            **encoder.identity, stored=params.cache.dtype, batch=self.size, version=versions.IMAGES
+            **made_by, stored=params.cache.dtype, batch=self.size, version=versions.IMAGES
         )
         self.parts = _parts("images", self.fingerprint, params, data)
         self.donors = Donors(STORE / "images" / self.fingerprint)
-        device, decoders = pick_device(params.runtime.device).type, params.runtime.decode_threads
-        self.passes = {"cpu": torch.get_num_threads(), "cuda": 2}.get(device, 1)
+        # On a GPU two are encoded, copied or decoded each, while a third one is decoded or packed.
+        self.passes = {"cpu": torch.get_num_threads(), "cuda": 3}.get(device, 1)
+        self._on_gpu = device == "cuda"
         self.threads = max(self.passes, decoders) if device == "cpu" else self.passes + decoders
         self._encoding = threading.BoundedSemaphore(self.passes)
 
@@ -138,7 +146,10 @@ class ImageShards:
         """
         parts = {path: _Part(self.parts[path]) for path in paths}
         with closing(self._tokens(list(parts.values()))) as tokens:
-            return {path: self._write(path, part, tokens, advance) for path, part in parts.items()}
+            made = {path: self._write(path, part, tokens, advance) for path, part in parts.items()}
+        if refused := self.decoder.take_refused():
+            print(f"{refused} JPEGs that {self.decoder.name} refuses were decoded by PIL", file=sys.stderr)
+        return made
 
     def _write(self, path: Path, part: _Part, tokens: Iterator[tuple[list[int], Columns]], advance: Advance) -> Shard:
         """Write a shard, batch by batch as its tokens come: memory does not grow with it."""
@@ -208,31 +219,45 @@ class ImageShards:
         """
         picture = self.encoder.preprocess(Image.radial_gradient("L").convert("RGB"))
         with one_thread_each(1) as pool:
-            batches = torch.stack([picture] * self.size), _padded([picture], self.size)
+            batches = torch.stack([picture] * self.size), padded([picture], self.size)
             everywhere, alone = pool.map(self.encoder.encode, batches)
         same = all(torch.equal(alone[0], tokens) for tokens in everywhere)
         if not same:
             print("tokens depend on the place in the batch: shards are made whole, no row is copied", file=sys.stderr)
         return same
 
-    def _load(self, part: _Part, row: int) -> Tensor:
+    def _load(self, part: _Part, row: int) -> Loaded:
         name = part.rows["image"][row]
         with part.clock("read"):
             content = _read_picture(name, part.rows["sha256"][row])
         with part.clock("decode"):
-            return self.encoder.preprocess(_decoded(content, name))
+            try:
+                return self.decoder.load(content)
+            except ValueError as error:
+                raise UserError(f"{name}: {error}; run `dvc repro --force` for the prepare stage") from None
 
-    def _pass(self, part: _Part, at: list[int], pictures: list[Future[Tensor]]) -> Columns:
+    def _pass(self, part: _Part, at: list[int], pictures: list[Future[Loaded]]) -> Columns:
         """The columns of the rows `at`. Every batch has the same shape: one of another size would give other bits."""
-        pixels = _padded([picture.result() for picture in pictures], self.size)
-        with self._encoding, part.clock("encode"):
-            tokens = self.encoder.encode(pixels)[: len(at)]
+        loaded = [picture.result() for picture in pictures]
+        with self._encoding:
+            with part.clock("decode"):
+                pixels = self.decoder.batch(loaded, self.size)
+            with part.clock("encode"):
+                tokens = self._encode(pixels)[: len(at)]
         dtype = self.params.cache.dtype
         try:
             return pack(tokens, dtype)
         except DoesNotFit as fault:
-            mend = "set cache.dtype: float32" if tokens.isfinite().all() else "the encoder gives no finite numbers"
+            finite = self.encoder.encode(pixels)[: len(at)].isfinite().all()
+            mend = "set cache.dtype: float32" if finite else "the encoder gives no finite numbers"
             raise UserError(f"{part.rows['image'][at[fault.row]]}: tokens do not fit {dtype}; {mend}") from None
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        """Tokens of a batch, from a GPU in the type that is stored: half the bytes. int8 is scaled on the CPU."""
+        dtype = self.params.cache.dtype
+        if self._on_gpu and dtype != "int8":
+            return self.encoder.encode(pixels, getattr(torch, dtype))
+        return self.encoder.encode(pixels)
 
 
 @contextmanager
@@ -255,10 +280,6 @@ def _alone() -> None:
     torch.set_num_threads(1)
 
 
-def _padded(pictures: list[Tensor], size: int) -> Tensor:
-    return torch.stack([*pictures, *[torch.zeros_like(pictures[0])] * (size - len(pictures))])
-
-
 def _read_picture(name: str, sha256: str) -> bytes:
     """A picture file that still has the content `prepare` saw."""
     try:
@@ -270,13 +291,6 @@ def _read_picture(name: str, sha256: str) -> bytes:
     if hashlib.sha256(content).hexdigest() != sha256:
         raise UserError(f"{name}: changed since it was prepared; run `dvc repro --force` for the prepare stage")
     return content
-
-
-def _decoded(content: bytes, name: str) -> Image.Image:
-    try:
-        return decode(content)
-    except ValueError as error:
-        raise UserError(f"{name}: {error}; run `dvc repro --force` for the prepare stage") from None
 
 
 def extract_captions(

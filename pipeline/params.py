@@ -135,6 +135,9 @@ class Vision(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 where the processor computes in it, else float32"
     )
+    decoder: Literal["auto", "pil", "torchvision", "nvjpeg"] = Field(
+        "auto", description="of plain JPEGs; auto: nvjpeg on a GPU, torchvision on a CPU; docs/store.md has the errors"
+    )
     batch: Positive = 8
 
     @model_validator(mode="after")

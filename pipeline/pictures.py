@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,15 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 NARROWEST = 1 / 200  # an encoder scales the shorter side to its own, and the longer one with it
 _PART_OF_TAR = re.compile(r"(?P<tar>.+\.tar)#(?P<offset>\d+):(?P<size>\d+)")
+
+
+@dataclass(frozen=True)
+class PlainJPEG:
+    """The frame of a JPEG that every decoder understands alike: its size as stored, its EXIF orientation, 1 to 8."""
+
+    width: int
+    height: int
+    orientation: int
 
 
 class _Refused(ValueError):
@@ -103,3 +113,60 @@ def _rgb(picture: Image.Image) -> Image.Image:
         return picture.convert("RGB")
     white = Image.new("RGBA", picture.size, "white")
     return Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB")
+
+
+def plain_jpeg(content: bytes) -> PlainJPEG | None:
+    """The frame of a plain JPEG: baseline or progressive, 8 bits, YCbCr with halved or whole colour; else None.
+
+    Decided by the file's own bytes alone. What is not plain (CMYK, RGB or grey JPEGs, arithmetic coding, other formats,
+    EXIF blocks that PIL stumbles over) is for `decode`. Whether the rest of the file is whole is not looked at.
+    """
+    if content[:2] != b"\xff\xd8":
+        return None
+    at, frame, progressive, seen = 2, None, False, set[bytes]()
+    while content[at : at + 1] == b"\xff":
+        while content[at + 1 : at + 2] == b"\xff":  # any number of them may come before a marker
+            at += 1
+        marker, size = content[at + 1 : at + 2], int.from_bytes(content[at + 2 : at + 4], "big")
+        body = content[at + 4 : at + 2 + size]
+        if size < 2 or len(body) != size - 2:
+            return None
+        if marker == _START_OF_SCAN:
+            together = progressive or body[:1] == b"\x03"  # all three components in one scan
+            if frame is None or not together or not seen >= _TABLES:
+                return None
+            orientation = _orientation(content) if _EXIF_OR_XMP in seen else 1
+            return PlainJPEG(*frame, orientation) if orientation else None
+        if marker in _FRAMES:
+            if frame is not None or marker not in (b"\xc0", b"\xc2") or not _COLOUR.fullmatch(body):
+                return None
+            progressive = marker == b"\xc2"
+            frame = int.from_bytes(body[3:5], "big"), int.from_bytes(body[1:3], "big")
+            if 0 in frame:
+                return None
+        elif marker == b"\xee" and body[:5] == b"Adobe" and body[11:12] != b"\x01":  # its pixels are not YCbCr
+            return None
+        seen.add(marker)
+        at += 2 + size
+    return None
+
+
+_START_OF_SCAN, _EXIF_OR_XMP = b"\xda", b"\xe1"
+_TABLES = {b"\xdb", b"\xc4"}  # frames of motion JPEG leave the latter out
+_FRAMES = {bytes([code]) for code in range(0xC0, 0xD0)} - {b"\xc4", b"\xc8", b"\xcc"}  # these are tables
+# 8 bits, height, width, components 1 to 3: brightness at full, colour at its own, half its width, height or both.
+_COLOUR = re.compile(rb"\x08.{4}\x03\x01[\x11\x21\x12\x22].\x02\x11.\x03\x11.", re.DOTALL)
+
+
+def _orientation(content: bytes) -> int | None:
+    """By PIL, so that `decode` turns the picture the same way; None when PIL stumbles: that is no plain picture."""
+    try:
+        with Image.open(io.BytesIO(content), formats=("JPEG",)) as picture:
+            exif = picture.getexif()
+            found = exif.get(0x0112, 1)
+            if found not in range(2, 9):
+                return 1
+            exif.tobytes()  # ImageOps.exif_transpose writes it anew, and fails with that
+            return int(found)
+    except Exception:  # whatever a damaged EXIF block leads to
+        return None

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,7 +15,7 @@ from pipeline.errors import UserError
 from pipeline.params import Dataset, Params, load_params
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from pipeline.decoding import Decoder, Loaded
 
 Photos = Annotated[list[Path], typer.Argument(help="Pictures, or folders of pictures.", show_default=False)]
 AsJSON = Annotated[bool, typer.Option("--json", help="One JSON object a line: photo, answer, adapter.")]
@@ -40,19 +40,23 @@ def _answer(params: Params, data: Dataset, photos: list[Path], prompt: str, max_
     if not files:
         raise UserError(f"{photos[0]}: no picture in it; formats: {', '.join(sorted(SUFFIXES))}")
     adapter = _best_adapter(params, data)
+    from pipeline.backbones.devices import pick_device
     from pipeline.backbones.vision import load_vision_encoder
+    from pipeline.decoding import decoder_for
     from pipeline.vlm import load_vlm
 
     folder = Path("data") / params.profile / "finetune" / f"{adapter}-{data}"
     encoder = load_vision_encoder(params.vision, params.runtime.device)
+    decoder = decoder_for(params.vision.decoder, encoder.preprocess, pick_device(params.runtime.device))
     model = load_vlm(params.llm, folder, "adapter", params.runtime.device)
     remaining, failed = iter(files), 0
     while part := list(islice(remaining, params.vision.batch)):
-        read = [(file, pixels) for file in part if (pixels := _pixels(file, encoder)) is not None]
+        read = [(file, loaded) for file in part if (loaded := _load(file, decoder)) is not None]
         failed += len(part) - len(read)
         if not read:
             continue
-        answers = model.generate(_encode([p for _, p in read], encoder, params.vision.batch), prompt, max_tokens)
+        pixels = decoder.batch([loaded for _, loaded in read], params.vision.batch)  # of the shape of extraction
+        answers = model.generate(encoder.encode(pixels)[: len(read)], prompt, max_tokens)
         for (file, _), answer in zip(read, answers, strict=True):
             row = {"photo": str(file), "answer": answer, "adapter": adapter}
             print(json.dumps(row, ensure_ascii=False) if as_json else f"{file}: {answer}", flush=True)
@@ -82,21 +86,13 @@ def _best_adapter(params: Params, data: Dataset) -> str:
     return min(losses, key=losses.__getitem__)
 
 
-def _pixels(file: Path, encoder: Any) -> Tensor | None:
+def _load(file: Path, decoder: Decoder) -> Loaded | None:
     from pipeline.pictures import decode
 
     try:
-        pixels: Tensor = encoder.preprocess(decode(file.read_bytes()))
-        return pixels
+        content = file.read_bytes()
+        decode(content)  # what is broken, PIL decides, as in `prepare`
+        return decoder.load(content)
     except (OSError, ValueError) as error:
         print(f"error: {file}: not a readable picture ({error})", file=sys.stderr)
         return None
-
-
-def _encode(pictures: list[Tensor], encoder: Any, size: int) -> Tensor:
-    """Image tokens [B, N, D], through a batch of the shape that extraction uses."""
-    import torch
-
-    padding = [torch.zeros_like(pictures[0])] * (size - len(pictures))
-    tokens: Tensor = encoder.encode(torch.stack([*pictures, *padding]))[: len(pictures)]
-    return tokens

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from pipeline.backbones.devices import hash_weights, keep_freed_memory, pick_device, pick_dtype
+from pipeline.backbones.preprocess import Preprocess, in_parts, normalise
 from pipeline.errors import UserError
 from pipeline.params import Vision
 
@@ -25,10 +26,14 @@ class VisionEncoder(Protocol):
     identity: dict[str, str]
 
     def preprocess(self, image: Image.Image) -> Tensor:
-        """An RGB picture of any size to float32 [3, H, W]."""
+        """An RGB picture of any size to [3, H, W]: uint8, or float32 where the transform cannot be taken apart."""
 
-    def encode(self, pixels: Tensor) -> Tensor:
-        """float32 [B, 3, H, W] to image tokens, float32 [B, N, D] on the CPU. Threads may call it side by side."""
+    def encode(self, pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """What `preprocess` gives, [B, 3, H, W] on any device, to image tokens [B, N, D] on the CPU.
+
+        uint8 is normalised first, where the network is. The tokens come back in `dtype`. Threads may call it side by
+        side.
+        """
 
 
 class _Encoder:
@@ -46,7 +51,9 @@ class _Encoder:
         weights = hash_weights(network)
         # channels_last halves the time of convolutions on a CPU and changes nothing for transformers.
         network.eval().requires_grad_(False).to(device, self.dtype).to(memory_format=torch.channels_last)
-        self.preprocess, self.features = preprocess, features
+        parts = in_parts(preprocess)
+        self.preprocess, self.features = parts or preprocess, features
+        self._constants = None if parts is None else parts.constants(device)
         self.identity = {
             "encoder": params.encoder,
             "model": params.model or "",
@@ -59,22 +66,27 @@ class _Encoder:
             self._streams.put(torch.cuda.Stream(device))
 
     @torch.inference_mode()
-    def encode(self, pixels: Tensor) -> Tensor:
+    def encode(self, pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         if self.device.type == "cuda":
-            return self._encode_on_stream(pixels)
-        pixels = pixels.to(self.device, self.dtype, memory_format=torch.channels_last)
-        return self.features(pixels).float().cpu()
+            return self._encode_on_stream(pixels, dtype)
+        return self._tokens(pixels.to(self.device)).to(dtype).cpu()
 
-    def _encode_on_stream(self, pixels: Tensor) -> Tensor:
+    def _tokens(self, pixels: Tensor) -> Tensor:
+        if pixels.dtype == torch.uint8:
+            assert self._constants is not None, "preprocess gives uint8 only where the transform was taken apart"
+            pixels = normalise(pixels, self._constants)
+        return self.features(pixels.to(self.dtype, memory_format=torch.channels_last))
+
+    def _encode_on_stream(self, pixels: Tensor, dtype: torch.dtype) -> Tensor:
         """Copies from and to pinned memory overlap what the GPU computes for a thread that has the other stream."""
         stream = self._streams.get()
         try:
             stream.wait_stream(torch.cuda.default_stream(self.device))  # which brought the weights
             with torch.cuda.stream(stream):
-                pinned = pixels.pin_memory()
-                there = pinned.to(self.device, non_blocking=True)
-                tokens = self.features(there.to(self.dtype, memory_format=torch.channels_last)).float().contiguous()
-                back = torch.empty(tokens.shape, pin_memory=True).copy_(tokens, non_blocking=True)
+                pixels = pixels if pixels.is_cuda else pixels.pin_memory()
+                there = pixels.to(self.device, non_blocking=True)
+                tokens = self._tokens(there).to(dtype).contiguous()
+                back = torch.empty(tokens.shape, dtype=dtype, pin_memory=True).copy_(tokens, non_blocking=True)
             stream.synchronize()
             return back
         finally:
@@ -95,18 +107,11 @@ def load_vision_encoder(params: Vision, device: str = "auto") -> VisionEncoder:
 Parts = tuple[nn.Module, Callable[[Tensor], Tensor], Callable[[Image.Image], Tensor]]
 
 
-class Lite0Preprocess:
-    """EfficientNet-Lite's own: centre crop, 224 x 224 bicubic, (pixel - 127) / 128."""
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        from torchvision.transforms.v2 import functional as F
-
-        side = min(image.size)
-        square = F.center_crop(image.convert("RGB"), [side, side]).resize((224, 224), Image.Resampling.BICUBIC)
-        return (F.pil_to_tensor(square).float() - 127) / 128
-
-    def __repr__(self) -> str:
-        return "centre square, 224 bicubic, (x - 127) / 128"
+# EfficientNet-Lite's own.
+LITE0 = Preprocess(
+    size=(224, 224), resampling="bicubic", scale=1.0, mean=(127.0,) * 3, std=(128.0,) * 3, square=True,
+    text="centre square, 224 bicubic, (x - 127) / 128",
+)  # fmt: skip
 
 
 def _efficientnet_lite0(params: Vision) -> Parts:
@@ -118,7 +123,7 @@ def _efficientnet_lite0(params: Vision) -> Parts:
     weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     network.load_state_dict(weights)
     _fold_batch_norms(network.eval())
-    return network, lambda x: _map_to_tokens(network.extract_features(x)), Lite0Preprocess()
+    return network, lambda x: _map_to_tokens(network.extract_features(x)), LITE0
 
 
 def _fold_batch_norms(network: Any) -> None:
