@@ -157,28 +157,34 @@ class Bench:
         return pick_device(self.params.runtime.device)
 
     def extraction(self) -> None:
-        """Stages prepare, extract_images and extract_captions, over pictures that are not in the store."""
+        """Stages prepare, extract_captions and extract_images, the last with each decoder and nothing in the store."""
+        from benchmarks.extraction import decoders_here, distance
         from pipeline import sources
-        from stages import extract_captions, extract_images
+        from pipeline.backbones.vision import load_vision_encoder
+        from pipeline.decoding import Decoder
+        from pipeline.extract import extract_images
+        from stages import extract_captions
 
         for data in ("captions", "classes"):
-            spent = timed(
-                lambda data=data: sources.write(
-                    sources.prepare(self.params, data), self.base / f"prepare/{data}.parquet"
-                )
-            )
+            manifest = sources.manifest_path(self.params, data)
+            spent = timed(lambda data=data, to=manifest: sources.write(sources.prepare(self.params, data), to))
             line(f"prepare {data}", f"{spent:.1f} s")
-        for data in ("captions", "classes"):
-            spent = timed(
-                lambda data=data: extract_images.make(self.params, data).write(self._manifest("images", data))
-            )
-            count = self.pictures if data == "captions" else self.labelled
-            line(
-                f"extract_images {data}, encoder loaded included",
-                f"{count / spent:.0f} images/s, {spent:.1f} s",
-                "349 images/s",
-            )
             extract_captions.make(self.params, data).write(self._manifest("text", data))
+        torch.manual_seed(0)
+        encoder = load_vision_encoder(self.params.vision, self.params.runtime.device)
+        decoders, by_pil = decoders_here(encoder), Decoder(encoder.preprocess)
+        contents = [path.read_bytes() for path in sorted(Path("coco/images").iterdir())[:64]]
+        pixels = by_pil.batch([by_pil.load(content) for content in contents], 64)
+        for name, decoder in decoders.items():
+            vision = self.params.vision.model_copy(update={"decoder": name})
+            params = self.params.model_copy(update={"vision": vision})
+            for data, count in (("classes", self.labelled), ("captions", self.pictures)):
+                began = time.perf_counter()
+                extract_images(params, data, encoder, lambda n: None).write(self._manifest("images", data))
+                spent = time.perf_counter() - began
+                line(f"extract_images {data}, decoder {name}", f"{count / spent:.0f} images/s", "349 images/s")
+            found = decoder.batch([decoder.load(content) for content in contents], 64).cpu()
+            print(f"    {name} and PIL: {distance(encoder, found, pixels)}", flush=True)
 
     def _manifest(self, kind: str, data: str) -> Path:
         from pipeline.store.shards import manifest_path
