@@ -232,7 +232,7 @@ class RandomPairs(Pairs):
         self.device, self.threads, self.settings, self.in_flight = torch.device(device), threads, settings, 1
         rng = np.random.default_rng(0)
         captions = [rng.integers(5_000, size=rng.integers(8, 21)).tolist() for _ in range(1_000)]
-        self.images, self.table = torch.randn(256, tokens, widths[0]), torch.randn(5_000, widths[1])
+        self.images, self.table = torch.randn(256, tokens, widths[0]), torch.randn(5_000, widths[1]).to(self.device)
         self.rows = [[captions[(5 * i + j) % 1_000] for j in range(5)] for i in range(COCO)]
         self.train = list(range(COCO))
         self._measure()

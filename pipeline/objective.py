@@ -34,7 +34,8 @@ class Pairs:
         self.settings, self.threads = settings, params.runtime.emd_threads
         features = [_features(params, data) for data in settings.data]
         self._images, texts = [images for images, _ in features], [text for _, text in features]
-        self.table, row_of = _one_table(texts)
+        table, row_of = _one_table(texts)
+        self.table = table.to(self.device)
         self.rows: list[list[list[int]]] = []
         self._places: list[tuple[int, int]] = []
         self.train: list[int] = []
@@ -51,12 +52,13 @@ class Pairs:
     def _measure(self) -> None:
         """What the objective's distance needs: weights of words, the map into its space, the centre of words there."""
         self.word_weights = self._weights_of_words()
-        counts = self._document_frequencies(self.train)
-        self.words, self.into_space = self.table.to(self.device), None
+        counts = self._document_frequencies(self.train).to(self.device)
+        self.words, self.into_space = self.table, None
         if self.settings.objective.space == "whitened":
-            into_space = whitening(self.table, counts)
-            self.words, self.into_space = (self.table @ into_space).to(self.device), into_space.to(self.device)
-        self.center = counts.to(self.device) @ self.words / counts.sum()
+            self.into_space = whitening(self.table, counts)
+            with exact_products():
+                self.words = self.table @ self.into_space
+        self.center = counts @ self.words / counts.sum()
 
     def measured_by(self, objective: Objective) -> Pairs:
         """The same data under another objective."""
@@ -105,9 +107,7 @@ class Pairs:
         """The same, started."""
         flat = [row for caption in captions for row in caption]
         offsets = np.cumsum([0, *map(len, captions)]).tolist()
-        if self.into_space is not None:
-            with exact_products():
-                tokens = tokens @ self.into_space
+        tokens = self._in_space(tokens)
         words = self.words[to_device(torch.tensor(flat), self.device)]
         return start_emd(
             tokens, words, offsets, image_index,
@@ -115,6 +115,12 @@ class Pairs:
             center=self.center, unmatched=self.settings.objective.unmatched,
             solver=self.settings.objective.solver, threads=self.threads, background=self.in_flight > 1,
         )  # fmt: skip
+
+    def _in_space(self, tokens: Tensor) -> Tensor:
+        if self.into_space is None:
+            return tokens
+        with exact_products():
+            return tokens @ self.into_space
 
     def _weights(self, flat: list[int], captions: list[list[int]]) -> Tensor:
         """Weights of the words of some captions, [T]; a caption of nothing but ubiquitous words keeps equal ones."""
@@ -132,12 +138,13 @@ class Pairs:
         flat = [row for caption in captions for row in caption]
         rows, image = (to_device(torch.tensor(values), self.device) for values in (flat, index))
         value, weights = barycentric_weights(
-            tokens if self.into_space is None else tokens @ self.into_space, self.words[rows],
+            self._in_space(tokens), self.words[rows],
             np.cumsum([0, *map(len, captions)]).tolist(), torch.bincount(image)[image].reciprocal(),
             cost=self.settings.objective.cost, word_weights=self._weights(flat, captions), center=self.center,
             unmatched=self.settings.objective.unmatched, solver=self.settings.objective.solver, threads=self.threads,
         )  # fmt: skip
-        return value, weights @ self.table[flat].to(self.device), weights.sum(1, keepdim=True)
+        with exact_products():
+            return value, weights @ self.table[rows], weights.sum(1, keepdim=True)
 
     def tokens(self, positions: list[int]) -> Tensor:
         """Image tokens [B, N, D] on the device."""

@@ -34,7 +34,7 @@ def fit_constant_set(pairs: Pairs, count: int, seed: int) -> Tensor:
     start = torch.multinomial(weight, count, replacement=count > int((weight > 0).sum()), generator=generator)
     order = torch.randperm(len(pairs.train), generator=generator)[:SAMPLE].tolist()
     parts = [[pairs.train[i] for i in order[at : at + PART]] for at in range(0, len(order), PART)]
-    best, tokens = float("inf"), pairs.table[start].to(pairs.device)
+    best, tokens = float("inf"), pairs.table[start.to(pairs.device)]
     while True:
         values, sums, weights = zip(*(pairs.better_set(tokens, part) for part in parts), strict=True)
         if sum(values) > (1 - SETTLED) * best:
@@ -71,10 +71,9 @@ def nearest_words(pairs: Pairs, adapter: Adapter, seed: int) -> dict[str, float]
     """
     partner = _partners(pairs.val, seed)
     hits: dict[str, list[bool]] = {"nearest_in_caption": [], "nearest_in_shuffled": []}
-    table = pairs.table.to(pairs.device)
     for start in range(0, len(pairs.val), 8):
         positions = pairs.val[start : start + 8]
-        nearest = torch.cdist(adapter(pairs.tokens(positions)), table).argmin(2).tolist()
+        nearest = torch.cdist(adapter(pairs.tokens(positions)), pairs.table).argmin(2).tolist()
         for position, rows in zip(positions, nearest, strict=True):
             for key, whose in zip(hits, (position, partner[position]), strict=True):
                 words = {row for caption in pairs.rows[whose] for row in caption}
