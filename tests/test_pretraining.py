@@ -177,6 +177,21 @@ def test_best_constant_token_is_the_mean_word():
     torch.testing.assert_close(token[0], pairs.table.mean(0), atol=0.05, rtol=0.1)
 
 
+@pytest.mark.parametrize("cost", ["euclidean", "sqeuclidean", "cosine"])
+def test_the_constant_set_is_as_good_as_what_gradient_descent_finds(cost):
+    pairs = Known(cost=cost, unmatched=0.2)
+    pairs.rows = [[[i % 7, (3 * i) % 5], [(i + 2) % 7]] for i in range(IMAGES)]
+    found = fit_constant_set(pairs, 3, seed=1)
+    tokens = (pairs.table.mean(0) + 0.1 * torch.randn(3, pairs.table.shape[1])).requires_grad_()
+    optimizer = torch.optim.Adam([tokens], lr=0.02)
+    for _ in range(300):
+        optimizer.zero_grad()
+        loss = pairs.per_image(tokens[None], pairs.train).mean()
+        loss.backward()
+        optimizer.step()
+    assert pairs.per_image(found[None], pairs.train).mean().item() < 1.03 * loss.item()
+
+
 def test_weights_do_not_depend_on_how_many_batches_are_in_flight(tmp_path):
     """With dropout, and a contrast that draws captions: two and three in flight against one after the other."""
 
