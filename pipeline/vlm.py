@@ -65,10 +65,12 @@ class VLM(nn.Module):
         labels = torch.full((len(answers), longest), IGNORED, device=self.device)
         for row, ids in enumerate(answer_ids):
             labels[row, longest - len(ids) :] = torch.tensor(ids, device=self.device)
-        # Answers end at the right edge, so logits are computed at their positions only: [B, longest + 1, V].
+        # Answers end at the right edge, so logits are computed at their positions only: [B, longest + 1, V]. Named one by
+        # one, since of a slice the vocabulary would be multiplied row by row.
+        last = torch.arange(-longest - 1, 0, device=self.device)
         output = self.network(
             inputs_embeds=inputs[:, done:], attention_mask=mask, position_ids=(mask.cumsum(1) - 1)[:, done:],
-            cache=cache, use_cache=cache is not None, logits_to_keep=longest + 1,
+            cache=cache, use_cache=cache is not None, logits_to_keep=last,
         )  # fmt: skip
         logits = output.logits[:, :-1].float().flatten(0, 1)
         total = F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORED, reduction="sum")
