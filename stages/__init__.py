@@ -7,16 +7,35 @@ functions, so that `terraalign --help` and a mistake in params.yaml answer at on
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator
+from configparser import ConfigParser
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from pipeline.errors import UserError
 
 if TYPE_CHECKING:
     from pipeline.params import Params
 
 __all__ = ["timed"]
+
+
+def _check_data_folder() -> None:
+    """Before the work: what DVC would say after it, of results behind a link."""
+    path = Path("data")
+    if not (os.environ.get("DVC_ROOT") and path.is_symlink()):
+        return
+    config = ConfigParser()
+    config.read([".dvc/config", ".dvc/config.local"])
+    if not config.getboolean("core", "no_scm", fallback=False):
+        raise UserError(
+            f"data: a link to {path.resolve()}, and in a git repository DVC refuses results behind a link; link "
+            "data/store instead, where the features are; for all results mount the disk at data (mount --bind), or run "
+            "`dvc config --local core.no_scm true`, which costs `dvc exp`"
+        )
 
 
 @contextmanager
@@ -26,6 +45,7 @@ def timed(params: Params, stage: str) -> Iterator[None]:
     `stage` is the name in dvc.yaml. A stage that raises writes nothing. The file is not a DVC output: a timing
     differs on every run and must not make the stages after it stale.
     """
+    _check_data_folder()
     began = time.monotonic()
     yield
     path = Path("data") / params.profile / "seconds" / f"{stage}.json"

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
+from dulwich import porcelain
 
 PROJECT = Path(__file__).parents[1]
 ADAPTERS = ("mlp", "query")  # two are enough to see what one change spares the other; DVC takes its time per stage
@@ -68,11 +69,12 @@ class Repo:
             **os.environ,
             "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}",
             "GIT_CONFIG_GLOBAL": os.devnull,
+            "GIT_PYTHON_REFRESH": "quiet",  # there need not be a git program
             **{
                 f"GIT_{who}_{what}": "test@example.org" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")
             },
         }
-        self.run("git", "init", "-q", "-b", "main")
+        porcelain.init(self.root)
         self.dvc("init", "-q", "-f")
         shutil.copy(PROJECT / ".dvc" / "config", self.root / ".dvc" / "config")
         self.commit()
@@ -102,8 +104,9 @@ class Repo:
         return self.run(sys.executable, "-m", "dvc", *command)
 
     def commit(self) -> None:
-        self.run("git", "add", "-A")
-        self.run("git", "commit", "-q", "-m", "state")
+        porcelain.add(self.root)
+        someone = b"test <test@example.org>"
+        porcelain.commit(self.root, message=b"state", author=someone, committer=someone)
 
     def repro(self, *command: str) -> set[str]:
         """The `terraalign` commands that `dvc repro` (or another DVC command) runs now."""
