@@ -118,7 +118,7 @@ class ImageShards:
         )
         self.parts = _parts("images", self.fingerprint, params, data)
         self.donors = Donors(STORE / "images" / self.fingerprint)
-        # On a GPU two are encoded, copied or decoded each, while a third one is decoded or packed.
+        # A GPU encodes two at a time, so that one is copied while the other is computed; it decodes a third meanwhile.
         self.passes = {"cpu": torch.get_num_threads(), "cuda": 3}.get(device, 1)
         self._on_gpu = device == "cuda"
         self.threads = max(self.passes, decoders) if device == "cpu" else self.passes + decoders

@@ -345,6 +345,14 @@ def test_nvjpeg_beside_work_on_the_gpu() -> None:
 
 
 @on_gpu
+def test_pixels_are_normalised_on_a_gpu_to_the_bits_of_a_cpu() -> None:
+    pixels = torch.arange(256, dtype=torch.uint8).expand(2, 3, 4, 256)
+    for preprocess in (LITE0, COCA):
+        there = normalise(pixels.cuda(), preprocess.constants(torch.device("cuda"))).cpu()
+        assert torch.equal(there, normalise(pixels, preprocess.constants(CPU)))
+
+
+@on_gpu
 def test_a_large_picture_on_the_gpu() -> None:
     decoder, content = decoder_for("nvjpeg", COCA, torch.device("cuda")), jpeg(photo(7100, 7100))
     assert isinstance(decoder.load(content), Encoded), "shrunk 31.7 times"
