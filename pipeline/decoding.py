@@ -42,6 +42,14 @@ Loaded = Tensor | Encoded
 """A picture as `load` gives it and `batch` takes it: pixels [3, H, W], or a file that the GPU decodes."""
 
 
+class Broken(ValueError):
+    """A picture of a batch that neither the decoder nor PIL takes; `row` is its place."""
+
+    def __init__(self, row: int, reason: str):
+        super().__init__(reason)
+        self.row = row
+
+
 class Decoder:
     """PIL, and what the decoders have in common. Threads may use one side by side."""
 
@@ -61,7 +69,7 @@ class Decoder:
         return self.preprocess(decode(content))
 
     def batch(self, pictures: list[Loaded], size: int) -> Tensor:
-        """Pictures as `load` gave them to [size, 3, H, W] for an encoder, filled up with zeros."""
+        """Pictures as `load` gave them to [size, 3, H, W] for an encoder, filled up with zeros. Raises Broken."""
         return padded([picture for picture in pictures if isinstance(picture, Tensor)], size)
 
     def take_refused(self) -> int:
@@ -134,10 +142,13 @@ class NvJpegDecoder(Decoder):
                 drain()
                 files = [file for _, file in group]
                 for (at, file), whole in zip(group, self._decoded(files), strict=True):
-                    if whole is None:
-                        by_pil[at] = self._by_pil(bytes(file.content.numpy()))
-                    else:
+                    if whole is not None:
                         pixels[at] = self._parts.fit_in_float(upright(whole, file.frame.orientation))
+                        continue
+                    try:
+                        by_pil[at] = self._by_pil(bytes(file.content.numpy()))
+                    except ValueError as error:
+                        raise Broken(at, str(error)) from None
             if by_pil:
                 pixels[list(by_pil)] = torch.stack(list(by_pil.values())).to(self.device)
             return pixels
@@ -213,7 +224,7 @@ def _fault(name: str, device: torch.device) -> str | None:
     try:
         decoder = _make(name, trial, device)
         found = decoder.batch([decoder.load(file) for file in files], len(files)).cpu()
-    except RuntimeError as error:
+    except (RuntimeError, ImportError) as error:  # a later torchvision is to leave decoding to torchcodec
         return f"{name} does not work here ({_line(error)})"
     wrong = (found.float() - torch.stack([trial(decode(file)) for file in files])).abs().mean((1, 2, 3)).max()
     return f"{name} gives other pictures than PIL here" if wrong > 4 or decoder.take_refused() else None

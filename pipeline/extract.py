@@ -25,7 +25,7 @@ from torch import Tensor
 
 from pipeline.backbones.devices import hash_weights, pick_device
 from pipeline.backbones.vision import VisionEncoder
-from pipeline.decoding import Loaded, decoder_for, padded, say_once
+from pipeline.decoding import Broken, Loaded, decoder_for, padded, say_once
 from pipeline.errors import UserError
 from pipeline.params import Dataset, Params
 from pipeline.pictures import read
@@ -118,7 +118,7 @@ class ImageShards:
         )
         self.parts = _parts("images", self.fingerprint, params, data)
         self.donors = Donors(STORE / "images" / self.fingerprint)
-        # On a GPU two are encoded, copied or decoded each, while a third one is decoded or packed.
+        # A GPU encodes two at a time, so that one is copied while the other is computed; it decodes a third meanwhile.
         self.passes = {"cpu": torch.get_num_threads(), "cuda": 3}.get(device, 1)
         self._on_gpu = device == "cuda"
         self.threads = max(self.passes, decoders) if device == "cpu" else self.passes + decoders
@@ -234,14 +234,17 @@ class ImageShards:
             try:
                 return self.decoder.load(content)
             except ValueError as error:
-                raise UserError(f"{name}: {error}; run `dvc repro --force` for the prepare stage") from None
+                raise _does_not_decode(name, error) from None
 
     def _pass(self, part: _Part, at: list[int], pictures: list[Future[Loaded]]) -> Columns:
         """The columns of the rows `at`. Every batch has the same shape: one of another size would give other bits."""
         loaded = [picture.result() for picture in pictures]
         with self._encoding:
             with part.clock("decode"):
-                pixels = self.decoder.batch(loaded, self.size)
+                try:
+                    pixels = self.decoder.batch(loaded, self.size)
+                except Broken as error:
+                    raise _does_not_decode(part.rows["image"][at[error.row]], error) from None
             with part.clock("encode"):
                 tokens = self._encode(pixels)[: len(at)]
         dtype = self.params.cache.dtype
@@ -258,6 +261,10 @@ class ImageShards:
         if self._on_gpu and dtype != "int8":
             return self.encoder.encode(pixels, getattr(torch, dtype))
         return self.encoder.encode(pixels)
+
+
+def _does_not_decode(name: str, error: ValueError) -> UserError:
+    return UserError(f"{name}: {error}; run `dvc repro --force` for the prepare stage")
 
 
 @contextmanager

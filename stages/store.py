@@ -44,8 +44,8 @@ def stats() -> None:
     """Say how fast the extraction was and where its time went, from the records beside the shards.
 
     Seconds of threads add up: reading and decoding go on beside the encoder, which on a CPU works in as many threads as
-    torch has, on a GPU in two. They only count where it waits: where `encode` is much less than the time in all, times
-    its threads. Copied rows came from earlier shards; pulled shards have no times.
+    torch has, on a GPU in three. They only count where it waits: where `encode` is much less than the time in all,
+    times its threads. Copied rows came from earlier shards; pulled shards have no times.
     """
     from pipeline.store.inventory import folders, timings
 

@@ -46,10 +46,10 @@ def weights(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def params(tiny_params: Params, weights: Path) -> Params:
-    """Thirty pictures of noise, prepared, in five shards of several batches; the active profile."""
+    """Thirty pictures of noise, every other one a JPEG, prepared, in five shards of several batches; the profile."""
     generator = np.random.default_rng(0)
     for i in range(30):
-        path = Path(f"pictures/class{i % 2}/{i:02}.png")
+        path = Path(f"pictures/class{i % 2}/{i:02}.{'png' if i % 2 else 'jpg'}")
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(generator.integers(0, 256, (24, 24, 3), np.uint8)).resize((64, 64)).save(path)
     values = tiny_params.model_dump(mode="json")

@@ -1,5 +1,6 @@
 """Extraction: the real encoders' shapes, and shards that are whole, reused, and the same however they were made."""
 
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -11,16 +12,17 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from pipeline import sources
+from pipeline import decoding, sources
 from pipeline.backbones.llm import load_embedding, load_tokenizer
 from pipeline.backbones.vision import load_vision_encoder
 from pipeline.errors import UserError
 from pipeline.extract import ImageShards, _Part, extract_captions, extract_images, one_thread_each
-from pipeline.params import Vision
+from pipeline.params import Params, Vision
 from pipeline.pictures import decode
+from pipeline.store.dtypes import pack
 from pipeline.store.reader import CaptionTokens, ImageTokens
 from pipeline.store.schema import fingerprint, shard_key, shard_of
-from pipeline.store.shards import Manifest, ShardFile, open_shard
+from pipeline.store.shards import STORE, Manifest, ShardFile, open_shard
 
 
 class Counting:
@@ -167,6 +169,129 @@ def test_what_is_ahead_of_the_disk_is_bounded(prepared):
     next(tokens)
     tokens.close()
     assert 2 <= len(loaded) <= 2 * (2 * work.passes + 3) < 40
+
+
+@pytest.fixture
+def mixed(tiny_params):
+    """Plain JPEGs of several sizes, turned ones, and pictures that PIL decodes, prepared as classes."""
+    generator = np.random.default_rng(0)
+    for i in range(24):
+        shape = (60 + 7 * (i % 5), 80, 3)
+        picture = Image.fromarray(generator.integers(0, 256, (6, 8, 3), np.uint8)).resize(shape[1::-1], 3)
+        path, exif = Path(f"pictures/class{i % 2}/{i:02}.{'png' if i % 6 == 0 else 'jpg'}"), Image.Exif()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        exif[0x0112] = i % 8 + 1
+        options = {"exif": exif} if i % 3 else {}
+        (picture.convert("CMYK") if i % 6 == 3 else picture).save(path, **options)
+    values = tiny_params.model_dump(mode="json")
+    values["data"]["classes"] |= {"source": "imagefolder", "root": "pictures", "count": None}
+    params = Params.model_validate(values)
+    sources.write(sources.prepare(params, "classes"), sources.manifest_path(params, "classes"))
+    return params
+
+
+def tokens_by_id(params, encoder, shards, decoder, batch=4):
+    cache = params.cache.model_copy(update={"shards": shards})
+    vision = params.vision.model_copy(update={"decoder": decoder, "batch": batch})
+    params = params.model_copy(update={"cache": cache, "vision": vision})
+    manifest = extract_images(params, "classes", encoder, lambda n: None)
+    tables = [open_shard(manifest.folder / shard.name, manifest.fingerprint) for shard in manifest.shards]
+    found = [(table["id"].to_pylist(), table["tokens"].combine_chunks().to_numpy_ndarray()) for table in tables]
+    shutil.rmtree(manifest.folder)
+    rows = {row_id: x.tobytes() for ids, tokens in found for row_id, x in zip(ids, tokens, strict=True)}
+    return manifest.fingerprint, rows
+
+
+def nvjpeg_without_a_gpu(monkeypatch):
+    """The GPU's path on a CPU, all but the decoding of the files, and no library that has to be there for it."""
+    decode_files = decoding._torchvision
+    monkeypatch.setattr(decoding, "_fault", lambda name, device: None)
+    monkeypatch.setattr(
+        decoding, "_make", lambda name, parts, device: decoding.NvJpegDecoder(parts, device, decode_files)
+    )
+
+
+@pytest.mark.parametrize("decoder", ["pil", "torchvision", "nvjpeg"])
+def test_a_mixed_set_has_the_same_bytes_however_it_is_sharded_or_interrupted(mixed, decoder, monkeypatch):
+    if decoder == "nvjpeg":
+        nvjpeg_without_a_gpu(monkeypatch)
+    encoder = load_vision_encoder(mixed.vision)
+    print_, whole = tokens_by_id(mixed, encoder, 1, decoder)
+    assert len(whole) == 24 and tokens_by_id(mixed, encoder, 5, decoder) == (print_, whole)
+    real, calls = encoder.encode, []
+
+    def breaks_down(pixels, dtype=torch.float32):
+        calls.append(pixels)
+        if len(calls) > 7:
+            raise KeyboardInterrupt
+        return real(pixels, dtype)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(encoder, "encode", breaks_down)
+        tokens_by_id(mixed, encoder, 5, decoder)
+    assert 0 < len(list((STORE / "images" / print_).glob("*.arrow"))) < 5
+    assert tokens_by_id(mixed, encoder, 5, decoder) == (print_, whole)
+
+
+def test_each_decoder_has_its_fingerprint_and_pil_that_of_before_the_choice(mixed, capsys, monkeypatch):
+    encoder = load_vision_encoder(mixed.vision)
+    prints = {name: tokens_by_id(mixed, encoder, 1, name) for name in ("auto", "pil", "torchvision")}
+    assert "vision.decoder auto: torchvision" in capsys.readouterr().err
+    nvjpeg_without_a_gpu(monkeypatch)
+    prints["nvjpeg"] = tokens_by_id(mixed, encoder, 1, "nvjpeg")
+    assert prints["auto"] == prints["torchvision"]
+    assert len({print_ for print_, _ in prints.values()}) == 3
+    assert prints["pil"][0] == fingerprint(**encoder.identity, stored="float16", batch=4, version=3)
+    apart = [np.frombuffer(found[key], np.float16) for key in prints["pil"][1] for _, found in prints.values()]
+    assert all(np.allclose(apart[i], apart[i + 1], atol=0.05) for i in range(0, len(apart), 2))
+
+
+def test_what_is_refused_is_counted(mixed, capsys, monkeypatch):
+    nvjpeg_without_a_gpu(monkeypatch)
+    encoder = load_vision_encoder(mixed.vision)
+
+    def refuses(files):
+        raise RuntimeError("Failed to decode batch: 4")
+
+    monkeypatch.setattr(decoding, "_make", lambda name, parts, device: decoding.NvJpegDecoder(parts, device, refuses))
+    assert tokens_by_id(mixed, encoder, 2, "nvjpeg")[1] == tokens_by_id(mixed, encoder, 2, "pil")[1]
+    assert "16 JPEGs that nvjpeg refuses were decoded by PIL" in capsys.readouterr().err
+
+
+def test_a_picture_that_nothing_decodes_is_named(mixed, monkeypatch):
+    """As when `prepare` ran with another version of PIL."""
+    nvjpeg_without_a_gpu(monkeypatch)
+    victim = Path("pictures/class1/07.jpg")
+    victim.write_bytes(victim.read_bytes()[:-300])
+    monkeypatch.setattr("pipeline.extract._read_picture", lambda name, sha256: Path(name).read_bytes())
+    for decoder in ("pil", "torchvision", "nvjpeg"):
+        with pytest.raises(UserError, match=r"class1/07.jpg: does not decode: .*; run `dvc repro --force`"):
+            tokens_by_id(mixed, load_vision_encoder(mixed.vision), 1, decoder)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "int8"])
+def test_tokens_that_come_back_in_the_stored_type_are_stored_alike(mixed, dtype):
+    cache = mixed.cache.model_copy(update={"dtype": dtype})
+    work = ImageShards(mixed.model_copy(update={"cache": cache}), "classes", load_vision_encoder(mixed.vision))
+    pixels = torch.randint(0, 256, (8, 3, 176, 176), dtype=torch.uint8)
+    on_cpu = pack(work._encode(pixels), dtype)
+    work._on_gpu = True
+    assert work._encode(pixels).dtype == (torch.float32 if dtype == "int8" else getattr(torch, dtype))
+    on_gpu = pack(work._encode(pixels), dtype)
+    assert {name: x.tobytes() for name, x in on_cpu.items()} == {name: x.tobytes() for name, x in on_gpu.items()}
+
+
+@pytest.mark.parametrize(("number", "advice"), [(1e6, "set cache.dtype: float32"), (np.inf, "no finite numbers")])
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_tokens_that_do_not_fit_are_explained(prepared, number, advice, on_gpu):
+    class Large(Counting):
+        def encode(self, pixels, dtype=torch.float32):
+            return (super().encode(pixels) + number).to(dtype)
+
+    work = ImageShards(prepared, "captions", Large())
+    work._on_gpu = on_gpu
+    with pytest.raises(UserError, match=rf"\.jpg: tokens do not fit float16; .*{advice}"):
+        work.build_all(list(work.parts), lambda n: None)
 
 
 def test_reader_gives_what_the_encoder_gave(prepared):
