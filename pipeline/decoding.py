@@ -141,17 +141,25 @@ class NvJpegDecoder(Decoder):
             for group in _groups(pictures):
                 drain()
                 files = [file for _, file in group]
+                alike: dict[torch.Size, dict[int, Tensor]] = {}  # by size: one call for many, as each waits for the GIL
                 for (at, file), whole in zip(group, self._decoded(files), strict=True):
-                    if whole is not None:
-                        pixels[at] = self._parts.fit_in_float(upright(whole, file.frame.orientation))
-                        continue
-                    try:
-                        by_pil[at] = self._by_pil(bytes(file.content.numpy()))
-                    except ValueError as error:
-                        raise Broken(at, str(error)) from None
+                    if whole is None:
+                        by_pil[at] = self._refused_one(at, file)
+                    else:
+                        whole = upright(whole, file.frame.orientation)
+                        alike.setdefault(whole.shape, {})[at] = whole
+                for some in alike.values():
+                    places = torch.tensor(list(some)).to(self.device, non_blocking=True)
+                    pixels.index_copy_(0, places, self._parts.fit_in_float(torch.stack(list(some.values()))))
             if by_pil:
                 pixels[list(by_pil)] = torch.stack(list(by_pil.values())).to(self.device)
             return pixels
+
+    def _refused_one(self, at: int, file: Encoded) -> Tensor:
+        try:
+            return self._by_pil(bytes(file.content.numpy()))
+        except ValueError as error:
+            raise Broken(at, str(error)) from None
 
     @contextmanager
     def _drained_stream(self) -> Iterator[Callable[[], None]]:

@@ -66,20 +66,21 @@ class Preprocess:
     def fit(self, pixels: Tensor) -> Tensor:
         """The same by torch, of uint8 [3, h, w] on a CPU."""
         before, size, after = self.plan(*pixels.shape[1:])
-        return _cut(self._resize(_cut(pixels, before), size), after).contiguous()
+        return _cut(self._resize(_cut(pixels, before)[None], size)[0], after).contiguous()
 
     def fit_in_float(self, pixels: Tensor) -> Tensor:
-        """The same on any device: a GPU resizes no uint8. As in PIL, rows are resized first and rounded, then columns.
+        """The same of uint8 [B, 3, h, w] on any device: a GPU resizes no uint8.
 
-        Without the rounding between, Lite0's tokens differ 40 times as much from PIL's.
+        As in PIL, rows are resized first and rounded, then columns; without the rounding between, Lite0's tokens differ
+        40 times as much from PIL's.
         """
-        before, (height, width), after = self.plan(*pixels.shape[1:])
+        before, (height, width), after = self.plan(*pixels.shape[2:])
         part = _cut(pixels, before).float()
-        rows = self._resize(part, (part.shape[1], width)).round_().clamp_(0, 255)
+        rows = self._resize(part, (part.shape[2], width)).round_().clamp_(0, 255)
         return _cut(self._resize(rows, (height, width)), after).round().clamp_(0, 255).to(torch.uint8)
 
     def _resize(self, pixels: Tensor, size: tuple[int, int]) -> Tensor:
-        return torch.nn.functional.interpolate(pixels[None], size, mode=self.resampling, antialias=True)[0]
+        return torch.nn.functional.interpolate(pixels, size, mode=self.resampling, antialias=True)
 
     def constants(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Scale, mean and deviation for `normalise`, as tensors: by a plain number a GPU does not divide exactly."""
@@ -139,4 +140,4 @@ def _centre(height: int, width: int, wanted_height: int, wanted_width: int) -> B
 
 def _cut(pixels: Tensor, box: Box) -> Tensor:
     left, upper, right, lower = box
-    return pixels[:, upper:lower, left:right]
+    return pixels[..., upper:lower, left:right]
