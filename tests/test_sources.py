@@ -116,7 +116,8 @@ def test_annotations_without_an_image_are_counted_in_one_warning(capsys: pytest.
     assert len(prepare_coco()) == 2
     warnings = capsys.readouterr().err.splitlines()
     assert len(warnings) == 1
-    assert "7 annotations" in warnings[0] and "900, 901, 902, 903, 904" in warnings[0]
+    assert "7 not used: of an image that is not listed (7: annotations[4] of 900, annotations[5] of 901" in warnings[0]
+    assert [(row["id"], row["reason"]) for row in listing()][:1] == [("900", "of an image that is not listed")]
 
 
 def test_images_without_a_caption_are_quarantined() -> None:
@@ -293,7 +294,7 @@ def test_imagefolder_names_classes_after_folders_and_splits_by_hash(capsys: pyte
     assert {row["label"] for row in rows} == {"golden delicious apple", "pear"}
     assert rows[-1]["id"] == "pear/0.JPG"
     assert {row["split"] for row in rows} == {"train", "val", "test"}
-    assert "1 files without a picture's suffix" in capsys.readouterr().err
+    assert "1 not used: no picture by its content (1: set/pear/notes.txt)" in capsys.readouterr().err
     picture(Path("set/golden_delicious-apple/new.png"))
     grown = {row["id"]: row["split"] for row in prepare_classes("imagefolder", validation=0.2)}
     assert {row["id"]: row["split"] for row in rows}.items() <= grown.items()
@@ -330,7 +331,7 @@ def test_pictures_outside_the_project_have_absolute_paths(project: Path, monkeyp
 def test_one_id_twice_is_refused(project: Path) -> None:
     row = manifest.Row("1", picture(project / "a.png"), ["a"], None, "train")
     with pytest.raises(UserError, match="two pictures have the id '1'"):
-        manifest.build([row, row], "captions", 0.5, 1, SILENT, Path("listing.csv"))
+        manifest.build(manifest.Found([row, row]), "captions", 0.5, 1, SILENT, Path("listing.csv"))
 
 
 # Rendered drawings

@@ -312,7 +312,9 @@ def test_shards_without_pictures_or_captions_say_what_is_needed(capsys: pytest.C
     pack("set/0.tar", ("a.jpg", jpeg()), ("b.json", b"{}"))
     assert "none of 1 pictures (a: no caption) has a caption; each KEY.jpg needs KEY.txt" in fault()
     assert "none of 1 pictures (a: no class) has a class; each KEY.jpg needs KEY.cls" in fault("classes")
-    assert "1 of 2 keys have no picture; left out" in capsys.readouterr().err
+    pack("set/0.tar", ("a.jpg", jpeg()), ("a.txt", b"a"), ("b.json", b"{}"))
+    assert list(prepare()) == ["a"]
+    assert f"1 not used: without a picture (1: {Path.cwd()}/set/0.tar: b)" in capsys.readouterr().err
 
 
 def test_broken_pictures_in_shards_are_quarantined() -> None:

@@ -9,7 +9,6 @@ import math
 import mmap
 import os
 import platform
-import secrets
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.errors import UserError
+from pipeline.files import atomically as atomically  # as ever, also from here
 from pipeline.store import schema
 
 STORE = Path("data/store")
@@ -76,25 +76,6 @@ class Manifest:
 def manifest_path(base: Path, kind: str, data: str) -> Path:
     """The manifest of a data set's features; kind is images or text, base is data/<profile>."""
     return base / kind / data / "manifest.json"
-
-
-@contextmanager
-def atomically(path: Path) -> Iterator[BinaryIO]:
-    """Write to a temporary name, fsync, rename: the file is there whole or not at all.
-
-    The temporary name is of this process alone, also among machines that share the store: processes that make the same
-    file at once do not meet, and the last one's bytes, the same as the first one's, stay.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.{secrets.token_hex(4)}")
-    try:
-        with temporary.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def remove_temporary(folder: Path, process: int) -> None:
