@@ -138,8 +138,7 @@ def _rgb(picture: Image.Image, bits: int, stretched: bool) -> Image.Image:
     if picture.has_transparency_data:
         white = Image.new("RGBA", picture.size, "white")
         rgb = Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB")
-    if brightest is not None:
-        rgb.info["brightest"] = brightest
+    rgb.info = {} if brightest is None else {"brightest": brightest}
     return rgb
 
 

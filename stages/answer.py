@@ -82,7 +82,7 @@ def _files(photos: list[Path]) -> tuple[list[Path], int]:
     missing = 0
     for photo in photos:
         if photo.is_dir():
-            tree = pictures_below(photo)
+            tree = pictures_below(photo, any_name=True)
             files += tree.files.values()
             if left_out := [(str(one), one.reason) for one in tree.left_out if not one.hidden]:
                 print(f"warning: {len(left_out)} not used: {by_reason(left_out)}", file=sys.stderr)

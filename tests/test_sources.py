@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -168,6 +171,19 @@ def test_too_many_broken_pictures_stop_the_stage() -> None:
     assert listed[0] == {"id": "19", "image": "set/images/000000000019.jpg", "reason": "not a picture"}
 
 
+def test_four_at_once_leave_a_whole_manifest() -> None:
+    coco_set(list(range(60)))
+    values = {**DEMO, "data": {**DEMO["data"], "captions": {"source": "coco", "root": "set"}}}
+    Path("params.yaml").write_text(yaml.safe_dump(values))
+    command = [sys.executable, "-m", "stages.cli", "prepare", "captions"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONIOENCODING": "ascii"}
+    running = [subprocess.Popen(command, stderr=subprocess.PIPE, env=environment, text=True) for _ in range(4)]
+    assert [(process.communicate()[1].count("Traceback"), process.returncode) for process in running] == [(0, 0)] * 4
+    table = pq.read_table("data/demo/prepare/captions.parquet")
+    assert table.equals(sources.prepare(params(captions={"source": "coco", "root": "set"}), "captions"))
+    assert [path.name for path in Path("data/demo/prepare").iterdir()] == ["captions.parquet"]
+
+
 def listing() -> list[dict[str, str]]:
     with Path("data/demo/quarantine/captions.csv").open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
@@ -225,6 +241,142 @@ def test_faults_in_captions_json_are_told_in_one_line(text: str, message: str) -
     assert "\n" not in str(caught.value)
 
 
+SOUND = {
+    "images": [{"id": 1, "file_name": "a.jpg"}, {"id": 2, "file_name": "b.jpg"}],
+    "annotations": [{"image_id": 1, "caption": "one"}, {"image_id": 2, "caption": "two"}],
+}
+
+
+def coco_text(content: bytes | str) -> list[dict[str, Any]]:
+    """The rows of a set of two pictures with this captions.json."""
+    for name in ("a", "b"):
+        picture(Path(f"set/images/{name}.jpg"))
+    Path("set/captions.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    return prepare_coco()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_captions_json_in_any_form_of_unicode(encoding: str) -> None:
+    text = json.dumps({**SOUND, "annotations": [{"image_id": 1, "caption": "crème"}]}, ensure_ascii=False)
+    assert coco_text(text.encode(encoding))[0]["captions"] == ["crème"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "captions.json: empty"),
+        (" \n", "captions.json: empty"),
+        (json.dumps(SOUND)[:60], r"captions\.json:1:\d+: not valid JSON"),
+        ('{"images": []}\n{"images": []}\n', r"captions\.json:2:1: not valid JSON: Extra data; it may be JSON Lines"),
+        ("[" * 100_000, "nested too deep"),
+        ('{"a": ' * 100_000, "nested too deep"),
+        ('{"images": ' + "9" * 5000 + "}", "a number with thousands of digits"),
+        ('{"images": [], "images": [1], "annotations": []}', "two values of the key 'images'"),
+        (json.dumps([SOUND]), "expected an object with images and annotations, found a list"),
+        ("5", "found a int"),
+        (b'{"images": "caf\xe9"}', "not UTF-8 text: byte 15; save it as UTF-8"),
+        ('{"images": {"1": "a.jpg"}, "annotations": []}', "no list 'images'"),
+        ('{"images": [null, 5, []], "annotations": []}', r"images\[0\] no object, so without 'id'.*none of 3"),
+        ('{"images": [{"id": NaN, "file_name": "a.jpg"}], "annotations": []}', "has nan for 'id'"),
+        ('{"images": [{"id": true, "file_name": "a.jpg"}], "annotations": []}', "has a bool for 'id'"),
+    ],
+    ids=range(15),
+)
+def test_every_broken_form_of_json_is_one_line(content: str | bytes, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        coco_text(content)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+def test_entries_that_cannot_be_used_are_named_and_the_others_are(capsys: pytest.CaptureFixture[str]) -> None:
+    faulty_images = [None, {"id": 3}, {"id": 4, "file_name": 5}, {"id": [], "file_name": "c.jpg"},
+                     {"id": 5, "file_name": "../c.jpg"}, SOUND["images"][0]]  # fmt: skip
+    captions = [None, 5, "", "  ", float("nan"), ["a"], "half of \ud83d"]
+    faulty = [{"image_id": 1, "caption": caption} for caption in captions] + [None, {"caption": "a"}]
+    rows = coco_text(
+        json.dumps({"images": SOUND["images"] + faulty_images, "annotations": SOUND["annotations"] + faulty})
+    )
+    assert [row["captions"] for row in rows] == [["one"], ["two"]]
+    reasons = {row["image"]: row["reason"] for row in listing()}
+    assert reasons["images[2]"] == "no object, so without 'id'"
+    assert reasons["images[3]"] == "has no 'file_name'" and "int for 'file_name'" in reasons["images[4]"]
+    assert "list for 'id'" in reasons["images[5]"] and "no file name below" in reasons["images[6]"]
+    assert reasons["images[7]"] == "a repetition of an earlier entry"
+    assert reasons["annotations[2]"] == "has no 'caption'" and "int for 'caption'" in reasons["annotations[3]"]
+    assert reasons["annotations[4]"] == reasons["annotations[5]"] == "with an empty caption"
+    assert "float for 'caption'" in reasons["annotations[6]"] and "list for 'caption'" in reasons["annotations[7]"]
+    assert reasons[r"set/images/a.jpg: half of \ud83d"] == "half of a character in its text"
+    assert reasons["annotations[9]"] == "no object, so without 'image_id'" and len(reasons) == 15
+    assert "15 not used" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("image", "annotation"),
+    [(7, 7.0), (7.0, 7), (7, "7"), ("7", 7), ("7", 7.0), ("7.0", 7), ("007", 7), (2**60, str(2**60)), ("a", "a")],
+)
+def test_ids_meet_when_they_are_the_same_number(image: Any, annotation: Any) -> None:
+    content = {
+        "images": [{"id": image, "file_name": "a.jpg"}],
+        "annotations": [{"image_id": annotation, "caption": "x"}],
+    }
+    (row,) = coco_text(json.dumps(content))
+    assert row["captions"] == ["x"] and row["id"] == str(image), "the id, which decides the split, stays as it was"
+
+
+@pytest.mark.parametrize("other", [7, "7", 7.0])
+def test_two_images_of_one_id_are_refused(other: Any) -> None:
+    images = [{"id": 7, "file_name": "a.jpg"}, {"id": other, "file_name": "b.jpg"}]
+    with pytest.raises(
+        UserError, match=r"images\[1\] has the id .?7.* of an earlier image, 7; ids must be unique"
+    ) as caught:
+        coco_text(json.dumps({"images": images, "annotations": SOUND["annotations"]}))
+    assert repr(other) in str(caught.value)
+
+
+def test_true_is_not_the_id_1() -> None:
+    annotations = [{"image_id": True, "caption": "x"}, *SOUND["annotations"]]
+    assert coco_text(json.dumps({**SOUND, "annotations": annotations}))[0]["captions"] == ["one"]
+    assert "bool for 'image_id'" in listing()[0]["reason"]
+
+
+def test_texts_as_ids_stay_apart_when_they_are_different_texts() -> None:
+    images = [{"id": "7", "file_name": "a.jpg"}, {"id": "07", "file_name": "b.jpg"}]
+    annotations = [
+        {"image_id": "07", "caption": "b"},
+        {"image_id": 7, "caption": "a"},
+        {"image_id": 7.0, "caption": "?"},
+    ]
+    rows = {row["id"]: row["captions"] for row in coco_text(json.dumps({"images": images, "annotations": annotations}))}
+    assert rows == {"7": ["a"], "07": ["b"]}
+    assert listing()[0]["reason"] == "of an image that is not listed"
+
+
+def test_pictures_that_no_entry_names_are_listed() -> None:
+    picture(Path("set/images/c.jpg"))
+    Path("set/images/notes.txt").write_text("no picture")
+    Path("set/images/linked").symlink_to(".")
+    images = [{"id": 1, "file_name": "linked/a.jpg"}, SOUND["images"][1]]
+    assert len(coco_text(json.dumps({**SOUND, "images": images}))) == 2
+    assert {row["image"]: row["reason"] for row in listing()} == {
+        "set/images/c.jpg": "named by no entry of captions.json"
+    }
+
+
+def test_texts_that_utf8_cannot_hold_lose_no_other() -> None:
+    images = [{"id": "a\udce9", "file_name": "a.jpg"}, {"id": 2, "file_name": "b.jpg"}]
+    annotations = [
+        {"image_id": "a\udce9", "caption": "one"},
+        {"image_id": 2, "caption": "half \ud83d"},
+        {"image_id": 2, "caption": "two"},
+    ]
+    (row,) = coco_text(json.dumps({"images": images, "annotations": annotations}))
+    assert row["captions"] == ["two"]
+    assert {one["id"]: one["reason"] for one in listing()} == {
+        r"a\xe9": "its name is not UTF-8; rename it (convmv -f latin1 -t utf8)",
+        "2": "half of a character in its text",
+    }
+
+
 def test_missing_folders_and_files_name_their_parameter() -> None:
     with pytest.raises(UserError, match=r"data\.captions\.root"):
         prepare_coco()
@@ -272,7 +424,9 @@ def test_food101_split_survives_insertion_and_count_is_per_class_and_part() -> N
     [
         ("train.txt", "soup/0001", r"train\.txt:3: 'soup/0001' is not class/id"),
         ("train.txt", "pho/../../x", r"train\.txt:3: .*is no file name below"),
+        ("train.txt", "/data/food/images/pho/0001.jpg", r"train\.txt:3: .* is an absolute path, and not class/id"),
         ("train.txt", "pho/0002", r"pho/0002 is in both"),
+        ("classes.txt", "pho", r"classes\.txt has 2 lines, labels\.txt 1"),
         ("labels.txt", "Ramen", r"classes\.txt has 1 lines, labels\.txt 2"),
     ],
 )
@@ -282,6 +436,43 @@ def test_faults_in_food101_lists_name_file_and_line(file: str, line: str, messag
     path.write_text(path.read_text().rstrip() + f"\n{line}\n")
     with pytest.raises(UserError, match=message):
         prepare_classes("food101")
+
+
+def test_food101_lists_as_people_have_them(capsys: pytest.CaptureFixture[str]) -> None:
+    food_set({"hot_dog": "Hot dog", "pho": "Pho"}, train=12, test=3)
+    before = prepare_classes("food101")
+    meta = Path("set/meta")
+    for name in ("classes", "labels", "train", "test"):
+        lines = (meta / f"{name}.txt").read_text().split("\n")
+        text = "\ufeff" + "\r\n".join(f"{line}  " for line in lines if line) + "\r\n\r\n"
+        (meta / f"{name}.txt").write_bytes(text.encode())
+    assert prepare_classes("food101") == before
+    lines = [line.strip() for line in (meta / "train.txt").read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+    (meta / "train.txt").write_text("\n".join([f"{line}.jpg" for line in lines]), encoding="utf-16")
+    assert prepare_classes("food101") == before
+    (meta / "train.txt").write_text("\n".join([lines[0].replace("/", "\\"), *lines, lines[3]]))
+    picture(Path("set/images/pho/extra.jpg"))
+    capsys.readouterr()
+    assert prepare_classes("food101") == before
+    said = capsys.readouterr().err
+    assert "a repetition of an earlier line (2: train.txt:2, train.txt:26)" in said
+    assert "named by neither train.txt nor test.txt (1: set/images/pho/extra.jpg)" in said
+
+
+def test_food101_pictures_of_other_formats_are_named_with_their_suffix() -> None:
+    food_set({"pho": "Pho"}, train=30, test=1)
+    picture(Path("set/images/pho/x.png"))
+    picture(Path("set/images/pho/y.jpg.jpg"))
+    with Path("set/meta/train.txt").open("a") as file:
+        file.write("pho/x.png\npho/y.jpg\n")
+    images = {row["id"]: row["image"] for row in prepare_classes("food101")}
+    assert images["pho/x.png"] == "set/images/pho/x.png" and images["pho/y.jpg"] == "set/images/pho/y.jpg.jpg"
+
+
+def test_food101_classes_of_one_name_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    food_set({"a": "Pho", "b": "Pho", "c": "Ramen"}, train=12, test=2)
+    prepare_classes("food101")
+    assert "classes of one name are one class: called 'Pho' (2: a, b)" in capsys.readouterr().err
 
 
 def test_imagefolder_names_classes_after_folders_and_splits_by_hash(capsys: pytest.CaptureFixture[str]) -> None:

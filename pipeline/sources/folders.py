@@ -58,11 +58,16 @@ class Tree:
         self.left_out.append(LeftOut(str(self.root / key), reason, hidden, files=files))
 
 
-def pictures_below(root: Path) -> Tree:
-    """The pictures among the files below a folder: by name, or else by their first bytes. Raises like walk."""
+def pictures_below(root: Path, any_name: bool = False) -> Tree:
+    """The pictures among the files below a folder: by name, or else by their first bytes. Raises like walk.
+
+    Names that are not UTF-8 are left out, unless `any_name`: no manifest can hold them.
+    """
     tree = walk(root)
     for key, path in list(tree.files.items()):
-        if path.suffix.lower() not in SUFFIXES and (reason := no_picture(path)):
+        reason = None if path.suffix.lower() in SUFFIXES else no_picture(path)
+        reason = reason or (None if any_name or is_utf8(key) else NOT_UTF8)
+        if reason:
             tree.leave(key, reason)
             del tree.files[key]
     return tree
@@ -72,7 +77,7 @@ def walk(root: Path) -> Tree:
     """Every file below a folder, also through links, but each file and folder once.
 
     Left out are what is hidden (is_hidden), links that lead nowhere, to what is taken already or to a folder above,
-    folders that can't be read, names that are not UTF-8, and what is no plain file. A file that is reached both
+    folders that can't be read, and what is no plain file. A file that is reached both
     directly and by a link is taken directly. Raises UserError when `root` itself can't be read.
     """
     walk = _Walk(root)
@@ -123,9 +128,8 @@ class _Walk:
     def _sort(self, key: str, entry: os.DirEntry[str]) -> bool:
         """Whether it is a folder to enter; what it is else is noted."""
         folder, link = entry.is_dir(follow_symlinks=False), entry.is_symlink()
-        if is_hidden(entry.name) or not is_utf8(entry.name):
-            reason = "hidden" if is_hidden(entry.name) else NOT_UTF8
-            self.tree.leave(key, reason, is_hidden(entry.name), _count(entry.path) if folder else 0)
+        if is_hidden(entry.name):
+            self.tree.leave(key, "hidden", hidden=True, files=_count(entry.path) if folder else 0)
         elif folder:
             return True
         elif entry.is_file(follow_symlinks=False):
@@ -184,7 +188,7 @@ def unnamed(folder: Path, used: Iterable[Path], reason: str) -> list[LeftOut]:
     """The pictures below a folder that are not in `used`, which names files below it, perhaps by a linked one."""
     if not folder.is_dir():
         return []
-    found, named = pictures_below(folder).files.values(), set(used)
+    found, named = pictures_below(folder, any_name=True).files.values(), set(used)
     if rest := set(found) - named:
         real = {os.path.realpath(path) for path in named.difference(found)}
         rest = {path for path in rest if os.path.realpath(path) not in real}

@@ -65,7 +65,7 @@ class Found:
 
 def share(key: str) -> float:
     """A number in [0, 1) that depends on the key alone, so that an inserted picture never moves another one."""
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
+    return int.from_bytes(hashlib.sha256(key.encode(errors="surrogatepass")).digest()[:8], "big") / 2**64
 
 
 def order(key: str) -> float:
@@ -198,8 +198,7 @@ def _report_left_out(rows: Sequence[Row], left_out: Sequence[LeftOut], data: str
             file=sys.stderr,
         )
     if left_out:
-        first = sorted(left_out, key=lambda one: one.hidden)  # what may matter before what hardly does
-        reasons = by_reason((str(one), one.reason) for one in first)
+        reasons = by_reason((str(one), one.reason) for one in left_out)
         warn(f"data.{data}: {len(left_out)} not used: {reasons}; all: {listing}")
 
 

@@ -76,7 +76,7 @@ def by_reason(reasons: Iterable[tuple[str, str]]) -> str:
     for name, reason in reasons:
         groups[reason].append(name)
     room, parts = NAMED, []
-    for reason, names in groups.items():
+    for reason, names in sorted(groups.items(), key=lambda group: len(group[1])):  # so that rare ones are named
         parts.append(f"{one_line(reason)} ({len(names)}{': ' if room else ''}{listed(names, room) if room else ''})")
         room = max(0, room - len(names))
     return "; ".join(parts)
