@@ -95,8 +95,16 @@ app.add_typer(profile.app, name="profile", rich_help_panel=PEOPLE)
 app.add_typer(store.app, name="store", rich_help_panel=PEOPLE)
 
 
+def _in_utf8_mode() -> None:
+    """Start anew in Python's UTF-8 mode where the locale has another encoding: a name is the same id everywhere."""
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 def main() -> None:
     """Entry point of the console script."""
+    _in_utf8_mode()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what a terminal's encoding lacks is shown as \xe9
             stream.reconfigure(errors="backslashreplace")

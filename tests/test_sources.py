@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -171,17 +172,36 @@ def test_too_many_broken_pictures_stop_the_stage() -> None:
     assert listed[0] == {"id": "19", "image": "set/images/000000000019.jpg", "reason": "not a picture"}
 
 
-def test_four_at_once_leave_a_whole_manifest() -> None:
+@pytest.mark.parametrize("section", [{"source": "coco", "root": "set"}, {"source": "openmoji_scenes", "count": 12}])
+def test_four_at_once_leave_a_whole_manifest(section: dict[str, Any]) -> None:
     coco_set(list(range(60)))
-    values = {**DEMO, "data": {**DEMO["data"], "captions": {"source": "coco", "root": "set"}}}
-    Path("params.yaml").write_text(yaml.safe_dump(values))
-    command = [sys.executable, "-m", "stages.cli", "prepare", "captions"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONIOENCODING": "ascii"}
-    running = [subprocess.Popen(command, stderr=subprocess.PIPE, env=environment, text=True) for _ in range(4)]
-    assert [(process.communicate()[1].count("Traceback"), process.returncode) for process in running] == [(0, 0)] * 4
-    table = pq.read_table("data/demo/prepare/captions.parquet")
-    assert table.equals(sources.prepare(params(captions={"source": "coco", "root": "set"}), "captions"))
-    assert [path.name for path in Path("data/demo/prepare").iterdir()] == ["captions.parquet"]
+    Path("set/images/000000000003.jpg").write_bytes(b"")
+    chosen = params(captions={**section, "max_broken": 0.5})
+    path = sources.manifest_path(chosen, "captions")
+    with ThreadPoolExecutor(4) as pool:
+        for _ in pool.map(lambda _: sources.write(sources.prepare(chosen, "captions"), path), range(4)):
+            pass
+    assert pq.read_table(path).equals(sources.prepare(chosen, "captions"))
+    assert [file.name for file in path.parent.iterdir()] == ["captions.parquet"]
+    assert len(list(Path("data").rglob("quarantine/*"))) == (section["source"] == "coco")
+    assert not list(Path("data").glob("raw/.*")), "no picture is left half rendered"
+
+
+def test_a_locale_changes_no_id() -> None:
+    for i in range(20):
+        picture(Path(f"set/crème/été{i}.png"))
+        picture(Path(f"set/pho/{i}.png"))
+    Path("set/pho/café.png").write_bytes(b"")
+    section = {"source": "imagefolder", "root": "set", "max_broken": 0.5}
+    expected = prepare_classes(**section)
+    Path("params.yaml").write_text(yaml.safe_dump({**DEMO, "data": {**DEMO["data"], "classes": section}}))
+    locale = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii:strict"}
+    process = subprocess.run(
+        [sys.executable, "-m", "stages.cli", "prepare", "classes"], capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), **locale},
+    )  # fmt: skip
+    assert r"caf\xe9.png: empty file" in process.stderr and "41 pictures" in process.stdout
+    assert pq.read_table("data/demo/prepare/classes.parquet").to_pylist() == expected
 
 
 def listing() -> list[dict[str, str]]:
