@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,13 @@ DEMO = yaml.safe_load((Path(__file__).parents[1] / "profiles" / "demo.yaml").rea
 pytestmark = pytest.mark.usefixtures("project")
 
 
+LOSSLESS: dict[str, Any] = {"quality": 100, "subsampling": 0}
+
+
 def picture(path: str | bytes, form: str = "JPEG") -> Path:
     place = Path(os.fsdecode(path))
     place.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (32, 24), (len(str(path)) % 256, 80, 160)).save(place, form)
+    Image.new("RGB", (32, 24), f"#{zlib.crc32(os.fsencode(path)) % 2**24:06x}").save(place, form, **LOSSLESS)
     return place
 
 
@@ -295,6 +299,18 @@ def test_thin_and_single_classes_are_said(capsys: pytest.CaptureFixture[str]) ->
     class_folders("cat", root="single")
     prepare(root="single")
     assert "only one class, 'cat'" in capsys.readouterr().err
+
+
+def test_copies_in_another_split_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    class_folders("train/cat", "train/dog", "val/cat", "val/dog", "test/cat", "test/dog")
+    prepare()
+    assert "copies" not in capsys.readouterr().err
+    for name in ("train/cat/copy.jpg", "test/dog/copy.jpg"):
+        Path("set", name).write_bytes(Path("set/train/cat/00.jpg").read_bytes())
+    prepare()
+    said = capsys.readouterr().err
+    assert "2 pictures have the bytes of one in another split" in said
+    assert "set/train/cat/00.jpg (train) of set/test/dog/copy.jpg (test)" in said
 
 
 def test_caption_takes_the_pictures_of_a_folder(capsys: pytest.CaptureFixture[str]) -> None:

@@ -112,8 +112,10 @@ def build(found: Found, data: str, max_broken: float, workers: int, progress: Pr
     _report_broken(broken, len(rows), data, max_broken, listing)
     if all(record["quarantine"] for record in records):
         raise UserError(f"data.{data}: no usable picture among {len(rows)}; check what params.yaml names there")
-    usable = [(row.label, row.split) for row, record in zip(rows, records, strict=True) if not record["quarantine"]]
-    remarks += labels.thin((label, split) for label, split in usable if label is not None)
+    pairs = zip(rows, checked, strict=True)
+    usable = [(row, check.sha256) for row, check in pairs if not (row.quarantine or check.fault)]
+    remarks += labels.thin((row.label, row.split) for row, _ in usable if row.label is not None)
+    remarks += _copies(usable)
     for remark in remarks:
         warn(f"data.{data}: {remark}")
     return pa.Table.from_pylist(records, schema=SCHEMA)
@@ -211,6 +213,20 @@ def _report_dark(pictures: Iterable[tuple[str, int | None]], data: str) -> None:
             f"{listed(dark)}; if they have fewer bits, scale the values to 16 or have the file say it (PNG: "
             "sBIT, TIFF: BitsPerSample, MaxSampleValue)"
         )
+
+
+def _copies(usable: Iterable[tuple[Row, str | None]]) -> list[str]:
+    """What there is to say of pictures with the bytes of one in another split."""
+    first: dict[str | None, Row] = {}
+    copies = []
+    for row, sha256 in usable:
+        one = first.setdefault(sha256, row)
+        if one.split != row.split:
+            copies.append(f"{_named(row)} ({row.split}) of {_named(one)} ({one.split})")
+    if not copies:
+        return []
+    count = f"{len(copies)} pictures have the bytes of one in another split"
+    return [f"{count}, so training may see what is tested: {listed(copies)}"]
 
 
 def _check_unique(rows: Sequence[Row], data: str) -> None:

@@ -91,7 +91,8 @@ def in_use(exclusive: bool = False) -> Iterator[None]:
     Raises UserError when it is asked for alone while others are at work.
     """
     STORE.mkdir(parents=True, exist_ok=True)
-    with (STORE / ".lock").open("w") as file:
+    mode = os.O_RDWR if exclusive else os.O_RDONLY  # a store of another user can be shared, if there is nothing to add
+    with os.fdopen(os.open(STORE / ".lock", mode | os.O_CREAT, 0o666)) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB if exclusive else fcntl.LOCK_SH)
         except BlockingIOError:
