@@ -296,6 +296,9 @@ def test_thin_and_single_classes_are_said(capsys: pytest.CaptureFixture[str]) ->
     picture(f"set/yak/{train}.jpg")
     prepare()
     assert "of 4 classes 1 none in train (owl) and 1 none in test (yak)" in capsys.readouterr().err
+    picture("set/emu/a.jpg").write_bytes(b"broken")
+    prepare(max_broken=0.1)
+    assert "of 5 classes 2 none in train (emu, owl) and 2 none in test (emu, yak)" in capsys.readouterr().err
     class_folders("cat", root="single")
     prepare(root="single")
     assert "only one class, 'cat'" in capsys.readouterr().err

@@ -65,13 +65,17 @@ def _folded(label: str) -> str:
 
 
 def thin(splits: Iterable[tuple[str, str]]) -> list[str]:
-    """What there is to say about the parts of a classes data set, from (label, split) of every usable picture."""
+    """What there is to say about the parts of a classes data set, from (label, split) of every picture.
+
+    The split is empty if the picture cannot be used.
+    """
     parts: defaultdict[str, set[str]] = defaultdict(set)
     for label, split in splits:
         parts[label].add(split)
     remarks = []
-    if len(parts) == 1:
-        remarks.append(f"only one class, {next(iter(parts))!r}: there is nothing to tell apart; add other classes")
+    usable = [label for label in parts if parts[label] != {""}]
+    if len(usable) == 1:
+        remarks.append(f"only one class, {usable[0]!r}: there is nothing to tell apart; add other classes")
     lacking = {part: [label for label in sorted(parts) if part not in parts[label]] for part in ("train", "test")}
     told = [f"{len(names)} none in {part} ({listed(names)})" for part, names in lacking.items() if names]
     if told:

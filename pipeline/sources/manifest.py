@@ -112,10 +112,9 @@ def build(found: Found, data: str, max_broken: float, workers: int, progress: Pr
     _report_broken(broken, len(rows), data, max_broken, listing)
     if all(record["quarantine"] for record in records):
         raise UserError(f"data.{data}: no usable picture among {len(rows)}; check what params.yaml names there")
-    pairs = zip(rows, checked, strict=True)
-    usable = [(row, check.sha256) for row, check in pairs if not (row.quarantine or check.fault)]
-    remarks += labels.thin((row.label, row.split) for row, _ in usable if row.label is not None)
-    remarks += _copies(usable)
+    splits = [(row.label, str(record["split"] or "")) for row, record in zip(rows, records, strict=True)]
+    remarks += labels.thin((label, split) for label, split in splits if label is not None)
+    remarks += _copies(record for record in records if not record["quarantine"])
     for remark in remarks:
         warn(f"data.{data}: {remark}")
     return pa.Table.from_pylist(records, schema=SCHEMA)
@@ -215,14 +214,14 @@ def _report_dark(pictures: Iterable[tuple[str, int | None]], data: str) -> None:
         )
 
 
-def _copies(usable: Iterable[tuple[Row, str | None]]) -> list[str]:
-    """What there is to say of pictures with the bytes of one in another split."""
-    first: dict[str | None, Row] = {}
+def _copies(usable: Iterable[dict[str, object]]) -> list[str]:
+    """What there is to say of pictures with the bytes of one in another split, from the records of those in use."""
+    first: dict[object, dict[str, object]] = {}
     copies = []
-    for row, sha256 in usable:
-        one = first.setdefault(sha256, row)
-        if one.split != row.split:
-            copies.append(f"{_named(row)} ({row.split}) of {_named(one)} ({one.split})")
+    for record in usable:
+        one = first.setdefault(record["sha256"], record)
+        if one["split"] != record["split"]:
+            copies.append(f"{record['image']} ({record['split']}) of {one['image']} ({one['split']})")
     if not copies:
         return []
     count = f"{len(copies)} pictures have the bytes of one in another split"
