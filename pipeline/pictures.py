@@ -7,10 +7,12 @@ import io
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+BITS_PER_SAMPLE, MAX_SAMPLE_VALUE = 258, 281  # tags of TIFF
 # Formats of photographs; others (EPS, PDF) would start helper programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 NARROWEST = 1 / 200  # an encoder scales the shorter side to its own, and the longer one with it
@@ -72,7 +74,8 @@ def decode(content: bytes) -> Image.Image:
     """Bytes of an image file to an upright RGB picture, 8 bits a channel, decoded to its last row.
 
     The content decides the format, not a name. EXIF orientation is applied, a damaged EXIF block ignored. Transparent
-    parts are laid over white, as a browser does; 16 bits become 8; of an animation the first frame is taken.
+    parts are laid over white, as a browser does; 16 bits become 8; of an animation the first frame is taken. Of 16 bits
+    a channel, `info` of the result has "brightest", the largest value of 65535 (after scaling as the file declares).
     Raises ValueError with the reason when they are not a whole picture of sane size; a size is judged by its header.
     """
     if not content:
@@ -85,8 +88,9 @@ def decode(content: bytes) -> Image.Image:
                 raise _Refused(f"too large: {width} x {height} pixels")
             if min(width, height) < NARROWEST * max(width, height):
                 raise _Refused(f"too narrow: {width} x {height} pixels")
+            bits = _declared_bits(picture, content)
             picture.load()
-            return _rgb(_upright(picture))
+            return _rgb(_upright(picture), bits, stretched=picture.format == "PNG")
     except _Refused:
         raise
     except UnidentifiedImageError:
@@ -104,15 +108,49 @@ def _upright(picture: Image.Image) -> Image.Image:
         return picture
 
 
-def _rgb(picture: Image.Image) -> Image.Image:
+def _declared_bits(picture: Image.Image, content: bytes) -> int:
+    """Bits a channel by the file's own word: those of its numbers, which may be fewer than those of their places."""
+    if picture.format == "TIFF":
+        tags: Any = getattr(picture, "tag_v2", {})
+        bits, largest = (int(np.max(np.asarray(tags.get(tag) or 0))) for tag in (BITS_PER_SAMPLE, MAX_SAMPLE_VALUE))
+        whole = 0xFF < largest < 0xFFFF and not largest & (largest + 1)  # 2^n - 1: of other values it says nothing
+        return largest.bit_length() if bits == 16 and whole else bits
+    if picture.format != "PNG" or content[24] != 16:
+        return 8
+    place = 8  # after the signature: length, name, body, checksum of each chunk
+    while content[place + 4 : place + 8] not in (b"IDAT", b""):
+        if content[place + 4 : place + 8] == b"sBIT":
+            return min(max(content[place + 8], 8), 16)
+        place += 12 + int.from_bytes(content[place : place + 4], "big")
+    return 16
+
+
+def _rgb(picture: Image.Image, bits: int, stretched: bool) -> Image.Image:
     if picture.mode.startswith("I;16"):  # PIL's own conversion would cut every value at 255
-        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")
+        values = _to_16_bits(np.asarray(picture), bits, stretched)
+        rgb = Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+        rgb.info["brightest"] = int(values.max())
+        return rgb
     if picture.mode in ("I", "F"):
         raise _Refused("32 bits a channel: black and white are anyone's guess; save it with 8 or 16")
-    if not picture.has_transparency_data:
-        return picture.convert("RGB")
-    white = Image.new("RGBA", picture.size, "white")
-    return Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB")
+    rgb = picture.convert("RGB")
+    brightest = int(np.asarray(rgb).max()) * 257 if bits > 8 else None  # PIL has cut the values to 8 bits
+    if picture.has_transparency_data:
+        white = Image.new("RGBA", picture.size, "white")
+        rgb = Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB")
+    rgb.info = {} if brightest is None else {"brightest": brightest}
+    return rgb
+
+
+def _to_16_bits(values: np.ndarray, bits: int, stretched: bool) -> np.ndarray:
+    """Values of 16 bits from values of `bits`, [rows, columns].
+
+    A PNG that follows its standard has them stretched to 16 already; then none of them has anything in its last bits
+    while the first are empty.
+    """
+    if bits >= 16 or values.max() >> bits or (stretched and not (values & (2 ** (16 - bits) - 1)).any()):
+        return values
+    return values << (16 - bits)
 
 
 def plain_jpeg(content: bytes) -> PlainJPEG | None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.errors import UserError
+from pipeline.files import atomically, check_writable
 
 if TYPE_CHECKING:
     from pipeline.params import Params
@@ -43,13 +44,13 @@ def timed(params: Params, stage: str) -> Iterator[None]:
     """Measure a stage; on success write data/<profile>/seconds/<stage>.json, e.g. seconds/pretrain@mlp.json.
 
     `stage` is the name in dvc.yaml. A stage that raises writes nothing. The file is not a DVC output: a timing
-    differs on every run and must not make the stages after it stale.
+    differs on every run and must not make the stages after it stale. Raises UserError, before the work, when the
+    profile's folder can't be written to.
     """
     _check_data_folder()
+    path = Path("data") / params.profile / "seconds" / f"{stage}.json"
+    check_writable(path.parent)
     began = time.monotonic()
     yield
-    path = Path("data") / params.profile / "seconds" / f"{stage}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"seconds": round(time.monotonic() - began, 3)}) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    with atomically(path) as file:
+        file.write((json.dumps({"seconds": round(time.monotonic() - began, 3)}) + "\n").encode())

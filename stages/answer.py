@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, readable
 from pipeline.params import Dataset, Params, load_params
 
 if TYPE_CHECKING:
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
 Photos = Annotated[list[Path], typer.Argument(help="Pictures, or folders of pictures.", show_default=False)]
 AsJSON = Annotated[bool, typer.Option("--json", help="One JSON object a line: photo, answer, adapter.")]
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+FORMATS = "give JPEG, PNG, WebP, GIF, BMP or TIFF files, or folders of them"
 
 
 def caption(photos: Photos, as_json: AsJSON = False) -> None:
@@ -36,9 +35,9 @@ def classify(photos: Photos, as_json: AsJSON = False) -> None:
 
 def _answer(params: Params, data: Dataset, photos: list[Path], prompt: str, max_tokens: int, as_json: bool) -> None:
     """Print an answer per picture; a picture that cannot be read is named on stderr and makes the exit code 1."""
-    files = list(_files(photos))
+    files, missing = _files(photos)
     if not files:
-        raise UserError(f"{photos[0]}: no picture in it; formats: {', '.join(sorted(SUFFIXES))}")
+        raise UserError(f"{photos[0]}: {'no such file or folder' if missing else 'no picture in it'}; {FORMATS}")
     adapter = _best_adapter(params, data)
     from pipeline.backbones.devices import pick_device
     from pipeline.backbones.vision import load_vision_encoder
@@ -49,7 +48,7 @@ def _answer(params: Params, data: Dataset, photos: list[Path], prompt: str, max_
     encoder = load_vision_encoder(params.vision, params.runtime.device)
     decoder = decoder_for(params.vision.decoder, encoder.preprocess, pick_device(params.runtime.device))
     model = load_vlm(params.llm, folder, "adapter", params.runtime.device)
-    remaining, failed = iter(files), 0
+    remaining, failed = iter(files), missing
     while part := list(islice(remaining, params.vision.batch)):
         read = [(file, loaded) for file in part if (loaded := _load(file, decoder)) is not None]
         failed += len(part) - len(read)
@@ -58,20 +57,41 @@ def _answer(params: Params, data: Dataset, photos: list[Path], prompt: str, max_
         pixels = decoder.batch([loaded for _, loaded in read], params.vision.batch)  # of the shape of extraction
         answers = model.generate(encoder.encode(pixels)[: len(read)], prompt, max_tokens)
         for (file, _), answer in zip(read, answers, strict=True):
-            row = {"photo": str(file), "answer": answer, "adapter": adapter}
-            print(json.dumps(row, ensure_ascii=False) if as_json else f"{file}: {answer}", flush=True)
+            _say({"photo": str(file), "answer": answer, "adapter": adapter}, as_json)
     if failed:
         raise typer.Exit(1)
 
 
-def _files(photos: list[Path]) -> Iterator[Path]:
+def _say(row: dict[str, str], as_json: bool) -> None:
+    r"""Print an answer whatever the terminal's encoding: what it lacks as \u00e9 in JSON, which is the same there."""
+    encoding = sys.stdout.encoding or "utf-8"
+    text = json.dumps(row, ensure_ascii=False) if as_json else readable(f"{row['photo']}: {row['answer']}")
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        text = json.dumps(row) if as_json else text.encode(encoding, "backslashreplace").decode(encoding)
+    print(text, flush=True)
+
+
+def _files(photos: list[Path]) -> tuple[list[Path], int]:
+    """The pictures named and those below the folders named, and how many names lead nowhere; these are said."""
+    from pipeline.sources.folders import pictures_below
+    from pipeline.sources.texts import by_reason
+
+    files: list[Path] = []
+    missing = 0
     for photo in photos:
         if photo.is_dir():
-            yield from sorted(file for file in photo.rglob("*") if file.suffix.lower() in SUFFIXES)
+            tree = pictures_below(photo, any_name=True)
+            files += tree.files.values()
+            if left_out := [(str(one), one.reason) for one in tree.left_out if not one.hidden]:
+                print(f"warning: {len(left_out)} not used: {by_reason(left_out)}", file=sys.stderr)
         elif photo.exists():
-            yield photo
+            files.append(photo)
         else:
-            raise UserError(f"{photo}: no such file or folder")
+            missing += 1
+            print(f"error: {readable(photo)}: no such file or folder", file=sys.stderr)
+    return files, missing
 
 
 def _best_adapter(params: Params, data: Dataset) -> str:
@@ -87,12 +107,12 @@ def _best_adapter(params: Params, data: Dataset) -> str:
 
 
 def _load(file: Path, decoder: Decoder) -> Loaded | None:
-    from pipeline.pictures import decode
+    from pipeline.pictures import decode, read
 
     try:
-        content = file.read_bytes()
+        content = read(str(file))
         decode(content)  # what is broken, PIL decides, as in `prepare`
         return decoder.load(content)
     except (OSError, ValueError) as error:
-        print(f"error: {file}: not a readable picture ({error})", file=sys.stderr)
+        print(f"error: {readable(file)}: not a readable picture ({error})", file=sys.stderr)
         return None

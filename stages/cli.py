@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import gc
 import importlib
+import io
 import os
+import sys
 import warnings
 from typing import Any
 
@@ -13,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from pipeline.errors import UserError
+from pipeline.files import denied, refusal
 from stages import profile, store
 
 HELP = """Vision-language models on a budget: extract once, align without the LLM, fine-tune with QLoRA.
@@ -51,7 +54,10 @@ class Commands(TyperGroup):
     """The root group: faults a user can mend are printed as `error: ...` lines, without a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command; exit 2 on a UserError or a full disk, 130 on Ctrl-C. Other exceptions are bugs and pass."""
+        """Run the command; exit 2 on a UserError, a full disk or a file that may not be written, 130 on Ctrl-C.
+
+        Other exceptions are bugs and pass.
+        """
         try:
             return super().invoke(ctx)
         except UserError as fault:
@@ -59,6 +65,8 @@ class Commands(TyperGroup):
         except KeyboardInterrupt:
             _fail("interrupted; run the same command again to go on where it stopped", code=130)
         except Exception as fault:
+            if denied(fault):
+                _fail(refusal(fault), code=2)
             if not _disk_full(fault):
                 raise
             where = f" (writing {fault.filename})" if isinstance(fault, OSError) and fault.filename else ""
@@ -87,8 +95,19 @@ app.add_typer(profile.app, name="profile", rich_help_panel=PEOPLE)
 app.add_typer(store.app, name="store", rich_help_panel=PEOPLE)
 
 
+def _in_utf8_mode() -> None:
+    """Start anew in Python's UTF-8 mode where the locale has another encoding: a name is the same id everywhere."""
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 def main() -> None:
     """Entry point of the console script."""
+    _in_utf8_mode()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what a terminal's encoding lacks is shown as \xe9
+            stream.reconfigure(errors="backslashreplace")
     # OpenMP's threads spin while they wait; beside any other busy process that slows a step many times over.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # Imports leave a million objects; looking for garbage among them is an eighth of the time they take.

@@ -20,10 +20,11 @@ def prepare(
     the data set is stands in params.yaml under data.<data>: `source` is the layout (coco, food101, imagefolder,
     webdataset, or drawings rendered here: openmoji_scenes, openmoji_food), `root` its folder, or `shards` its tars.
 
-    Every picture is decoded once. A broken one is named on stderr and left out, and so is a picture without a caption;
-    data/<profile>/quarantine/<data>.csv lists them with their reasons. More broken ones than the share
-    data.<data>.max_broken stop the stage after all were looked at, without a manifest. A picture's split depends on
-    the hash of its id alone, so pictures added later never move the others.
+    Every picture is decoded once. A broken one is named on stderr and left out, and so is a picture without a caption
+    and whatever else cannot be used; data/<profile>/quarantine/<data>.csv lists all of it with the reasons. More broken
+    ones than the share data.<data>.max_broken stop the stage after all were looked at, without a manifest. A picture's
+    split depends on the hash of its id alone, so pictures added later never move the others; Food-101's lists, and
+    folders train, val and test around class folders, decide it themselves.
     """
     params = load_params()
     from pipeline import sources  # pyarrow and PIL: not needed to answer --help

@@ -82,16 +82,70 @@ def test_16_bits_are_scaled_not_cut(form: str) -> None:
     assert [pixel(content, (x, 0))[0] for x in range(4)] == [0, 1, 0x7F, 0xFF]
 
 
+def grey_png(values: list[int], sbit: int | None = None) -> bytes:
+    """One row of 16-bit grey, with its number of significant bits where the file says it."""
+    extra = b"" if sbit is None else chunk(b"sBIT", bytes([sbit]))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", len(values), 1, 16, 0, 0, 0, 0))
+    row = zlib.compress(b"\0" + struct.pack(f">{len(values)}H", *values))
+    return b"\x89PNG\r\n\x1a\n" + header + extra + chunk(b"IDAT", row) + chunk(b"IEND", b"")
+
+
+def chunk(name: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+
+def greys(content: bytes) -> list[int]:
+    return np.asarray(decode(content))[0, :, 0].tolist()
+
+
+def test_12_bits_that_the_file_declares_are_scaled() -> None:
+    twelve = [0, 1, 2047, 4095]
+    assert greys(grey_png(twelve, sbit=12)) == [0, 0, 127, 255]
+    assert greys(grey_png(twelve)) == [0, 0, 7, 15], "undeclared: as they are"
+    stretched = [value << 4 | value >> 8 for value in twelve]  # as the standard has it
+    assert greys(grey_png(stretched, sbit=12)) == [0, 0, 127, 255]
+    dark = [value << 4 for value in (0, 8, 100, 255)]
+    assert greys(grey_png(dark, sbit=12)) == [0, 0, 6, 15], "stretched and dark stays dark"
+    tiff = Image.fromarray(np.array([twelve], np.uint16))
+    assert greys(encoded(tiff, "TIFF", tiffinfo={281: 4095})) == [0, 0, 127, 255]
+    assert greys(encoded(tiff, "TIFF", tiffinfo={281: 4000})) == [0, 0, 7, 15], "a largest value is no number of bits"
+    assert greys(encoded(tiff, "TIFF")) == [0, 0, 7, 15]
+    turned = Image.Exif()
+    turned[0x0112] = 3
+    assert greys(encoded(Image.fromarray(np.array([twelve], np.uint16)), "PNG", exif=turned)) == [15, 7, 0, 0]
+
+
+def test_packed_12_bit_tiff() -> None:
+    """Pillow writes none, so it is put together here: two pixels, 4095 and 2048, in three bytes."""
+    tags = {
+        256: (3, 2),
+        257: (3, 1),
+        258: (3, 12),
+        259: (3, 1),
+        262: (3, 1),
+        273: (4, 8),
+        277: (3, 1),
+        278: (3, 1),
+        279: (4, 3),
+    }
+    entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, (kind, value) in tags.items())
+    content = b"II*\0" + struct.pack("<I", 12) + b"\xff\xf8\x00\0" + struct.pack("<H", len(tags)) + entries + bytes(4)
+    assert greys(content) == [255, 128]
+
+
+def test_the_brightest_value_of_16_bits_is_told() -> None:
+    assert decode(grey_png([0, 4095])).info == {"brightest": 4095}
+    assert decode(grey_png([0, 4095], sbit=12)).info == {"brightest": 4095 << 4}
+    assert decode(encoded(Image.new("L", (4, 4), 9))).info == {}
+
+
 def test_16_bit_colour_png() -> None:
     """Pillow writes none, so it is put together here: one red and one green pixel, RGB, 16 bits a channel."""
-
-    def chunk(name: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-
     row = b"\0" + struct.pack(">6H", 0xFFFF, 0, 0, 0, 0x8000, 0)
     header = struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)
     content = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(row)) + chunk(b"IEND", b"")
     assert [pixel(content), pixel(content, (1, 0))] == [(255, 0, 0), (0, 128, 0)]
+    assert decode(content).info == {"brightest": 65535}
 
 
 @pytest.mark.parametrize("mode", ["I", "F"])

@@ -5,7 +5,11 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +120,8 @@ def test_annotations_without_an_image_are_counted_in_one_warning(capsys: pytest.
     assert len(prepare_coco()) == 2
     warnings = capsys.readouterr().err.splitlines()
     assert len(warnings) == 1
-    assert "7 annotations" in warnings[0] and "900, 901, 902, 903, 904" in warnings[0]
+    assert "7 not used: of an image that is not listed (7: annotations[4] of 900, annotations[5] of 901" in warnings[0]
+    assert [(row["id"], row["reason"]) for row in listing()][:1] == [("900", "of an image that is not listed")]
 
 
 def test_images_without_a_caption_are_quarantined() -> None:
@@ -165,6 +170,38 @@ def test_too_many_broken_pictures_stop_the_stage() -> None:
     listed = listing()
     assert [row["id"] for row in listed] == ["19", "3", "4"], "the whole set was looked at"
     assert listed[0] == {"id": "19", "image": "set/images/000000000019.jpg", "reason": "not a picture"}
+
+
+@pytest.mark.parametrize("section", [{"source": "coco", "root": "set"}, {"source": "openmoji_scenes", "count": 12}])
+def test_four_at_once_leave_a_whole_manifest(section: dict[str, Any]) -> None:
+    coco_set(list(range(60)))
+    Path("set/images/000000000003.jpg").write_bytes(b"")
+    chosen = params(captions={**section, "max_broken": 0.5})
+    path = sources.manifest_path(chosen, "captions")
+    with ThreadPoolExecutor(4) as pool:
+        for _ in pool.map(lambda _: sources.write(sources.prepare(chosen, "captions"), path), range(4)):
+            pass
+    assert pq.read_table(path).equals(sources.prepare(chosen, "captions"))
+    assert [file.name for file in path.parent.iterdir()] == ["captions.parquet"]
+    assert len(list(Path("data").rglob("quarantine/*"))) == (section["source"] == "coco")
+    assert not list(Path("data").glob("raw/.*")), "no picture is left half rendered"
+
+
+def test_a_locale_changes_no_id() -> None:
+    for i in range(20):
+        picture(Path(f"set/crème/été{i}.png"))
+        picture(Path(f"set/pho/{i}.png"))
+    Path("set/pho/café.png").write_bytes(b"")
+    section = {"source": "imagefolder", "root": "set", "max_broken": 0.5}
+    expected = prepare_classes(**section)
+    Path("params.yaml").write_text(yaml.safe_dump({**DEMO, "data": {**DEMO["data"], "classes": section}}))
+    locale = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii:strict"}
+    process = subprocess.run(
+        [sys.executable, "-m", "stages.cli", "prepare", "classes"], capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), **locale},
+    )  # fmt: skip
+    assert r"caf\xe9.png: empty file" in process.stderr and "41 pictures" in process.stdout
+    assert pq.read_table("data/demo/prepare/classes.parquet").to_pylist() == expected
 
 
 def listing() -> list[dict[str, str]]:
@@ -224,6 +261,142 @@ def test_faults_in_captions_json_are_told_in_one_line(text: str, message: str) -
     assert "\n" not in str(caught.value)
 
 
+SOUND = {
+    "images": [{"id": 1, "file_name": "a.jpg"}, {"id": 2, "file_name": "b.jpg"}],
+    "annotations": [{"image_id": 1, "caption": "one"}, {"image_id": 2, "caption": "two"}],
+}
+
+
+def coco_text(content: bytes | str) -> list[dict[str, Any]]:
+    """The rows of a set of two pictures with this captions.json."""
+    for name in ("a", "b"):
+        picture(Path(f"set/images/{name}.jpg"))
+    Path("set/captions.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    return prepare_coco()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_captions_json_in_any_form_of_unicode(encoding: str) -> None:
+    text = json.dumps({**SOUND, "annotations": [{"image_id": 1, "caption": "crème"}]}, ensure_ascii=False)
+    assert coco_text(text.encode(encoding))[0]["captions"] == ["crème"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "captions.json: empty"),
+        (" \n", "captions.json: empty"),
+        (json.dumps(SOUND)[:60], r"captions\.json:1:\d+: not valid JSON"),
+        ('{"images": []}\n{"images": []}\n', r"captions\.json:2:1: not valid JSON: Extra data; it may be JSON Lines"),
+        ("[" * 100_000, "nested too deep"),
+        ('{"a": ' * 100_000, "nested too deep"),
+        ('{"images": ' + "9" * 5000 + "}", "a number with thousands of digits"),
+        ('{"images": [], "images": [1], "annotations": []}', "two values of the key 'images'"),
+        (json.dumps([SOUND]), "expected an object with images and annotations, found a list"),
+        ("5", "found a int"),
+        (b'{"images": "caf\xe9"}', "not UTF-8 text: byte 15; save it as UTF-8"),
+        ('{"images": {"1": "a.jpg"}, "annotations": []}', "no list 'images'"),
+        ('{"images": [null, 5, []], "annotations": []}', r"images\[0\] no object, so without 'id'.*none of 3"),
+        ('{"images": [{"id": NaN, "file_name": "a.jpg"}], "annotations": []}', "has nan for 'id'"),
+        ('{"images": [{"id": true, "file_name": "a.jpg"}], "annotations": []}', "has a bool for 'id'"),
+    ],
+    ids=range(15),
+)
+def test_every_broken_form_of_json_is_one_line(content: str | bytes, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        coco_text(content)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+def test_entries_that_cannot_be_used_are_named_and_the_others_are(capsys: pytest.CaptureFixture[str]) -> None:
+    faulty_images = [None, {"id": 3}, {"id": 4, "file_name": 5}, {"id": [], "file_name": "c.jpg"},
+                     {"id": 5, "file_name": "../c.jpg"}, SOUND["images"][0]]  # fmt: skip
+    captions = [None, 5, "", "  ", float("nan"), ["a"], "half of \ud83d"]
+    faulty = [{"image_id": 1, "caption": caption} for caption in captions] + [None, {"caption": "a"}]
+    rows = coco_text(
+        json.dumps({"images": SOUND["images"] + faulty_images, "annotations": SOUND["annotations"] + faulty})
+    )
+    assert [row["captions"] for row in rows] == [["one"], ["two"]]
+    reasons = {row["image"]: row["reason"] for row in listing()}
+    assert reasons["images[2]"] == "no object, so without 'id'"
+    assert reasons["images[3]"] == "has no 'file_name'" and "int for 'file_name'" in reasons["images[4]"]
+    assert "list for 'id'" in reasons["images[5]"] and "no file name below" in reasons["images[6]"]
+    assert reasons["images[7]"] == "a repetition of an earlier entry"
+    assert reasons["annotations[2]"] == "has no 'caption'" and "int for 'caption'" in reasons["annotations[3]"]
+    assert reasons["annotations[4]"] == reasons["annotations[5]"] == "with an empty caption"
+    assert "float for 'caption'" in reasons["annotations[6]"] and "list for 'caption'" in reasons["annotations[7]"]
+    assert reasons[r"set/images/a.jpg: half of \ud83d"] == "half of a character in its text"
+    assert reasons["annotations[9]"] == "no object, so without 'image_id'" and len(reasons) == 15
+    assert "15 not used" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("image", "annotation"),
+    [(7, 7.0), (7.0, 7), (7, "7"), ("7", 7), ("7", 7.0), ("7.0", 7), ("007", 7), (2**60, str(2**60)), ("a", "a")],
+)
+def test_ids_meet_when_they_are_the_same_number(image: Any, annotation: Any) -> None:
+    content = {
+        "images": [{"id": image, "file_name": "a.jpg"}],
+        "annotations": [{"image_id": annotation, "caption": "x"}],
+    }
+    (row,) = coco_text(json.dumps(content))
+    assert row["captions"] == ["x"] and row["id"] == str(image), "the id, which decides the split, stays as it was"
+
+
+@pytest.mark.parametrize("other", [7, "7", 7.0])
+def test_two_images_of_one_id_are_refused(other: Any) -> None:
+    images = [{"id": 7, "file_name": "a.jpg"}, {"id": other, "file_name": "b.jpg"}]
+    with pytest.raises(
+        UserError, match=r"images\[1\] has the id .?7.* of an earlier image, 7; ids must be unique"
+    ) as caught:
+        coco_text(json.dumps({"images": images, "annotations": SOUND["annotations"]}))
+    assert repr(other) in str(caught.value)
+
+
+def test_true_is_not_the_id_1() -> None:
+    annotations = [{"image_id": True, "caption": "x"}, *SOUND["annotations"]]
+    assert coco_text(json.dumps({**SOUND, "annotations": annotations}))[0]["captions"] == ["one"]
+    assert "bool for 'image_id'" in listing()[0]["reason"]
+
+
+def test_texts_as_ids_stay_apart_when_they_are_different_texts() -> None:
+    images = [{"id": "7", "file_name": "a.jpg"}, {"id": "07", "file_name": "b.jpg"}]
+    annotations = [
+        {"image_id": "07", "caption": "b"},
+        {"image_id": 7, "caption": "a"},
+        {"image_id": 7.0, "caption": "?"},
+    ]
+    rows = {row["id"]: row["captions"] for row in coco_text(json.dumps({"images": images, "annotations": annotations}))}
+    assert rows == {"7": ["a"], "07": ["b"]}
+    assert listing()[0]["reason"] == "of an image that is not listed"
+
+
+def test_pictures_that_no_entry_names_are_listed() -> None:
+    picture(Path("set/images/c.jpg"))
+    Path("set/images/notes.txt").write_text("no picture")
+    Path("set/images/linked").symlink_to(".")
+    images = [{"id": 1, "file_name": "linked/a.jpg"}, SOUND["images"][1]]
+    assert len(coco_text(json.dumps({**SOUND, "images": images}))) == 2
+    assert {row["image"]: row["reason"] for row in listing()} == {
+        "set/images/c.jpg": "named by no entry of captions.json"
+    }
+
+
+def test_texts_that_utf8_cannot_hold_lose_no_other() -> None:
+    images = [{"id": "a\udce9", "file_name": "a.jpg"}, {"id": 2, "file_name": "b.jpg"}]
+    annotations = [
+        {"image_id": "a\udce9", "caption": "one"},
+        {"image_id": 2, "caption": "half \ud83d"},
+        {"image_id": 2, "caption": "two"},
+    ]
+    (row,) = coco_text(json.dumps({"images": images, "annotations": annotations}))
+    assert row["captions"] == ["two"]
+    assert {one["id"]: one["reason"] for one in listing()} == {
+        r"a\xe9": "its name is not UTF-8; rename it (convmv -f latin1 -t utf8)",
+        "2": "half of a character in its text",
+    }
+
+
 def test_missing_folders_and_files_name_their_parameter() -> None:
     with pytest.raises(UserError, match=r"data\.captions\.root"):
         prepare_coco()
@@ -271,7 +444,9 @@ def test_food101_split_survives_insertion_and_count_is_per_class_and_part() -> N
     [
         ("train.txt", "soup/0001", r"train\.txt:3: 'soup/0001' is not class/id"),
         ("train.txt", "pho/../../x", r"train\.txt:3: .*is no file name below"),
+        ("train.txt", "/data/food/images/pho/0001.jpg", r"train\.txt:3: .* is an absolute path, and not class/id"),
         ("train.txt", "pho/0002", r"pho/0002 is in both"),
+        ("classes.txt", "pho", r"classes\.txt has 2 lines, labels\.txt 1"),
         ("labels.txt", "Ramen", r"classes\.txt has 1 lines, labels\.txt 2"),
     ],
 )
@@ -281,6 +456,43 @@ def test_faults_in_food101_lists_name_file_and_line(file: str, line: str, messag
     path.write_text(path.read_text().rstrip() + f"\n{line}\n")
     with pytest.raises(UserError, match=message):
         prepare_classes("food101")
+
+
+def test_food101_lists_as_people_have_them(capsys: pytest.CaptureFixture[str]) -> None:
+    food_set({"hot_dog": "Hot dog", "pho": "Pho"}, train=12, test=3)
+    before = prepare_classes("food101")
+    meta = Path("set/meta")
+    for name in ("classes", "labels", "train", "test"):
+        lines = (meta / f"{name}.txt").read_text().split("\n")
+        text = "\ufeff" + "\r\n".join(f"{line}  " for line in lines if line) + "\r\n\r\n"
+        (meta / f"{name}.txt").write_bytes(text.encode())
+    assert prepare_classes("food101") == before
+    lines = [line.strip() for line in (meta / "train.txt").read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+    (meta / "train.txt").write_text("\n".join([f"{line}.jpg" for line in lines]), encoding="utf-16")
+    assert prepare_classes("food101") == before
+    (meta / "train.txt").write_text("\n".join([lines[0].replace("/", "\\"), *lines, lines[3]]))
+    picture(Path("set/images/pho/extra.jpg"))
+    capsys.readouterr()
+    assert prepare_classes("food101") == before
+    said = capsys.readouterr().err
+    assert "a repetition of an earlier line (2: train.txt:2, train.txt:26)" in said
+    assert "named by neither train.txt nor test.txt (1: set/images/pho/extra.jpg)" in said
+
+
+def test_food101_pictures_of_other_formats_are_named_with_their_suffix() -> None:
+    food_set({"pho": "Pho"}, train=30, test=1)
+    picture(Path("set/images/pho/x.png"))
+    picture(Path("set/images/pho/y.jpg.jpg"))
+    with Path("set/meta/train.txt").open("a") as file:
+        file.write("pho/x.png\npho/y.jpg\n")
+    images = {row["id"]: row["image"] for row in prepare_classes("food101")}
+    assert images["pho/x.png"] == "set/images/pho/x.png" and images["pho/y.jpg"] == "set/images/pho/y.jpg.jpg"
+
+
+def test_food101_classes_of_one_name_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    food_set({"a": "Pho", "b": "Pho", "c": "Ramen"}, train=12, test=2)
+    prepare_classes("food101")
+    assert "classes of one name are one class: called 'Pho' (2: a, b)" in capsys.readouterr().err
 
 
 def test_imagefolder_names_classes_after_folders_and_splits_by_hash(capsys: pytest.CaptureFixture[str]) -> None:
@@ -293,7 +505,7 @@ def test_imagefolder_names_classes_after_folders_and_splits_by_hash(capsys: pyte
     assert {row["label"] for row in rows} == {"golden delicious apple", "pear"}
     assert rows[-1]["id"] == "pear/0.JPG"
     assert {row["split"] for row in rows} == {"train", "val", "test"}
-    assert "1 files without a picture's suffix" in capsys.readouterr().err
+    assert "1 not used: no picture by its content (1: set/pear/notes.txt)" in capsys.readouterr().err
     picture(Path("set/golden_delicious-apple/new.png"))
     grown = {row["id"]: row["split"] for row in prepare_classes("imagefolder", validation=0.2)}
     assert {row["id"]: row["split"] for row in rows}.items() <= grown.items()
@@ -330,7 +542,7 @@ def test_pictures_outside_the_project_have_absolute_paths(project: Path, monkeyp
 def test_one_id_twice_is_refused(project: Path) -> None:
     row = manifest.Row("1", picture(project / "a.png"), ["a"], None, "train")
     with pytest.raises(UserError, match="two pictures have the id '1'"):
-        manifest.build([row, row], "captions", 0.5, 1, SILENT, Path("listing.csv"))
+        manifest.build(manifest.Found([row, row]), "captions", 0.5, 1, SILENT, Path("listing.csv"))
 
 
 # Rendered drawings

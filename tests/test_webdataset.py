@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import io
+import os
 import re
 import tarfile
 from collections.abc import Iterator
@@ -170,6 +172,114 @@ def test_keys_are_those_of_the_library() -> None:
     assert prepare()["a"]["captions"] == ["A caption"], "as `tar cf x.tar .` packs them, in any order"
 
 
+def listing(data: str = "captions") -> dict[str, str]:
+    """What the listing says: member, key or picture below the shard's folder -> reason."""
+    with Path(f"data/demo/quarantine/{data}.csv").open(encoding="utf-8", newline="") as file:
+        return {row["image"].removeprefix(f"{Path.cwd()}/"): row["reason"] for row in csv.DictReader(file)}
+
+
+def test_dots_in_names_lose_no_picture(capsys: pytest.CaptureFixture[str]) -> None:
+    names = [f"IMG_{i}" + (".5x" if i % 3 == 0 else "") for i in range(12)]
+    names += ["IMG_1.5x", "d.ir/v1.2.final", "DSC.0001"]  # the last two: beside another picture, and in a folder
+    pack("set/0.tar", *((f"{n}{end}", body) for n in names for end, body in ((".jpg", jpeg()), (".txt", b"a square"))))
+    rows = prepare()
+    assert rows.keys() == set(names)
+    assert all(pictures.read(row["image"]) == jpeg() for row in rows.values())
+    assert not Path("data/demo/quarantine/captions.csv").exists()
+    pack(
+        "set/0.tar", ("a.jpg", jpeg()), ("a.txt", b"x"), ("a.left.jpg", jpeg()), ("a.depth.npy", b"1"),
+        ("b.5x.jpg", jpeg()), ("b.txt", b"x"), ("c.5x.txt", b"x"), ("README", b"x"),
+    )  # fmt: skip
+    assert prepare().keys() == {"a"}
+    dotted = "with a second dot in the name and no text of that name; a key ends at the first dot: rename it"
+    assert listing() == {
+        "set/0.tar: a.left": dotted,
+        "set/0.tar: b.5x": dotted,
+        "set/0.tar: b": "without a picture",
+        "set/0.tar: c.5x": "without a picture",
+        "set/0.tar: README": "without an extension, so without a key",
+    }
+    assert "5 not used" in capsys.readouterr().err
+
+
+def test_what_is_hidden_or_no_picture_is_named_and_odd_extensions_are_read() -> None:
+    odd = tarfile.TarInfo(os.fsdecode(b"caf\xe9.jpg"))
+    pack(
+        "set/0.tar", ("a.jfif", jpeg()), ("a.txt", b"x"), ("b.JPG_large", jpeg()), ("b.txt", b"x"), ("c.heic", b"ftyp"),
+        ("c.txt", b"x"), (".ipynb_checkpoints/d.jpg", jpeg()), ("__MACOSX/._a.jpg", b"x"), (odd, jpeg()),
+    )  # fmt: skip
+    assert prepare().keys() == {"a", "b"}
+    assert listing() == {
+        "set/0.tar: c": "without a picture",
+        "set/0.tar: .ipynb_checkpoints/d.jpg": "hidden",
+        "set/0.tar: __MACOSX/._a.jpg": "hidden",
+        r"set/0.tar: caf\xe9.jpg": "its name is not UTF-8; rename it (convmv -f latin1 -t utf8)",
+    }
+
+
+def test_tars_one_behind_another_are_read_to_the_end(capsys: pytest.CaptureFixture[str]) -> None:
+    parts = [write(f"part/{n}.tar", captioned(range(n * 10, n * 10 + 4))).read_bytes() for n in range(3)]
+    Path("set").mkdir()
+    Path("set/0.tar").write_bytes(b"".join(parts))
+    rows = prepare()
+    assert len(rows) == 12 and "not used" not in capsys.readouterr().err
+    assert all(pictures.read(row["image"]) == jpeg(int(key)) for key, row in rows.items())
+    Path("set/0.tar").write_bytes(parts[0] + b"a signature, say" + bytes(496))
+    assert len(prepare()) == 4
+    assert listing() == {f"set/0.tar#{len(parts[0])}": "behind the tar's end, and no tar"}
+    Path("set/0.tar").write_bytes(parts[0] + parts[1][: parts[1].index(b"000000013.jpg") + 600])
+    assert "unexpected end of data" in fault()
+    Path("set/0.tar").write_bytes(parts[0] * 2)
+    assert "two members are named '000000000.jpg'" in fault()
+
+
+def test_a_text_that_fails_does_not_cost_the_others() -> None:
+    samples: dict[str, dict[str, Any]] = {
+        "null": {"json": {"captions": ["one", None, 5, "", " two "]}},
+        "broken": {"json": b"{", "txt": "one"},
+        "latin": {"txt": b"caf\xe9", "json": {"caption": "one"}},
+        "utf16": {"txt": "cr\u00e8me".encode("utf-16"), "json": '{"caption": "one"}'.encode("utf-16")},
+        "nan": {"json": b'{"caption": NaN}'},
+        "digits": {"json": b'{"caption": "one", "n": ' + b"9" * 5000 + b"}"},
+        "twice": {"json": b'{"caption": "one", "caption": "two"}'},
+        "empty": {"json": b""},
+        "lines": {"json": b'{"caption": "one"}\n{"caption": "two"}'},
+        "half": {"json": b'{"captions": ["one", "a \\ud83d"]}'},
+    }
+    write("set/0.tar", [{"__key__": key, "jpg": jpeg(), **texts} for key, texts in samples.items()])
+    rows = prepare()
+    assert {key: row["captions"] for key, row in rows.items() if row["captions"]} == {
+        "null": ["one", "two"], "broken": ["one"], "latin": ["one"], "utf16": ["one", "cr\u00e8me"], "half": ["one"]
+    }  # fmt: skip
+    assert {key: row["quarantine"] for key, row in rows.items() if row["quarantine"]} == {
+        "nan": "a caption in its json is no text",
+        "digits": "its json is not valid JSON",
+        "twice": "its json is ambiguous, with two values of the key 'caption' in one object",
+        "empty": "its json is empty",
+        "lines": "its json is not valid JSON",
+    }
+    assert len(listing()) == 9, "three texts of pictures that have others, half an emoji, and the five"
+
+
+def test_classes_of_any_type(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("set").mkdir()
+    Path("set/classes.txt").write_text("pho\npeking_duck\n", encoding="utf-16")
+    samples: dict[str, dict[str, Any]] = {
+        "float": {"json": {"label": 1.0}},
+        "list": {"json": {"label": ["pho"]}},
+        "huge": {"cls": "9" * 5000},
+        "broken": {"json": b"[", "cls": "pho"},
+        "dash": {"cls": "---"},
+        "case": {"cls": "Pho"},
+    }
+    write("set/0.tar", [{"__key__": key, "jpg": jpeg(), **texts} for key, texts in samples.items()])
+    rows = prepare("classes")
+    labels = {key: row["label"] for key, row in rows.items()}
+    assert labels == {"float": "peking duck", "list": None, "huge": None, "broken": "pho", "dash": None, "case": "Pho"}
+    assert rows["huge"]["quarantine"] == "its class is a number beyond all classes"
+    assert "'Pho', 'pho' differ in case or separators alone" in capsys.readouterr().err
+
+
 def test_classes_in_words_and_by_number() -> None:
     samples = {
         "word": {"cls": "hot_dog"},
@@ -312,7 +422,9 @@ def test_shards_without_pictures_or_captions_say_what_is_needed(capsys: pytest.C
     pack("set/0.tar", ("a.jpg", jpeg()), ("b.json", b"{}"))
     assert "none of 1 pictures (a: no caption) has a caption; each KEY.jpg needs KEY.txt" in fault()
     assert "none of 1 pictures (a: no class) has a class; each KEY.jpg needs KEY.cls" in fault("classes")
-    assert "1 of 2 keys have no picture; left out" in capsys.readouterr().err
+    pack("set/0.tar", ("a.jpg", jpeg()), ("a.txt", b"a"), ("b.json", b"{}"))
+    assert list(prepare()) == ["a"]
+    assert f"1 not used: without a picture (1: {Path.cwd()}/set/0.tar: b)" in capsys.readouterr().err
 
 
 def test_broken_pictures_in_shards_are_quarantined() -> None:

@@ -1,6 +1,6 @@
 """Data sets of every layout, read into one manifest: `prepare` is the whole of it.
 
-A new layout is a module with a function that returns rows, and an entry in READERS.
+A new layout is a module with a function that returns what it Found, and an entry in READERS.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from pathlib import Path
 import pyarrow as pa
 from rich.progress import Progress
 
+from pipeline.files import check_writable
 from pipeline.params import Dataset, Params
 from pipeline.sources import coco, food101, imagefolder, manifest, openmoji, webdataset
-from pipeline.sources.manifest import SCHEMA, Row, check_splits, write
+from pipeline.sources.manifest import SCHEMA, Found, check_splits, write
 
 __all__ = [
     "READERS",
@@ -26,43 +27,43 @@ __all__ = [
     "write",
 ]
 
-Reader = Callable[[Params, Progress], list[Row]]
+Reader = Callable[[Params, Progress], Found]
 
 
-def _coco(params: Params, progress: Progress) -> list[Row]:
+def _coco(params: Params, progress: Progress) -> Found:
     section = params.data.captions
     root = manifest.existing_folder(section.root, "data.captions.root")
     return coco.read(root, section.captions, section.images, section.count)
 
 
-def _food101(params: Params, progress: Progress) -> list[Row]:
+def _food101(params: Params, progress: Progress) -> Found:
     section = params.data.classes
     root = manifest.existing_folder(section.root, "data.classes.root")
     return food101.read(root, section.validation, section.count)
 
 
-def _imagefolder(params: Params, progress: Progress) -> list[Row]:
+def _imagefolder(params: Params, progress: Progress) -> Found:
     section = params.data.classes
     root = manifest.existing_folder(section.root, "data.classes.root")
     return imagefolder.read(root, section.validation, section.count)
 
 
-def _openmoji_scenes(params: Params, progress: Progress) -> list[Row]:
+def _openmoji_scenes(params: Params, progress: Progress) -> Found:
     root = openmoji.render_scenes(params.seed, params.data.captions.count or 0, params.runtime.decode_threads, progress)
     return coco.read(root, "captions.json", "images", count=None)
 
 
-def _openmoji_food(params: Params, progress: Progress) -> list[Row]:
+def _openmoji_food(params: Params, progress: Progress) -> Found:
     root = openmoji.render_food(params.seed, params.data.classes.count or 0, params.runtime.decode_threads, progress)
     return food101.read(root, params.data.classes.validation, count=None)
 
 
-def _captioned_shards(params: Params, progress: Progress) -> list[Row]:
+def _captioned_shards(params: Params, progress: Progress) -> Found:
     section = params.data.captions
     return webdataset.read_captions(str(section.shards), section.count, params.runtime.decode_threads, progress)
 
 
-def _labelled_shards(params: Params, progress: Progress) -> list[Row]:
+def _labelled_shards(params: Params, progress: Progress) -> Found:
     section, workers = params.data.classes, params.runtime.decode_threads
     return webdataset.read_classes(str(section.shards), section.validation, section.count, workers, progress)
 
@@ -81,15 +82,17 @@ READERS: dict[Dataset, dict[str, Reader]] = {
 def prepare(params: Params, data: Dataset, progress: Progress | None = None) -> pa.Table:
     """The manifest of a data set (columns: SCHEMA, sorted by id), every picture checked by decoding it.
 
-    Renders the pictures first where the source is a rendered one. Broken pictures are named on stderr and
-    quarantined; quarantine_path lists them. Raises UserError for a fault in the data set, or more broken pictures than
-    max_broken allows.
+    Renders the pictures first where the source is a rendered one. Broken pictures are quarantined; these and whatever
+    else is not used are counted and named on stderr, and quarantine_path lists all of it. Raises UserError for a fault
+    in the data set, more broken pictures than max_broken allows, or a folder in data/ that can't be written to.
     """
     section = params.data.captions if data == "captions" else params.data.classes
     progress = progress or Progress(disable=True)
-    rows = READERS[data][section.source](params, progress)
     listing = quarantine_path(params, data)
-    return manifest.build(rows, data, section.max_broken, params.runtime.decode_threads, progress, listing)
+    for path in (manifest_path(params, data), listing):
+        check_writable(path.parent)
+    found = READERS[data][section.source](params, progress)
+    return manifest.build(found, data, section.max_broken, params.runtime.decode_threads, progress, listing)
 
 
 def ensure_rendered(params: Params, data: Dataset, progress: Progress | None = None) -> None:

@@ -3,27 +3,40 @@
 from __future__ import annotations
 
 import json
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable, Hashable
+from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline.errors import UserError
-from pipeline.sources.manifest import Row, below, order, share, warn
+from pipeline.sources.folders import LeftOut, unnamed
+from pipeline.sources.manifest import Found, Row, below, order, share
+from pipeline.sources.texts import parse_json
 
 TRAIN, VALIDATION = 0.70, 0.15  # the rest is the test part
+_NUMBER = re.compile(r"-?[0-9]{1,40}(\.[0-9]{1,40})?")
+_T = TypeVar("_T")
 
 
-def read(root: Path, captions: str, images: str, count: int | None) -> list[Row]:
+def read(root: Path, captions: str, images: str, count: int | None) -> Found:
     """One row per entry of "images" in root/captions, with all its captions; at most `count` of them.
 
-    Raises UserError for JSON that is broken, lacks a key or lists an image twice. Annotations of unknown images are
-    left out with a warning; images without a caption are quarantined.
+    Left out are entries that lack a field or have one of a wrong type, annotations of unknown images, and files that no
+    entry names; images without a caption are quarantined. An id is the same number or the same text: 7, 7.0 and "7"
+    meet. Raises UserError for JSON that is broken or not of this layout, lists two images under one id, or has no
+    entry that can be used.
     """
     path = root / captions
     content = _load(path)
-    files = _image_files(path, _entries(path, content, "images"), root / images)
-    texts = _captions_by_image(path, _entries(path, content, "annotations"), set(files))
+    left_out: list[LeftOut] = []
+    files, ids = _image_files(path, content, root / images, left_out)
+    texts = _captions_by_image(path, content, ids, left_out)
+    left_out += unnamed(root / images, files.values(), f"named by no entry of {captions}")
     kept = sorted(files, key=order)[:count]
-    return [_row(image_id, files[image_id], texts.get(image_id, [])) for image_id in kept]
+    return Found([_row(image_id, files[image_id], texts[image_id]) for image_id in kept], left_out)
 
 
 def split_of(image_id: str) -> str:
@@ -39,62 +52,126 @@ def _row(image_id: str, image: Path, captions: list[str]) -> Row:
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = parse_json(path.read_bytes())
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; set data.captions.root and data.captions.captions") from None
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text at byte {error.start}; save it as UTF-8") from None
+        lines = "; it may be JSON Lines: write one object" if error.msg == "Extra data" and error.lineno > 1 else ""
+        raise UserError(f"{path}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}{lines}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; expected an object with images and annotations") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected an object with images and annotations, found a {type(content).__name__}")
     return content
 
 
-def _entries(path: Path, content: dict[str, Any], key: str) -> list[Any]:
+class _Ids:
+    """The ids of the images, to find one by the same text or the same number."""
+
+    def __init__(self) -> None:
+        self.text_of: dict[Hashable, dict[str, Any]] = defaultdict(dict)  # number or text -> id -> as in the JSON
+
+    def add(self, value: Any) -> str:
+        """The id as text. Raises ValueError when it is an earlier one's, or the same number as an earlier one."""
+        same = self.text_of[_number(value)]
+        for text, earlier in same.items():
+            if text == str(value) or not isinstance(value, str) or not isinstance(earlier, str):
+                raise ValueError(f"has the id {value!r} of an earlier image, {earlier!r}; ids must be unique")
+        same[str(value)] = value
+        return str(value)
+
+    def find(self, value: Any) -> str | None:
+        same = self.text_of.get(_number(value), {})
+        return str(value) if str(value) in same else next(iter(same)) if len(same) == 1 else None
+
+
+def _number(value: Any) -> Hashable:
+    """What ids are compared by: Python's numbers of all types are equal, and have equal hashes, if their values are."""
+    if isinstance(value, str):
+        return Decimal(value) if _NUMBER.fullmatch(value) else value
+    return float(value) if isinstance(value, float) else int(value)
+
+
+def _image_files(
+    path: Path, content: dict[str, Any], folder: Path, left_out: list[LeftOut]
+) -> tuple[dict[str, Path], _Ids]:
+    """Id -> picture, and what finds an id."""
+    if content.get("images") == []:
+        raise UserError(f"{path}: the list images is empty; nothing to prepare")
+
+    def picture(entry: Any) -> tuple[Any, Path]:
+        return _id(entry, "id"), below(folder, _text(entry, "file_name"))
+
+    files: dict[str, Path] = {}
+    ids = _Ids()
+    for name, (value, file) in _usable(path, content, "images", picture, left_out):
+        if files.get(str(value)) == file:
+            left_out.append(LeftOut(name, "a repetition of an earlier entry", id=str(value)))
+            continue
+        try:
+            files[ids.add(value)] = file
+        except ValueError as fault:
+            raise UserError(f"{path}: {name} {fault}") from None
+    return files, ids
+
+
+def _captions_by_image(
+    path: Path, content: dict[str, Any], ids: _Ids, left_out: list[LeftOut]
+) -> defaultdict[str, list[str]]:
+    texts: defaultdict[str, list[str]] = defaultdict(list)
+
+    def annotation(entry: Any) -> tuple[Any, str]:
+        return _id(entry, "image_id"), _text(entry, "caption").strip()
+
+    for name, (value, caption) in _usable(path, content, "annotations", annotation, left_out):
+        image_id = ids.find(value)
+        if image_id is None:
+            left_out.append(LeftOut(f"{name} of {value}", "of an image that is not listed", id=str(value)))
+        elif not caption:
+            left_out.append(LeftOut(name, "with an empty caption", id=image_id))
+        else:
+            texts[image_id].append(caption)
+    return texts
+
+
+def _usable(
+    path: Path, content: dict[str, Any], key: str, parse: Callable[[Any], _T], left_out: list[LeftOut]
+) -> list[tuple[str, _T]]:
+    """(name, parsed entry) of those in the list `key` that can be used. Raises UserError when none can."""
     entries = content.get(key)
     if not isinstance(entries, list):
         raise UserError(f"{path}: no list {key!r}; a COCO captions file has the lists images and annotations")
-    return entries
+    usable, faults = [], []
+    for i, entry in enumerate(entries):
+        try:
+            usable.append((f"{key}[{i}]", parse(entry)))
+        except ValueError as fault:
+            faults.append(LeftOut(f"{key}[{i}]", str(fault)))
+    if faults and not usable:
+        raise UserError(f"{path}: {faults[0].name} {faults[0].reason}; mend it (none of {len(entries)} can be used)")
+    left_out += faults
+    return usable
 
 
-def _field(path: Path, where: str, entry: Any, key: str) -> Any:
-    if not isinstance(entry, dict) or entry.get(key) is None:
-        raise UserError(f"{path}: {where} has no {key!r}; add it or remove the entry")
+def _field(entry: Any, key: str) -> Any:
+    if not isinstance(entry, dict):
+        raise ValueError(f"no object, so without {key!r}")
+    if entry.get(key) is None:
+        raise ValueError(f"has no {key!r}")
     return entry[key]
 
 
-def _text(path: Path, where: str, entry: Any, key: str) -> str:
-    value = _field(path, where, entry, key)
+def _text(entry: Any, key: str) -> str:
+    value = _field(entry, key)
     if not isinstance(value, str):
-        raise UserError(f"{path}: {where}.{key} is {value!r}; it must be a string")
+        raise ValueError(f"has a {type(value).__name__} for {key!r}; it must be a string")
     return value
 
 
-def _image_files(path: Path, entries: list[Any], folder: Path) -> dict[str, Path]:
-    files: dict[str, Path] = {}
-    for i, entry in enumerate(entries):
-        where = f"images[{i}]"
-        image_id = str(_field(path, where, entry, "id"))
-        if image_id in files:
-            raise UserError(f"{path}: {where} has the id {image_id} of an earlier image; ids must be unique")
-        files[image_id] = below(folder, _text(path, where, entry, "file_name"), f"{path}: {where}.file_name")
-    if not files:
-        raise UserError(f"{path}: the list images is empty; nothing to prepare")
-    return files
-
-
-def _captions_by_image(path: Path, entries: list[Any], known: set[str]) -> dict[str, list[str]]:
-    texts: dict[str, list[str]] = {}
-    strangers: list[str] = []
-    for i, entry in enumerate(entries):
-        image_id = str(_field(path, f"annotations[{i}]", entry, "image_id"))
-        caption = _text(path, f"annotations[{i}]", entry, "caption").strip()
-        if image_id not in known:
-            strangers.append(image_id)
-        elif caption:
-            texts.setdefault(image_id, []).append(caption)
-    if strangers:
-        first = ", ".join(dict.fromkeys(strangers[:5]))
-        warn(f"{path}: {len(strangers)} annotations name an image that is not listed (first ids: {first}); left out")
-    return texts
+def _id(entry: Any, key: str) -> Any:
+    value = _field(entry, key)
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError(f"has a {type(value).__name__} for {key!r}; it must be a number or a string")
+    if (isinstance(value, str) and not value.strip()) or (isinstance(value, float) and not math.isfinite(value)):
+        raise ValueError(f"has {value!r} for {key!r}; it must be a number or a string")
+    return value

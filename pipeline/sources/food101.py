@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 from itertools import groupby
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from pipeline.errors import UserError
-from pipeline.sources.manifest import Row, below, order, share
+from pipeline.sources import texts
+from pipeline.sources.folders import SUFFIXES, LeftOut, unnamed
+from pipeline.sources.manifest import Found, Row, below, order, share, warn
+from pipeline.sources.texts import by_reason
 
 
-def read(root: Path, validation: float, count: int | None) -> list[Row]:
+def read(root: Path, validation: float, count: int | None) -> Found:
     """One row per line of meta/train.txt and meta/test.txt; `validation` of train becomes val, by hash of the id.
 
-    `count` keeps at most that many pictures of a class in each of the two files. Raises UserError, naming file and
-    line, for a missing file, an unknown class, or a picture that is in both parts.
+    `count` keeps at most that many pictures of a class in each of the two files. Pictures that no line names are left
+    out. Raises UserError, naming file and line, for a missing file, an unknown or repeated class, or a picture that is
+    in both parts.
     """
     labels = _labels(root / "meta")
-    train = _part(root, "train", labels)
-    test = _part(root, "test", labels)
+    left_out: list[LeftOut] = []
+    train = _part(root, "train", labels, left_out)
+    test = _part(root, "test", labels, left_out)
     if both := sorted(train.keys() & test.keys()):
         raise UserError(f"{root / 'meta'}: {both[0]} is in both train.txt and test.txt ({len(both)} in all)")
+    left_out += unnamed(root / "images", [*train.values(), *test.values()], "named by neither train.txt nor test.txt")
     rows = [_row(train, key, labels, "val" if share(key) < validation else "train") for key in _cut(train, count)]
-    return rows + [_row(test, key, labels, "test") for key in _cut(test, count)]
+    return Found(rows + [_row(test, key, labels, "test") for key in _cut(test, count)], left_out)
 
 
 def _row(files: dict[str, Path], key: str, labels: dict[str, str], split: str) -> Row:
@@ -35,22 +41,47 @@ def _class_of(key: str) -> str:
 
 def _labels(meta: Path) -> dict[str, str]:
     """Class name -> display name: line i of labels.txt belongs to line i of classes.txt."""
-    classes = [text for _, text in _lines(meta / "classes.txt")]
-    names = [text for _, text in _lines(meta / "labels.txt")]
+    classes, names = _lines(meta / "classes.txt"), [text for _, text in _lines(meta / "labels.txt")]
     if len(classes) != len(names) or not classes:
         raise UserError(f"{meta}: classes.txt has {len(classes)} lines, labels.txt {len(names)}; they belong together")
-    return dict(zip(classes, names, strict=True))
+    labels: dict[str, str] = {}
+    for (number, name), label in zip(classes, names, strict=True):
+        if name in labels:
+            where = f"{meta / 'classes.txt'}:{number}"
+            raise UserError(f"{where}: the class {name!r} is there twice; keep one, in labels.txt as well")
+        labels[name] = label
+    joined = [(name, f"called {label!r}") for name, label in labels.items() if names.count(label) > 1]
+    if joined:
+        warn(f"{meta / 'labels.txt'}: classes of one name are one class: {by_reason(joined)}")
+    return labels
 
 
-def _part(root: Path, part: str, labels: dict[str, str]) -> dict[str, Path]:
+def _part(root: Path, part: str, labels: dict[str, str], left_out: list[LeftOut]) -> dict[str, Path]:
     """Key `class/id` -> picture, for one of the two parts."""
     path = root / "meta" / f"{part}.txt"
     files: dict[str, Path] = {}
-    for number, key in _lines(path):
+    for number, line in _lines(path):
+        key = line.replace("\\", "/") if "/" not in line else line
         if "/" not in key or _class_of(key) not in labels:
-            raise UserError(f"{path}:{number}: {key!r} is not class/id with a class of classes.txt")
-        files[key] = below(root / "images", key + ".jpg", f"{path}:{number}")
+            absolute = "an absolute path, and " if PurePosixPath(key).is_absolute() else ""
+            raise UserError(f"{path}:{number}: {line!r} is {absolute}not class/id with a class of classes.txt")
+        try:
+            key, picture = _picture(root / "images", key)
+        except ValueError as fault:
+            raise UserError(f"{path}:{number}: {fault}; mend that line") from None
+        if key in files:
+            left_out.append(LeftOut(f"{part}.txt:{number}", "a repetition of an earlier line", id=key))
+        files[key] = picture
     return files
+
+
+def _picture(folder: Path, key: str) -> tuple[str, Path]:
+    """The key without .jpg, and its picture: <key>.jpg, or the key itself where it ends as a picture's name does."""
+    picture = below(folder, f"{key}.jpg")
+    suffix = PurePosixPath(key).suffix
+    if suffix.lower() not in SUFFIXES or picture.is_file():
+        return key, picture
+    return (key.removesuffix(suffix) if suffix == ".jpg" else key), below(folder, key)
 
 
 def _cut(keys: dict[str, Path], count: int | None) -> list[str]:
@@ -62,9 +93,10 @@ def _cut(keys: dict[str, Path], count: int | None) -> list[str]:
 def _lines(path: Path) -> list[tuple[int, str]]:
     """(number, text) of the lines that are not blank."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = texts.decode(path.read_bytes())
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; data.classes.root must be in the Food-101 layout") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text at byte {error.start}; save it as UTF-8") from None
-    return [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    return [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]

@@ -2,38 +2,140 @@
 
 from __future__ import annotations
 
+import sys
+from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 from pipeline.errors import UserError
-from pipeline.sources.manifest import Row, order, share, warn
+from pipeline.sources.folders import Tree, pictures_below
+from pipeline.sources.labels import clean
+from pipeline.sources.manifest import Found, Row, order, share, warn
+from pipeline.sources.texts import listed
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 TEST = 0.15
+# Folders of class folders that are the parts of a data set, if nothing else lies beside them
+PARTS = {
+    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test",
+    "testing": "test",
+}  # fmt: skip
 
 
-def read(root: Path, validation: float, count: int | None) -> list[Row]:
+def read(root: Path, validation: float, count: int | None) -> Found:
     """One row per picture below each class folder; 15 % test, `validation` val, the rest train, by hash of the id.
 
-    `count` keeps at most that many pictures per class. The id is the path below `root`. Raises UserError if there is
-    no class folder.
+    Class folders may lie in folders train, val and test (PARTS): then these are the splits, and one that is not there
+    is carved from train by hash. `count` keeps at most that many pictures per class folder. The id is the path below
+    `root`. Pictures beside the class folders, and class folders without pictures, are left out. Raises UserError if
+    there is no class folder, or parts without train or without class folders.
     """
-    folders = sorted(folder for folder in root.iterdir() if folder.is_dir() and not folder.name.startswith("."))
-    if not folders:
+    tree = pictures_below(root)
+    parts = _parts(root, tree.files)
+    depth = 2 if parts else 1
+    classes: defaultdict[str, list[str]] = defaultdict(list)
+    for key in tree.files:
+        *folders, _ = key.split("/")
+        if len(folders) < depth:
+            tree.leave(key, "beside the class folders")
+        else:
+            classes["/".join(folders[:depth])].append(key)
+    if not classes and (depth == 2 or not any("/" not in folder for folder in tree.folders)):
         raise UserError(f"{root}: no class folder in it; data.classes.root must hold one folder of pictures per class")
-    return [row for folder in folders for row in _class_rows(root, folder, validation, count)]
-
-
-def _class_rows(root: Path, folder: Path, validation: float, count: int | None) -> list[Row]:
-    files = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
-    pictures = {path.relative_to(root).as_posix(): path for path in files if path.suffix.lower() in SUFFIXES}
-    if len(pictures) < len(files):
-        warn(f"{folder}: {len(files) - len(pictures)} files without a picture's suffix left out")
-    label = " ".join(folder.name.replace("_", " ").replace("-", " ").split())
-    kept = sorted(pictures, key=order)[:count]
-    return [Row(key, pictures[key], [label], label, split_of(key, validation)) for key in kept]
+    _name_empty(tree, classes, depth)
+    _name_joined(root, classes)
+    given = {parts[folder.split("/")[0]] for folder in classes} if parts else set()
+    rows = [
+        _row(tree.files[key], key, folder, _split(key, validation, given, parts.get(key.split("/")[0])))
+        for folder, keys in classes.items()
+        for key in sorted(keys, key=order)[:count]
+    ]
+    if parts:
+        _tell_parts(parts, given, validation)
+    else:
+        _tell_inner_parts(root, tree.files)
+    return Found(rows, tree.left_out)
 
 
 def split_of(key: str, validation: float) -> str:
     """train, val or test (15 %; val: `validation` of all) by the hash of the key."""
     place = share(key)
     return "test" if place < TEST else "val" if place < TEST + validation else "train"
+
+
+def _split(key: str, validation: float, given: set[str], part: str | None) -> str:
+    """The part whose folder holds the picture; of train those go to the parts without a folder that the hash says."""
+    if part in ("val", "test"):
+        return part
+    by_hash = split_of(key, validation if "val" not in given else 0)
+    if "test" in given:
+        by_hash = "val" if "val" not in given and share(key) < validation else "train"
+    return by_hash
+
+
+def _row(path: Path, key: str, folder: str, split: str) -> Row:
+    label = clean(folder.rpartition("/")[2])
+    return Row(key, path, [label], label, split)
+
+
+def _parts(root: Path, keys: Iterable[str]) -> dict[str, str]:
+    """Folder -> split, if all folders with pictures are parts of the data set, and hold class folders; else none.
+
+    Raises UserError when that would leave no training pictures, or pictures without classes.
+    """
+    deep = {key.split("/")[0] for key in keys if key.count("/") > 1}
+    tops = {key.split("/")[0] for key in keys if "/" in key}
+    parts = {top: PARTS[top.casefold()] for top in sorted(tops) if top.casefold() in PARTS}
+    names = ", ".join(parts)
+    if len(parts) < len(tops):
+        if len({parts[top] for top in parts if top in deep}) > 1:
+            others = listed(sorted(tops - parts.keys()), 3)
+            warn(f"{root}: {names} are taken as classes, as {others} lie beside them; move these if they are the parts")
+        return {}
+    if not deep:
+        if len(parts) > 1:
+            raise UserError(f"{root}: {names} hold pictures, and no class folders; put the pictures into one per class")
+        return {}
+    if "train" not in {parts[top] for top in deep}:
+        raise UserError(f"{root}: {names} hold class folders, but there is none for training; name one of them train")
+    return parts
+
+
+def _tell_parts(parts: dict[str, str], given: set[str], validation: float) -> None:
+    carved = {"val": validation, "test": TEST}
+    rest = "".join(f"; {part} is {of:.0%} of train, by hash" for part, of in carved.items() if part not in given)
+    print(f"data.classes: the folders {', '.join(parts)} are taken as the parts{rest}", file=sys.stderr)
+
+
+def _tell_inner_parts(root: Path, keys: Iterable[str]) -> None:
+    """Folders train and test within the class folders are no parts: say so, as one may think they are."""
+    inner = {folders[1] if len(folders) > 1 else "" for folders in (key.split("/")[:-1] for key in keys)}
+    if len(inner) > 1 and all(folder.casefold() in PARTS for folder in inner):
+        names = ", ".join(sorted(inner))
+        warn(
+            f"{root}: the folders {names} within the class folders are not taken as the parts, which the hash decides; "
+            f"put the class folders into {names} to have them so"
+        )
+
+
+def _name_empty(tree: Tree, classes: Iterable[str], depth: int) -> None:
+    """Leave out, by name, the class folders that hold no picture and were not left out already."""
+    named = {one.name for one in tree.left_out}
+    full = set(classes)
+    for folder in tree.folders:
+        if folder.count("/") == depth - 1 and folder not in full and str(tree.root / folder) not in named:
+            tree.leave(folder, "a class folder without a picture")
+
+
+def _name_joined(root: Path, classes: Iterable[str]) -> None:
+    """Say which folders are one class, as their names give the same words."""
+    folders: defaultdict[str, set[str]] = defaultdict(set)
+    for folder in classes:
+        name = folder.rpartition("/")[2]
+        folders[clean(name)].add(name)
+    joined = [
+        f"{' and '.join(sorted(names))} ({label})"
+        for label, names in sorted(folders.items())
+        if label and len(names) > 1
+    ]
+    if joined:
+        warn(f"{root}: folders that are one class: {len(joined)}: {listed(joined)}")

