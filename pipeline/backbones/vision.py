@@ -105,7 +105,9 @@ def load_vision_encoder(params: Vision, device: str = "auto") -> VisionEncoder:
     """
     keep_freed_memory()
     load = {"efficientnet_lite0": _efficientnet_lite0, "open_clip": _open_clip, "timm": _timm}[params.encoder]
-    network, features, preprocess = load(params)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # an untrained network is the same one in every process
+        network, features, preprocess = load(params)
     return _Encoder(network, features, preprocess, params, pick_device(device))
 
 
