@@ -31,7 +31,7 @@ def _can_keep() -> bool:
             continue
         return True
     print(
-        "no folder for compiled code can be written: the solver is compiled at every start, which takes half a minute; "
+        "no folder for compiled code can be written: the solver is compiled at every start, up to a minute; "
         "set NUMBA_CACHE_DIR to a folder that can be",
         file=sys.stderr,
     )
