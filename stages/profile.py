@@ -23,7 +23,11 @@ def use(
     name: Annotated[str, typer.Argument(help="A profile's name (`terraalign profile list`) or a path to a YAML file.")],
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change one value, e.g. --set pretrain.lr=0.0005. Repeatable."),
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Change one value, e.g. --set pretrain.lr=0.0005; a text is taken letter for letter. Repeatable.",
+        ),
     ] = None,
 ) -> None:
     """Write params.yaml from a profile. The old file stays as it is when anything is wrong with the new one."""
