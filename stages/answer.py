@@ -39,8 +39,8 @@ def _answer(params: Params, data: Dataset, photos: list[Path], prompt: str, max_
     files = list(_files(photos))
     if not files:
         raise UserError(f"{photos[0]}: no picture in it; formats: {', '.join(sorted(SUFFIXES))}")
-    from pipeline.backbones.devices import pick_device
     losses = _finetuned(params, data)
+    from pipeline.backbones.devices import pick_device
     from pipeline.backbones.vision import load_vision_encoder
     from pipeline.decoding import decoder_for
     from pipeline.vlm import load_vlm
