@@ -13,6 +13,7 @@ from torch import nn
 from pipeline.errors import UserError
 from pipeline.origin import FILE, Origin, Words, check_encoder, check_llm, check_results, check_tokens
 from pipeline.params import Params, load_params
+from pipeline.pretraining import _check_of_one_kind
 from pipeline.store.shards import Manifest, manifest_path
 from stages.answer import _best_adapter, _finetuned
 
@@ -113,3 +114,13 @@ def test_answers_come_from_the_best_adapter_that_fits(trained: Params, capsys: p
     assert "left out: data/demo/finetune/query-captions: " in capsys.readouterr().err
     with pytest.raises(UserError, match="another vision encoder"):
         _best_adapter(trained, losses, IDENTITY | {"weights": "c" * 64})
+
+
+def test_features_of_two_models_are_not_mixed(trained: Params) -> None:
+    _check_of_one_kind(BASE, "images", ["captions", "classes"])
+    Manifest("images", "other", [], encoder=IDENTITY).write(manifest_path(BASE, "images", "classes"))
+    with pytest.raises(
+        UserError, match="captions and classes are of different encoders; run `dvc repro extract_images`"
+    ):
+        _check_of_one_kind(BASE, "images", ["captions", "classes"])
+    _check_of_one_kind(BASE, "images", ["captions"])
