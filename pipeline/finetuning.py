@@ -14,6 +14,7 @@ from pipeline.adapters import Adapter, build_adapter, load_adapter
 from pipeline.backbones.devices import fast_products
 from pipeline.backbones.llm import load_llm
 from pipeline.errors import UserError
+from pipeline.origin import Origin, Words, check_llm, check_tokens
 from pipeline.params import AdapterName, Dataset, FinetuneTask, Params
 from pipeline.store.reader import ImageTokens
 from pipeline.training import Checkpoint, Trainer, total_steps, write_history
@@ -53,11 +54,16 @@ def finetune(params: Params, name: AdapterName, data: Dataset, pretrained: Path 
     """
     base = Path("data") / params.profile
     settings = params.finetune_for(name, data)
+    if pretrained:
+        check_tokens(pretrained, base, data)
     images = ImageTokens.open(base, data)
     examples = Examples(images, data, settings, params.seed)
     torch.manual_seed(params.seed)
     fast_products()
     llm = load_llm(params.llm, params.runtime.device)
+    embedding = llm.network.get_input_embeddings()
+    if pretrained:
+        check_llm(pretrained, embedding)
     lora = add_lora(llm, params.finetune.lora)
     architecture = params.adapters[name].architecture
     adapter = (
@@ -78,6 +84,8 @@ def finetune(params: Params, name: AdapterName, data: Dataset, pretrained: Path 
     trainer.name = f"{'fine-tune' if pretrained else 'from scratch'} {name} on {data}"
     history = trainer.run()
     _write(out, adapter, lora, trainer)
+    start = pretrained / "last.safetensors" if pretrained else None
+    Origin.of(base, data, Words.of_module(embedding), params.llm, start).write(out)
     print(f"{trainer.name}: validation loss {history[0]['val_loss']:.3f} -> {history[-1]['val_loss']:.3f}")
     trainer.checkpoint.remove()
 

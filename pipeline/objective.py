@@ -36,6 +36,7 @@ class Pairs:
         self._images, texts = [images for images, _ in features], [text for _, text in features]
         table, row_of = _one_table(texts)
         self.table = table.to(self.device)
+        self.text = texts[0]
         self.rows: list[list[list[int]]] = []
         self._places: list[tuple[int, int]] = []
         self.train: list[int] = []

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     StrictFloat,
@@ -22,16 +25,38 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import PydanticCustomError
+from ruamel.yaml import YAML
+from ruamel.yaml.constructor import SafeConstructor
+from ruamel.yaml.error import YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from pipeline.errors import UserError
 
 Dataset = Literal["captions", "classes"]
 DATASETS: tuple[Dataset, ...] = ("captions", "classes")
 AdapterName = Literal["linear", "mlp", "self_attention", "query"]
-Positive = Annotated[int, Field(gt=0, strict=True)]
-Rate = Annotated[float, Field(gt=0, le=1)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-Name = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
+
+
+def _not_empty(path: object) -> object:
+    """An empty text would silently be the current folder."""
+    if path == "":
+        raise ValueError("name the folder; the current one is .")
+    return path
+
+
+def _whole(value: object) -> object:
+    """4e3 is as good a count as 4000: YAML knows no whole number in that notation."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+# A number in quotes is a text to every key, so that what one of them takes, all do, and DVC sees the same.
+Whole = Annotated[int, BeforeValidator(_whole), Field(strict=True)]
+Number = Annotated[float, Field(strict=True)]
+Positive = Annotated[Whole, Field(gt=0)]
+Rate = Annotated[Number, Field(gt=0, le=1)]
+Share = Annotated[Number, Field(ge=0, lt=1)]
+Name = Annotated[str, StringConstraints(min_length=1, pattern=r"\S")]
+Folder = Annotated[Path, BeforeValidator(_not_empty)]
 Prompt = Annotated[str, StringConstraints(min_length=1)]
 
 # What an architecture may set; the defaults are in pipeline/adapters.py.
@@ -94,7 +119,7 @@ class CaptionsData(Section):
     """Images with captions: rendered scenes, a folder in the COCO captions layout, or WebDataset tars."""
 
     source: Literal["openmoji_scenes", "coco", "webdataset"]
-    root: Path | None = Field(None, validate_default=True, description="folder of the data set; coco only")
+    root: Folder | None = Field(None, validate_default=True, description="folder of the data set; coco only")
     shards: Name | None = Field(None, validate_default=True, description=SHARDS)
     captions: str = Field("captions.json", description="COCO captions JSON, relative to root")
     images: str = Field("images", description="image folder, relative to root")
@@ -110,12 +135,12 @@ class ClassesData(Section):
     """Labelled images: rendered food, a Food-101 folder, a plain folder of class folders, or WebDataset tars."""
 
     source: Literal["openmoji_food", "food101", "imagefolder", "webdataset"]
-    root: Path | None = Field(None, validate_default=True, description="folder of the data set; for folders only")
+    root: Folder | None = Field(None, validate_default=True, description="folder of the data set; for folders only")
     shards: Name | None = Field(None, validate_default=True, description=SHARDS)
     count: Positive | None = Field(
         None, validate_default=True, description="pictures per class to render; else: at most this many"
     )
-    validation: Annotated[float, Field(gt=0, lt=0.5)] = Field(0.1, description="share carved from train by hash")
+    validation: Annotated[Number, Field(gt=0, lt=0.5)] = Field(0.1, description="share carved from train by hash")
     max_broken: Share = Field(0.01, description="share of unreadable pictures to quarantine before giving up")
 
     _sources = field_validator("root", "shards", "count")(_fits_source)
@@ -157,7 +182,7 @@ class LLM(Section):
 
     loader: Literal["huggingface", "gguf"]
     model: Name = Field(description="hub id or folder; gguf: a file, or the name of an installed package holding one")
-    revision: str | None = Field(None, description="commit of the hub repository")
+    revision: Name | None = Field(None, description="commit of the hub repository")
     quantization: Literal["none", "nf4"] = "none"
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 where the processor computes in it, else float32"
@@ -192,9 +217,9 @@ class Optimisation(Section):
     accumulate: Positive = Field(
         1, description="batches a step; pre-training on a GPU solves one while the next runs, which takes 2 or more"
     )
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    weight_decay: Annotated[Number, Field(ge=0)] = 0.01
     warmup: Share = Field(0.1, description="share of the steps")
-    clip: Annotated[float, Field(gt=0)] = 1.0
+    clip: Annotated[Number, Field(gt=0)] = 1.0
     validation_images: Positive = 512
 
 
@@ -207,10 +232,10 @@ class Objective(Section):
     )
     word_weights: Literal["uniform", "idf", "idf_squared"]
     start: Literal["random", "constant_set"]
-    contrast: Annotated[float, Field(ge=0)] = Field(
+    contrast: Annotated[Number, Field(ge=0)] = Field(
         0.0, description="weight of a second loss: telling the batch's own captions from the others by EMD; 0: none"
     )
-    temperature: Annotated[float, Field(gt=0)] = Field(
+    temperature: Annotated[Number, Field(gt=0)] = Field(
         0.1, description="of the contrast, in units of the EMD: about what it differs by between pictures"
     )
     unmatched: Share = Field(0.0, description="share of the image tokens' mass that need not become a word")
@@ -266,7 +291,7 @@ class Evaluate(Section):
     captions: Positive = Field(48, description="test pictures to caption")
     pretrained_prompt: Prompt
     pretrained_prefix: str = Field("", description="first words of a caption before fine-tuning; the LLM goes on")
-    pretrained_repetition_penalty: Annotated[float, Field(ge=1)] = Field(1.0, description="1: none")
+    pretrained_repetition_penalty: Annotated[Number, Field(ge=1)] = Field(1.0, description="1: none")
     finetuned_prompt: Prompt
     class_prompt: Prompt
 
@@ -279,7 +304,7 @@ class PCA(Section):
 class AdapterSection(Section):
     """One adapter: its architecture and its own values of pretrain.* and finetune.<data set>.*."""
 
-    architecture: dict[str, StrictInt | StrictFloat] = {}
+    architecture: dict[str, Annotated[StrictInt | StrictFloat, BeforeValidator(_whole)]] = {}
     pretrain: dict[str, Any] = {}
     finetune: dict[Dataset, dict[str, Any]] = {}
 
@@ -313,7 +338,7 @@ class Params(Section):
     """The whole of params.yaml."""
 
     profile: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
-    seed: Annotated[int, Field(ge=0, lt=2**31, strict=True)]
+    seed: Annotated[Whole, Field(ge=0, lt=2**31)]
     run: Run
     data: Data
     vision: Vision
@@ -423,18 +448,7 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
 
 def parse_params(text: str, name: str) -> Params:
     """Check the text of a parameter file; `name` stands for the file in faults. Raises like load_params."""
-    try:
-        tree = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{name}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
-    if tree is None or not isinstance(values, dict):
-        raise UserError(f"{name}: expected a mapping of sections, found {type(values).__name__}")
-    twice = [f"{name}:{line}: {key} is here for the second time; keep one" for key, line in _repeated(tree)]
-    if twice:
-        raise UserError("\n".join(twice))
+    tree, values = _read(text, name)
     try:
         return Params.model_validate(values)
     except ValidationError as error:
@@ -444,7 +458,95 @@ def parse_params(text: str, name: str) -> Params:
         raise UserError("\n".join(faults)) from None
 
 
-def _fault(name: str, tree: yaml.Node, fault: dict[str, Any]) -> str:
+def read_yaml(text: str, name: str) -> dict[str, Any]:
+    """The values of a parameter file as DVC reads them too: by YAML 1.2, where 1e-3 is a number, and no is a text.
+
+    Raises UserError, a line per fault, for what is no mapping of plain values: broken YAML, keys twice or that are no
+    text, an alias of what it stands in, tags for other types, more than MOST values.
+    """
+    return _read(text, name)[1]
+
+
+def _read(text: str, name: str) -> tuple[Node, dict[str, Any]]:
+    reader = YAML(typ="safe", pure=True)
+    try:
+        tree = reader.compose(text)
+        if not isinstance(tree, MappingNode):
+            kind = {ScalarNode: "a single value", SequenceNode: "a list"}.get(type(tree), "nothing")
+            raise UserError(f"{name}: expected a mapping of sections, found {kind}")
+        build = SafeConstructor(loader=reader)
+        faults = [f"{name}:{line}: {fault}" for line, fault in _structure(tree, build)]
+        if faults:
+            raise UserError("\n".join(faults))
+        values: dict[str, Any] = build.construct_document(tree)
+    except RecursionError:
+        raise UserError(f"{name}: not valid YAML: nested too deeply") from None
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        at = mark.line if mark else text.count("\n", 0, getattr(error, "position", 0))
+        why = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"{name}:{at + 1}: not valid YAML: {why}") from None
+    return tree, values
+
+
+MOST = 10_000
+"""Values in a parameter file, those of aliases each time they are used: a few lines can stand for billions."""
+PLAIN = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "timestamp", "seq", "map")}
+
+
+def _structure(tree: Node, build: SafeConstructor) -> Iterator[tuple[int, str]]:
+    """Faults that no value of a mapping of plain values has, with their lines."""
+    count = 0
+
+    def walk(node: Node, where: str, above: tuple[Node, ...]) -> Iterator[tuple[int, str]]:
+        nonlocal count
+        count += 1
+        line = node.start_mark.line + 1
+        if any(node is other for other in above):
+            yield line, f"{where}: an alias of what it stands in; write the value out"
+        elif str(node.tag) not in PLAIN:
+            yield line, f"{where}: a value of type {node.tag} has no place here; a text needs quotes"
+        elif count > MOST:
+            if count == MOST + 1:
+                yield line, f"{where}: aliases make this more than {MOST:,} values; write out what is needed"
+        elif isinstance(node, SequenceNode):
+            for number, child in enumerate(node.value):
+                yield from walk(child, f"{where}.{number}", (*above, node))
+        elif isinstance(node, MappingNode):
+            yield from _keys(node, where)
+            for key, child in node.value:
+                yield from walk(child, f"{where}.{key.value}" if where else str(key.value), (*above, node))
+        elif isinstance(node, ScalarNode):
+            yield from _scalar(node, where, build)
+
+    return walk(tree, "", ())
+
+
+def _keys(node: MappingNode, where: str) -> Iterator[tuple[int, str]]:
+    """Keys that are no text, or here for the second time; YAML would keep the last one silently."""
+    seen = set()
+    for key, _ in node.value:
+        line = key.start_mark.line + 1
+        name = f"{where}.{key.value}" if where else str(key.value)
+        if not isinstance(key, ScalarNode) or str(key.tag).rpartition(":")[2] not in ("str", "merge"):
+            yield line, f"{where or 'the file'}: a key that is no text; put it in quotes, or correct it"
+        elif key.value in seen:
+            yield line, f"{name} is here for the second time; keep one"
+        seen.add(str(key.value))
+
+
+def _scalar(node: ScalarNode, where: str, build: SafeConstructor) -> Iterator[tuple[int, str]]:
+    """A date or number that is none, a text that UTF-8 cannot hold."""
+    try:
+        node.value.encode()
+        build.construct_document(node)
+    except UnicodeEncodeError:
+        yield node.start_mark.line + 1, f"{where}: half a surrogate pair is no text; write the character itself"
+    except ValueError as error:
+        yield node.start_mark.line + 1, f"{where} is {node.value[:40]}: {error}; a text needs quotes"
+
+
+def _fault(name: str, tree: Node, fault: dict[str, Any]) -> str:
     """`params.yaml:12: pretrain.lr is -1: ...` for one pydantic fault."""
     loc = [part for part in fault["loc"] if part != "[key]"]
     found, message = fault["input"], _message(fault)
@@ -461,6 +563,11 @@ def _fault(name: str, tree: yaml.Node, fault: dict[str, Any]) -> str:
 
 
 def _message(fault: dict[str, Any]) -> str:
+    if fault["type"] in ("string_type", "path_type") and isinstance(fault["input"], int | float | date):
+        return "a text is expected here; put it in quotes"
+    if fault["type"] in ("int_type", "float_type") and isinstance(fault["input"], str):
+        kind = "integer" if fault["type"] == "int_type" else "number"
+        return f"should be a valid {kind}, without quotes"
     return str(fault["msg"]).removeprefix("Value error, ").replace("Input should be", "should be")
 
 
@@ -475,35 +582,46 @@ def _yaml(value: object) -> str:
     return yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True).split("\n")[0]
 
 
-def _repeated(node: yaml.Node, above: str = "") -> Iterator[tuple[str, int]]:
-    """Keys that a mapping has twice, with the line of the second; YAML would keep the last one silently."""
-    if not isinstance(node, yaml.MappingNode):
-        return
-    seen = set()
-    for key_node, value_node in node.value:
-        key = f"{above}{key_node.value}"
-        if key in seen:
-            yield key, key_node.start_mark.line + 1
-        seen.add(key)
-        yield from _repeated(value_node, f"{key}.")
-
-
-def _line(node: yaml.Node, loc: list[Any]) -> int:
+def _line(node: Node, loc: list[Any]) -> int:
     """The 1-based line of the deepest part of `loc` that the file has."""
     line = node.start_mark.line
     for part in loc:
         child = None
-        if isinstance(node, yaml.MappingNode):
+        if isinstance(node, MappingNode):
             for key_node, value_node in node.value:
                 if key_node.value == str(part):
                     line, child = key_node.start_mark.line, value_node
-        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+        elif isinstance(node, SequenceNode) and isinstance(part, int) and part < len(node.value):
             child = node.value[part]
             line = child.start_mark.line
         if child is None:
             break
         node = child
-    return line + 1
+    return int(line) + 1
+
+
+def reads_text(key: Sequence[str]) -> bool | None:
+    """Whether a key of params.yaml takes a text: None if it does and null too, False for all other keys."""
+    model: Any = Params
+    if key[:1] == ["adapters"] and len(key) > 3:
+        model, key = (Pretrain, key[3:]) if key[2] == "pretrain" else (FinetuneTask, key[4:])
+    for part in key:
+        field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, Section) else None
+        if field is None:
+            return False
+        model = field.annotation
+    kinds = _kinds(model)
+    return bool(kinds & {str, Path}) and (None if type(None) in kinds else True)
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types that a field takes."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _kinds(inner[0])
+    if origin is Literal:
+        return {type(value) for value in inner}
+    return set().union(*map(_kinds, inner)) if origin in (Union, UnionType) else {origin or annotation}
 
 
 def _known_keys(loc: list[Any]) -> list[str]:

@@ -13,8 +13,11 @@ from torch import Tensor
 
 from pipeline.adapters import Adapter, build_adapter
 from pipeline.backbones.devices import fast_products, keep_freed_memory
+from pipeline.errors import UserError
 from pipeline.objective import Pairs, start_loss
-from pipeline.params import AdapterName, Objective, Params, Pretrain
+from pipeline.origin import Origin, Words
+from pipeline.params import AdapterName, Dataset, Objective, Params, Pretrain
+from pipeline.store.shards import Manifest, manifest_path
 from pipeline.training import Checkpoint, Trainer, steps_per_epoch, total_steps, write_history
 
 SAMPLE, PART = 1024, 128  # images that a constant set is fitted on, and how many at a time
@@ -123,6 +126,9 @@ def pretrain(params: Params, name: AdapterName, out: Path) -> None:
     fast_products()
     settings = params.pretrain_for(name)
     pairs = Pairs(params, settings)
+    base = Path("data") / params.profile
+    for kind in ("images", "text"):
+        _check_of_one_kind(base, kind, settings.data)
     torch.manual_seed(params.seed)
     adapter = build_adapter(name, pairs.d_in, pairs.table.shape[1], **params.adapters[name].architecture).to(
         pairs.device
@@ -141,7 +147,18 @@ def pretrain(params: Params, name: AdapterName, out: Path) -> None:
     adapter.save(out, "first")
     write_history(out / "history.csv", history)
     (out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    Origin.of(base, "captions", Words.of(pairs.text.token_ids.tolist(), pairs.text.embeddings)).write(out)
     trainer.checkpoint.remove()
+
+
+def _check_of_one_kind(base: Path, kind: str, sets: list[Dataset]) -> None:
+    """UserError where the features of some data sets are of different models."""
+    prints = {Manifest.read(manifest_path(base, kind, data)).fingerprint for data in sets}
+    if len(prints) > 1:
+        stage, model = ("extract_images", "encoders") if kind == "images" else ("extract_captions", "LLMs")
+        raise UserError(
+            f"{base / kind}: the features of {' and '.join(sets)} are of different {model}; run `dvc repro {stage}`"
+        )
 
 
 def held_out_figures(pairs: Pairs, adapter: Adapter, seed: int) -> dict[str, float]:

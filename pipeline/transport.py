@@ -5,10 +5,12 @@ Importing numba takes most of a second, so pipeline/emd.py imports this module w
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
+from numba import config, njit
 
 SOLVED, NOT_FINITE, NO_OPTIMUM = 0, 1, 2
 UNITS = 2.0**52  # of mass in a problem at most: whole numbers that float64 holds exactly
@@ -18,8 +20,27 @@ SOFTENING, ITERATIONS = 0.15, 4  # of the start: temperature over the mean regre
 FAINT, FLAT = 1e-14, 1e-300  # least value of its kernel, about exp(-32); regrets below this in all are none
 ZERO, ONE = np.uint64(0), np.uint64(1)  # indices are unsigned: no wrap-around to check, so loops vectorise
 
-compiled = njit(cache=True, nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
-entry = njit(cache=True, nogil=True, error_model="numpy")
+
+def _can_keep() -> bool:
+    """Whether numba finds a folder for compiled code: NUMBA_CACHE_DIR, beside this file, ~/.cache, else data/numba."""
+    for folder in (config.CACHE_DIR, str(Path("data/numba").resolve())):
+        config.CACHE_DIR = folder
+        try:
+            njit(cache=True)(lambda: None)
+        except RuntimeError:  # no folder can be written
+            continue
+        return True
+    print(
+        "no folder for compiled code can be written: the solver is compiled at every start, up to a minute; "
+        "set NUMBA_CACHE_DIR to a folder that can be",
+        file=sys.stderr,
+    )
+    return False
+
+
+_keep = _can_keep()
+compiled = njit(cache=_keep, nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+entry = njit(cache=_keep, nogil=True, error_model="numpy")
 
 
 class _State(NamedTuple):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pipeline.adapters import Adapter, load_adapter
 from pipeline.backbones.llm import LanguageModel, load_llm
 from pipeline.errors import UserError
+from pipeline.origin import check_llm
 from pipeline.params import LLM, LoRA
 from pipeline.progress import progress_bar
 
@@ -185,7 +186,11 @@ def load_vlm(params: LLM, folder: Path, weights: str, device: str = "auto") -> V
 
 
 def _insert_lora(llm: LanguageModel, folder: Path) -> Any:
-    """Insert a folder's LoRA, where it has one, into the LLM, in place; returns PEFT's handle on it or None."""
+    """Insert a folder's LoRA, where it has one, into the LLM, in place; returns PEFT's handle on it or None.
+
+    Raises UserError when the folder's adapter is of another LLM.
+    """
+    check_llm(folder, llm.network.get_input_embeddings())
     if not (folder / "lora").exists():
         return None
     from peft import PeftModel

@@ -6,8 +6,10 @@ functions, so that `terraalign --help` and a mistake in params.yaml answer at on
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator
 from configparser import ConfigParser
@@ -15,8 +17,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.errors import UserError
-from pipeline.files import atomically, check_writable
+
+def _own_pipeline() -> None:
+    """Take the `pipeline` beside this package, whatever else of that name comes before it on Python's path.
+
+    The name is a common one, and PYTHONPATH goes before what is installed.
+    """
+    file = Path(__file__).parents[1] / "pipeline" / "__init__.py"
+    there = sys.modules.get("pipeline")
+    if there is None:
+        spec = importlib.util.spec_from_file_location("pipeline", file, submodule_search_locations=[str(file.parent)])
+        assert spec is not None and spec.loader is not None, "a path that ends in .py always has both"
+        sys.modules["pipeline"] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    elif not Path(str(there.__file__)).samefile(file):
+        raise SystemExit(f"error: {there.__file__} is in the way of {file}; take its folder off PYTHONPATH")
+
+
+_own_pipeline()
 
 if TYPE_CHECKING:
     from pipeline.params import Params
@@ -26,6 +44,8 @@ __all__ = ["timed"]
 
 def _check_data_folder() -> None:
     """Before the work: what DVC would say after it, of results behind a link."""
+    from pipeline.errors import UserError
+
     path = Path("data")
     if not (os.environ.get("DVC_ROOT") and path.is_symlink()):
         return
@@ -47,6 +67,8 @@ def timed(params: Params, stage: str) -> Iterator[None]:
     differs on every run and must not make the stages after it stale. Raises UserError, before the work, when the
     profile's folder can't be written to.
     """
+    from pipeline.files import atomically, check_writable
+
     _check_data_folder()
     path = Path("data") / params.profile / "seconds" / f"{stage}.json"
     check_writable(path.parent)

@@ -38,15 +38,16 @@ def _answer(params: Params, data: Dataset, photos: list[Path], prompt: str, max_
     files, missing = _files(photos)
     if not files:
         raise UserError(f"{photos[0]}: {'no such file or folder' if missing else 'no picture in it'}; {FORMATS}")
-    adapter = _best_adapter(params, data)
+    losses = _finetuned(params, data)
     from pipeline.backbones.devices import pick_device
     from pipeline.backbones.vision import load_vision_encoder
     from pipeline.decoding import decoder_for
     from pipeline.vlm import load_vlm
 
-    folder = Path("data") / params.profile / "finetune" / f"{adapter}-{data}"
     encoder = load_vision_encoder(params.vision, params.runtime.device)
     decoder = decoder_for(params.vision.decoder, encoder.preprocess, pick_device(params.runtime.device))
+    folder = _best_adapter(params, losses, encoder.identity)
+    adapter = folder.name.removesuffix(f"-{data}")
     model = load_vlm(params.llm, folder, "adapter", params.runtime.device)
     remaining, failed = iter(files), missing
     while part := list(islice(remaining, params.vision.batch)):
@@ -94,16 +95,38 @@ def _files(photos: list[Path]) -> tuple[list[Path], int]:
     return files, missing
 
 
-def _best_adapter(params: Params, data: Dataset) -> str:
-    """The adapter with the lowest validation loss after fine-tuning; the test part has no say."""
+def _finetuned(params: Params, data: Dataset) -> dict[Path, float]:
+    """The folders of the fine-tuned adapters of run.adapters, with their validation losses."""
     losses = {}
     for name in params.run.adapters:
-        path = Path("data") / params.profile / "finetune" / f"{name}-{data}" / "metrics.json"
-        if path.exists():
-            losses[str(name)] = float(json.loads(path.read_text())["val_loss"])
+        folder = Path("data") / params.profile / "finetune" / f"{name}-{data}"
+        if (folder / "metrics.json").exists():
+            losses[folder] = float(json.loads((folder / "metrics.json").read_text())["val_loss"])
     if not losses:
         raise UserError(f"data/{params.profile}/finetune: no fine-tuned adapter for {data} yet; run `dvc repro`")
-    return min(losses, key=losses.__getitem__)
+    return losses
+
+
+def _best_adapter(params: Params, losses: dict[Path, float], identity: dict[str, str]) -> Path:
+    """Of the adapters that fit encoder and LLM, the one with the lowest validation loss; the test part has no say.
+
+    Those that do not fit are named on stderr. Raises UserError when none fits.
+    """
+    from pipeline.origin import check_encoder, check_llm_named
+
+    faults = {}
+    for folder in losses:
+        try:
+            check_encoder(folder, identity)
+            check_llm_named(folder, params.llm)
+        except UserError as fault:
+            faults[folder] = fault
+    fitting = [folder for folder in losses if folder not in faults]
+    if not fitting:
+        raise next(iter(faults.values()))
+    for left_out in faults.values():
+        print(f"left out: {left_out}", file=sys.stderr)
+    return min(fitting, key=losses.__getitem__)
 
 
 def _load(file: Path, decoder: Decoder) -> Loaded | None:

@@ -26,12 +26,14 @@ def evaluate(adapter: Annotated[AdapterName, typer.Argument(help="One of run.ada
     params = load_params()
     with timed(params, f"evaluate@{adapter}"):
         from pipeline.backbones.llm import load_llm
+        from pipeline.origin import check_results
         from pipeline.store.reader import ImageTokens
 
         base = Path("data") / params.profile
         out = base / "evaluate" / adapter
         out.mkdir(parents=True, exist_ok=True)
         classes, captions = ImageTokens.open(base, "classes"), ImageTokens.open(base, "captions")
+        check_results(base, adapter, params.llm)
         llm = load_llm(params.llm, params.runtime.device)  # once: adapters and LoRA are put in and taken out again
         metrics = _classes(params, llm, adapter, classes, out)
         metrics |= _captions(params, llm, adapter, captions, out)

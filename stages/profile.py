@@ -7,13 +7,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 from ruamel.yaml import YAML
-from ruamel.yaml.comments import CommentedMap
-from ruamel.yaml.error import YAMLError
 
 from pipeline.errors import UserError
-from pipeline.params import load_params, parse_params
+from pipeline.params import load_params, parse_params, read_yaml, reads_text
 
 PROFILES = Path("profiles")
 PARAMS = Path("params.yaml")
@@ -26,18 +23,30 @@ def use(
     name: Annotated[str, typer.Argument(help="A profile's name (`terraalign profile list`) or a path to a YAML file.")],
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change one value, e.g. --set pretrain.lr=0.0005. Repeatable."),
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Change one value, e.g. --set pretrain.lr=0.0005; a text is taken letter for letter. Repeatable.",
+        ),
     ] = None,
 ) -> None:
     """Write params.yaml from a profile. The old file stays as it is when anything is wrong with the new one."""
     source = _find(name)
     text = _read(source)
+    title = f"{source} with --set" if settings else str(source)
+    wanted = read_yaml(text, str(source))
     if settings:
-        text = _changed(text, settings, source)
-    parse_params(text, f"{source} with --set" if settings else str(source))
+        text, wanted = _changed(text, wanted, settings)
     temporary = PARAMS.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(PARAMS)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        written = _read(temporary)
+        if read_yaml(written, title) != wanted:
+            raise UserError(f"{title}: a value would read back as another; edit params.yaml instead")
+        parse_params(written, title)
+        temporary.replace(PARAMS)
+    finally:
+        temporary.unlink(missing_ok=True)
     typer.echo(f"params.yaml is now {source}{' with ' + ', '.join(settings) if settings else ''}; next: dvc repro")
 
 
@@ -58,7 +67,7 @@ def show() -> None:
     if not original.is_file():
         typer.echo(f"{original} does not exist: nothing to compare params.yaml with")
         return
-    before, after = (_flat(yaml.safe_load(_read(path))) for path in (original, PARAMS))
+    before, after = (_flat(read_yaml(_read(path), str(path))) for path in (original, PARAMS))
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) != after.get(key):
             typer.echo(f"{key}: {after.get(key, '(left out)')} (the profile has {before.get(key, 'nothing')})")
@@ -89,42 +98,61 @@ def _read(path: Path) -> str:
         raise UserError(f"{path}: cannot be read as text: {error}") from None
 
 
-def _changed(text: str, settings: list[str], source: Path) -> str:
-    """`text` with every KEY=VALUE applied; comments and order stay."""
+def _changed(text: str, values: dict[str, Any], settings: list[str]) -> tuple[str, dict[str, Any]]:
+    """A file's text and its values with every KEY=VALUE applied; comments and order of the text stay."""
     editor = YAML()
     editor.preserve_quotes = True
-    editor.width = 120
+    editor.width = 1_000_000  # lines stay as they are
     editor.representer.add_representer(
         type(None), lambda representer, _: representer.represent_scalar("tag:yaml.org,2002:null", "null")
     )
-    try:
-        tree = editor.load(text)
-    except YAMLError as error:
-        raise UserError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, CommentedMap):
-        raise UserError(f"{source}: expected a mapping of sections, found {type(tree).__name__}")
+    tree = editor.load(text)
+    values = _copied(values)
     for setting in settings:
-        _set(tree, setting)
+        key, value = _key_and_value(setting)
+        _put(tree, key, value, setting)
+        _put(values, key, value, setting)
     stream = io.StringIO()
     editor.dump(tree, stream)
-    return stream.getvalue()
+    return stream.getvalue(), values
 
 
-def _set(tree: CommentedMap, setting: str) -> None:
-    """Apply one KEY=VALUE. A key the section does not have yet is added: the check of the whole file judges it."""
-    key, equals, value = setting.partition("=")
-    parts = key.strip().split(".")
-    if not equals or not all(parts):
+def _copied(values: Any) -> Any:
+    """A copy in which what aliases share is apart."""
+    if isinstance(values, dict):
+        return {key: _copied(value) for key, value in values.items()}
+    return [_copied(value) for value in values] if isinstance(values, list) else values
+
+
+def _key_and_value(setting: str) -> tuple[list[str], Any]:
+    """KEY=VALUE: to a key that takes a text it is one, letter for letter; else it is read as the file would be."""
+    name, equals, value = setting.partition("=")
+    key = name.strip().split(".")
+    if not equals or not all(key):
         raise UserError(f"--set {setting}: expected KEY=VALUE, e.g. --set pretrain.lr=0.0005")
-    section: Any = tree
-    for part in parts[:-1]:
-        section = section.setdefault(part, CommentedMap())
-        if not isinstance(section, CommentedMap):
-            raise UserError(f"--set {setting}: {part} is a value, not a section")
     try:
-        section[parts[-1]] = YAML(typ="safe").load(value)
-    except YAMLError as error:
-        raise UserError(f"--set {setting}: the value is not valid YAML: {' '.join(str(error).split())}") from None
+        setting.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"--set {name}: not valid UTF-8, as params.yaml has to be; rename the file") from None
+    text = reads_text(key)
+    if text:
+        return key, value
+    if text is None:  # null, and in quotes the word
+        return key, {"null": None, '"null"': "null", "'null'": "null"}.get(value, value)
+    try:
+        return key, read_yaml(f"value: {value}", f"--set {name}")["value"] if "\n" not in value else value
+    except UserError:
+        raise UserError(f"--set {setting[:200]}: the value is not valid YAML") from None
+
+
+def _put(tree: dict[str, Any], key: list[str], value: Any, setting: str) -> None:
+    """Set a key. One that the section does not have yet is added: the check of the whole file judges it."""
+    section: Any = tree
+    for part in key[:-1]:
+        section = section.setdefault(part, {})
+        if not isinstance(section, dict):
+            raise UserError(f"--set {setting}: {part} is a value, not a section")
+    section[key[-1]] = value
 
 
 def _flat(values: dict[str, Any], above: str = "") -> dict[str, Any]:

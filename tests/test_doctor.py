@@ -125,3 +125,26 @@ def test_the_command_exits_with_0_when_all_is_there(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(doctor, "disk_bytes", lambda params: 0.0)
     monkeypatch.setattr(doctor, "memory_bytes", lambda params: 0.0)
     assert runner.invoke(cli.app, ["doctor"]).exit_code == 0
+
+
+def of_encoder(text: str) -> doctor.Diagnosis:
+    demo = (PROJECT / "profiles" / "demo.yaml").read_text().replace("encoder: efficientnet_lite0", text)
+    return doctor.diagnose(parse_params(demo, "demo"))
+
+
+def test_weights_of_an_encoder_are_looked_into(tmp_path: Path) -> None:
+    (tmp_path / "pointer.pth").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+    found = check(of_encoder("encoder: timm\n  model: test_vit\n  pretrained: pointer.pth"), "weights of test_vit")
+    assert not found.ok and "Git LFS pointer" in found.found and found.remedy.startswith("run `git lfs pull`")
+    hub = "encoder: timm\n  model: test_vit\n  pretrained: hub"
+    assert check(of_encoder(hub), "weights of test_vit").remedy == "hf download timm/test_vit.r160_in1k"
+    folder = tmp_path / "hub/models--timm--test_vit.r160_in1k/snapshots/0"
+    (folder.parents[1] / "refs").mkdir(parents=True)
+    (folder.parents[1] / "refs/main").write_text("0")
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes((100).to_bytes(8, "little") + b"{")
+    found = check(of_encoder(hub), "weights of test_vit")
+    assert not found.ok and "cut off" in found.found
+    assert found.remedy == "hf download --force-download timm/test_vit.r160_in1k"
+    wrong = check(of_encoder("encoder: open_clip\n  model: ViT-B-32\n  pretrained: nope"), "weights of ViT-B-32")
+    assert not wrong.ok and wrong.remedy == "correct vision.pretrained"

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import ot
@@ -425,3 +426,23 @@ def test_a_gpu_gives_the_values_and_gradients_of_the_cpu(cost, background, monke
     found.sum().backward()
     torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(there.grad.cpu(), here.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_compiled_code_goes_where_it_can_be_written(project, monkeypatch, capsys):
+    from numba import config
+    from numba.core import caching
+
+    from pipeline import transport
+
+    # Neither beside the source nor in the home folder: only what CACHE_DIR names is left.
+    monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [caching.UserProvidedCacheLocator])
+    monkeypatch.setattr(config, "CACHE_DIR", "")
+    assert transport._can_keep() and Path(config.CACHE_DIR) == project / "data/numba"
+    monkeypatch.setattr(config, "CACHE_DIR", str(project / "mine"))
+    assert transport._can_keep() and Path(config.CACHE_DIR) == project / "mine"
+    monkeypatch.setattr(config, "CACHE_DIR", "")
+    Path("data/numba").rename("there")
+    Path("data/numba").touch()
+    assert not capsys.readouterr().err
+    assert not transport._can_keep()
+    assert "set NUMBA_CACHE_DIR" in capsys.readouterr().err

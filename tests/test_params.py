@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ruamel.yaml import YAML
 
 from pipeline.errors import UserError
 from pipeline.params import load_params, parse_params
@@ -170,3 +171,80 @@ def test_an_unreadable_file(tmp_path: Path) -> None:
     (tmp_path / "latin.yaml").write_bytes(b"profile: caf\xe9\n")
     with pytest.raises(UserError, match="cannot be read as text"):
         load_params(tmp_path / "latin.yaml")
+
+
+@pytest.mark.parametrize("number", ["1e-3", "1E-3", "0.1e-2", ".001", "1.e-3"])
+def test_a_number_means_the_same_to_every_key_and_to_dvc(number: str) -> None:
+    text = DEMO.replace("  lr: 0.001", f"  lr: {number}", 1).replace("dropout: 0.1", f"dropout: {number}", 1)
+    text = text.replace("    pretrain: {}", f"    pretrain: {{lr: {number}}}", 1)
+    params = parse_params(text, "params.yaml")
+    assert params.pretrain.lr == params.adapters["mlp"].architecture["dropout"] == params.pretrain_for("linear").lr
+    assert params.pretrain.lr == YAML(typ="safe").load(f"a: {number}")["a"] == 0.001  # as DVC reads it
+
+
+def test_a_count_may_be_written_with_an_exponent_and_no_number_in_quotes() -> None:
+    text = DEMO.replace("pool: 3, dropout", "hidden: 1e2, dropout", 1).replace("seed: 17", "seed: 2e3")
+    params = parse_params(text, "params.yaml")
+    assert params.seed == 2000 and params.adapters["mlp"].architecture["hidden"] == 100
+    assert type(params.seed) is type(params.adapters["mlp"].architecture["hidden"]) is int
+    for key in ("  lr: 0.001", "    alpha: 32"):
+        name, value = key.split(": ")
+        assert f"{value}': should be a valid" in fault_in(DEMO.replace(key, f"{name}: '{value}'", 1))
+
+
+def test_a_text_that_yaml_takes_for_something_else_wants_quotes() -> None:
+    for value in ("007", "2024-01-01", "1e3"):
+        assert "a text is expected here; put it in quotes" in fault_in(
+            DEMO.replace("revision: null", f"revision: {value}")
+        )
+        params = parse_params(DEMO.replace("revision: null", f"revision: '{value}'"), "params.yaml")
+        assert params.llm.revision == value
+    assert parse_params(DEMO.replace("profile: demo", "profile: no"), "params.yaml").profile == "no"
+
+
+def test_an_empty_folder_is_not_the_current_one() -> None:
+    assert "name the folder" in fault_in(DEMO.replace("    source: openmoji_scenes", "    source: coco\n    root: ''"))
+
+
+BOMB = "\n".join(["a0: &a0 [x, x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 30))])
+# A file, the line it must be told with (None: of none), and what else must be said.
+HOSTILE = {
+    "alias of itself in a list": ("a: 1\nb: &b [*b]", 2, "an alias of what it stands in"),
+    "alias of itself in a mapping": ("a: &a {b: {c: *a}}", 1, "a.b.c: an alias of what it stands in"),
+    "merge of itself": ("a: &a {<<: *a}", 1, "an alias of what it stands in"),
+    "billion laughs": (BOMB, 1, "more than 10,000 values"),
+    "object": ("a: 1\nb: !!python/object/apply:os.mkdir [x]", 2, "has no place here"),
+    "own tag": ("a: !mine 1", 1, "has no place here"),
+    "bytes": ("a: !!binary aGk=", 1, "has no place here"),
+    "tab": ("a:\n\tb: 1", 2, "not valid YAML"),
+    "number as key": ("a: 1\n2: b", 2, "a key that is no text"),
+    "list as key": ("? [a, b]\n: 1", 1, "a key that is no text"),
+    "two documents": ("a: 1\n---\nb: 2", 2, "another document"),
+    "merged twice": ("x: &x {b: 1}\na: {<<: *x, <<: *x}", 2, "here for the second time"),
+    "twice under a merge": ("x: &x {b: 1}\na: {<<: *x, c: 1, c: 2}", 2, "a.c is here for the second time"),
+    "merge of a number": ("a: {<<: 3}", 1, "not valid YAML"),
+    "unknown alias": ("a: *b", 1, "undefined alias"),
+    "no date": ("a: 2024-13-45", 1, "a text needs quotes"),
+    "endless number": ("a: " + "9" * 5000, 1, "a is 999"),
+    "half a character": ('a: "\\ud800"', 1, "half a surrogate pair"),
+    "zero byte": ("a: 1\nb: \x00", 2, "not valid YAML"),
+    "nested": ("[" * 1000, None, "nested too deeply"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_what_is_no_mapping_of_plain_values_is_named_with_its_line(case: str, project: Path) -> None:
+    text, line, message = HOSTILE[case]
+    fault = fault_in(text)
+    assert message in fault and "\n" not in fault and len(fault) < 300, fault
+    assert fault.startswith(f"params.yaml:{line}: " if line else "params.yaml: "), fault
+    assert not list(project.iterdir())
+
+
+def test_aliases_and_merges_are_plain_values() -> None:
+    text = DEMO.replace("  mlp:\n", "  mlp: &mlp\n", 1).replace("  query:\n", "  linear2:\n", 1)
+    text = text.replace("  linear:\n    architecture: {pool: 3}\n    pretrain: {}\n    finetune: {}", "  linear: {}")
+    text = text.replace("  linear2:\n", "  query:\n    <<: *mlp\n")
+    assert parse_params(text, "demo").adapters["query"].architecture["queries"] == 9  # its own goes before the merged
+    wrong = text.replace("  mlp: &mlp\n    architecture: {pool: 3", "  mlp: &mlp\n    architecture: {pol: 3")
+    assert f"params.yaml:{line_of(wrong, 'pol: 3')}: adapters.mlp.architecture.pol" in fault_in(wrong)

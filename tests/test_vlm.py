@@ -12,8 +12,13 @@ from pipeline.adapters import build_adapter
 from pipeline.backbones import llm as backbone
 from pipeline.backbones.llm import load_embedding, load_llm
 from pipeline.errors import UserError
+from pipeline.origin import Origin, Words
 from pipeline.params import LLM, LoRA
 from pipeline.vlm import VLM, add_lora, load_vlm, tuned
+
+
+def of_this_llm(folder, llm):
+    Origin("", {}, Words.of_module(llm.network.get_input_embeddings())).write(folder)
 
 
 @pytest.fixture
@@ -139,7 +144,9 @@ def test_one_llm_serves_several_adapters(params, tmp_path):
                 torch.nn.init.normal_(parameter, std=0.3)
         VLM(build_adapter("linear", 8, 32), llm).adapter.save(tmp_path / name, "adapter")
         lora.save_pretrained(tmp_path / name / "lora")
+        of_this_llm(tmp_path / name, llm)
     build_adapter("linear", 8, 32).save(tmp_path / "plain", "last")
+    of_this_llm(tmp_path / "plain", llm)
     example, llm = (torch.randn(1, 4, 8), "What is it?", ["a cat"]), load_llm(params)
     for folder, weights in (("plain", "last"), ("one", "adapter"), ("other", "adapter"), ("plain", "last")):
         with tuned(llm, tmp_path / folder, weights) as model, torch.no_grad():
@@ -233,6 +240,7 @@ def test_what_was_saved_answers_the_same(params, tmp_path):
     model = VLM(build_adapter("linear", 8, 32), llm).eval()
     model.adapter.save(tmp_path, "adapter")
     lora.save_pretrained(tmp_path / "lora")
+    of_this_llm(tmp_path, llm)
     example = torch.randn(1, 4, 8), "What is it?", ["a cat"]
     again = load_vlm(params, tmp_path, "adapter")
     torch.testing.assert_close(again.loss(*example)[0], model.loss(*example)[0])

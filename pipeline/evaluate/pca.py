@@ -14,9 +14,10 @@ from torch import Tensor
 
 from pipeline.adapters import load_adapter
 from pipeline.backbones.devices import CPU, pick_device
-from pipeline.backbones.llm import load_embedding_matrix
+from pipeline.backbones.llm import load_embedding
 from pipeline.errors import UserError
 from pipeline.evaluate import BLUE, GREEN, GREY, INK, RED, canvas, require, save_png
+from pipeline.origin import check_llm, check_results
 from pipeline.params import AdapterName, Params
 from pipeline.store.reader import CaptionTokens, ImageTokens
 
@@ -60,9 +61,12 @@ def pca(params: Params, adapter: AdapterName) -> Path:
     text = text_tokens(CaptionTokens.open(base, "captions"), [image_store.ids[at] for at in positions])
     device = pick_device(params.runtime.device)
     device = CPU if device.type == "mps" else device  # which has no float64
+    embedding = load_embedding(params.llm)
+    for folder in check_results(base, adapter, params.llm, ("captions",)):
+        check_llm(folder, embedding)
     images = {state: _image_tokens(base, adapter, state, image_store, positions, device) for state in STATES}
     states = {state: fit(tokens, text, device) for state, tokens in images.items()}
-    table = load_embedding_matrix(params.llm)
+    table = embedding.weight.detach()
     vocabulary = table[sample(len(table), params.pca.vocabulary, params.seed)].double().numpy()
     folder = base / "pca" / adapter
     folder.mkdir(parents=True, exist_ok=True)

@@ -45,6 +45,8 @@ class Manifest:
     fingerprint: str
     shards: list[Shard]
     embeddings: Shard | None = None
+    encoder: dict[str, str] | None = None
+    """Of image tokens: the identity of the encoder that made them; in words, beside the fingerprint."""
 
     @property
     def folder(self) -> Path:

@@ -1,0 +1,61 @@
+"""Weights files: what is wrong with one, found in milliseconds, without loading it."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+
+LONGEST_HEADER = 100_000_000  # bytes; what safetensors itself allows
+AGAIN = "fetch it again"
+
+
+def weights_fault(path: Path) -> str | None:
+    """What keeps a file from being weights, with the remedy, or None: a file of another kind, or one cut off.
+
+    The content of safetensors and of torch's zip files is held against their own tables; of torch's older pickles and
+    of numpy's archives only the first bytes are looked at.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(512)
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    if path.is_dir():
+        return "is a folder; name the file of weights in it"
+    if not size:
+        return f"is empty; {AGAIN}"
+    if head.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, not the weights; run `git lfs pull` where it was cloned"
+    if head.lstrip().startswith(b"<"):
+        return f"is a web page, not weights; {AGAIN}, by a link to the file itself"
+    if path.suffix == ".safetensors":
+        return _safetensors_fault(path, size)
+    if head[:4] == b"PK\x03\x04":
+        return None if zipfile.is_zipfile(path) else f"is cut off; {AGAIN}"
+    if head[:1] == b"\x80":
+        return None
+    if _safetensors_fault(path, size) is None:
+        return "has the content of a .safetensors file; give it that suffix"
+    return f"is no weights file that torch or safetensors wrote; {AGAIN}"
+
+
+def _safetensors_fault(path: Path, size: int) -> str | None:
+    """Eight bytes of length, a JSON header, and tensors to exactly the end of the file."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > LONGEST_HEADER:
+            return f"is no safetensors file; {AGAIN}"
+        header = file.read(length)
+    if len(header) < length:
+        return f"is cut off; {AGAIN}"
+    try:
+        tensors = json.loads(header)
+        ends = [tensor["data_offsets"][1] for name, tensor in tensors.items() if name != "__metadata__"]
+        needed = 8 + length + max(ends, default=0)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+        return f"is no safetensors file; {AGAIN}"
+    if size != needed:
+        return f"has {size:,} bytes of {needed:,}; {AGAIN}"
+    return None if ends else "holds no tensors"
