@@ -69,7 +69,10 @@ def test_folders_that_are_there(tmp_path: Path) -> None:
     for part in ("images", "meta"):
         (tmp_path / part).mkdir()
     for name in ("captions.json", "meta/classes.txt", "meta/labels.txt", "meta/train.txt", "meta/test.txt", "images/a"):
-        (tmp_path / name).touch()
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "images" / "a").unlink()
+    (tmp_path / "images" / "a").mkdir()
+    (tmp_path / "images" / "a" / "1.jpg").touch()
     params = params_of("photos", tmp_path, tmp_path)
     found = doctor.diagnose(params)
     assert check(found, "data.captions").ok and check(found, "data.classes").ok
@@ -86,7 +89,8 @@ def cached(tmp_path: Path, files: dict[str, str]) -> None:
 
 def test_every_shard_of_the_weights_is_looked_for(tmp_path: Path) -> None:
     index = json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}})
-    there = {"config.json": "{}", "tokenizer_config.json": "{}", "model.safetensors.index.json": index}
+    config = json.dumps({"model_type": "mistral"})
+    there = {"config.json": config, "tokenizer_config.json": "{}", "model.safetensors.index.json": index}
     cached(tmp_path, {**there, "model-1.safetensors": ""})
     assert check(doctor.diagnose(params_of("thesis")), "weights of mistralai").found == "missing: model-2.safetensors"
 

@@ -14,8 +14,13 @@ from pipeline.vlm import VLM
 
 
 def find_class(output: str, names: Sequence[str]) -> str | None:
-    """The class whose name appears in an output: whole words, any case; the longest name counts (thesis, 3.7)."""
-    found = [name for name in names if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", output, re.IGNORECASE)]
+    """The class whose name appears in an output: whole words, any case; the longest name counts (thesis, 3.7).
+
+    A name without words is in no output.
+    """
+    found = [
+        name for name in names if name.strip() and re.search(rf"(?<!\w){re.escape(name)}(?!\w)", output, re.IGNORECASE)
+    ]
     return max(found, key=len, default=None)
 
 
@@ -60,6 +65,8 @@ def linear_probe(images: ImageTokens) -> float:
 
     labels = images.rows["label"].to_numpy()
     train, test = [*images.split("train"), *images.split("val")], images.split("test")
+    if len(set(labels[train])) == 1:  # nothing to fit: it always says this class
+        return float((labels[test] == labels[train][0]).mean())
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300))
     probe.fit(pooled(train), labels[train])
     return float(probe.score(pooled(test), labels[test]))
