@@ -51,9 +51,8 @@ def _classes(params: Params, llm: LanguageModel, adapter: str, images: ImageToke
     food101.confusions(predictions).to_csv(out / "confusions.csv", index=False)
     classes = images.rows["label"].nunique()
     if classes == 1:
-        print(
-            f"classes: all pictures are of one class, {images.rows['label'].iloc[0]!r}: its accuracy says nothing, chance is 100 %"
-        )
+        only = images.rows["label"].iloc[0]
+        print(f"classes: all pictures are of one class, {only!r}: its accuracy says nothing, chance is 100 %")
     return {
         "acc": float(predictions["correct"].mean()),
         "acc_strict": float(predictions["strict"].mean()),

@@ -71,7 +71,7 @@ def llm_fault(llm: LLM, *, fetches: bool = False, tokenizer: bool = True) -> Fau
     if folder is None and (place := Path(llm.model).expanduser()).exists():
         remedy = "set llm.loader: gguf" if place.suffix == ".gguf" else "set llm.model to the folder it lies in"
         return Fault("a file, not a folder", remedy)
-    if folder is None and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", llm.model):
+    if folder is None and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", llm.model):
         return Fault("no such folder", "correct llm.model in params.yaml")
     again = (
         f"run `git lfs pull` in {shlex.quote(str(folder))}, or copy the file again" if folder else download_command(llm)
