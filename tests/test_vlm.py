@@ -117,7 +117,7 @@ def test_nothing_goes_beyond_the_context(model):
     model.context = model.context - room + 3
     assert model.generate(*example, 5) == three
     model.context -= 3
-    with pytest.raises(UserError, match="the LLM's context is [0-9]+; shorten the prompt"):
+    with pytest.raises(UserError, match=r"the LLM's context is \d+; shorten the prompt"):
         model.generate(*example, 5)
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from pipeline import doctor
+from pipeline.backbones import llm as backbone
 from pipeline.backbones.llm import (
     context_length,
     load_embedding,
@@ -218,11 +219,18 @@ def test_the_embedding_under_any_key(kind: str, prefix: str, tiny_mistral: Path,
         assert torch.equal(loaded.get_input_embeddings()(ids), embedding(ids))
 
 
-def test_state_space_models_are_refused_by_name(tiny_mistral: Path, project: Path) -> None:
-    config = AutoConfig.for_model("mamba", vocab_size=400, hidden_size=32, num_hidden_layers=1, state_size=4)
+@pytest.mark.parametrize(
+    ("kind", "sizes"), [("mamba", {"state_size": 4}), ("minimax", {"intermediate_size": 64, "num_local_experts": 2})]
+)
+def test_models_with_a_running_state_are_refused_by_name(
+    kind: str, sizes: dict[str, int], project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = AutoConfig.for_model(kind, vocab_size=400, hidden_size=32, num_hidden_layers=2, **sizes)
     AutoModelForCausalLM.from_config(config).save_pretrained(project / "llm")
-    with pytest.raises(UserError, match="mamba keeps a running state"):
-        load_embedding(llm())
+    for check in (backbone.llm_fault, lambda *_, **__: None):  # by its files; and by the network itself
+        monkeypatch.setattr(backbone, "llm_fault", check)
+        with pytest.raises(UserError, match=f"cannot be loaded: {kind} keeps a running state.*; take a transformer"):
+            load_embedding(llm())
 
 
 def gguf(path: Path, numbers: int = 64) -> None:

@@ -142,8 +142,16 @@ def context_of(config: Any) -> int | None:
 
 
 def _refuse_stateful(params: LLM, network: Any) -> None:
-    if getattr(network, "_is_stateful", False):
-        raise UserError(f"llm.model {params.model}: {'; '.join(stateful_fault(network.config.model_type))}")
+    """Raises UserError for a network whose cache of a prompt can't be repeated for the rows of a batch."""
+    from transformers import DynamicCache
+
+    try:
+        layers = DynamicCache(config=network.config.get_text_config()).layers
+    except (AttributeError, KeyError):  # an architecture with a cache of its own
+        layers = []
+    if network._is_stateful or not all(hasattr(layer, "batch_repeat_interleave") for layer in layers):
+        kind = network.config.model_type
+        raise UserError(f"llm.model {params.model} cannot be loaded: {'; '.join(stateful_fault(kind))}")
 
 
 def _read_embedding(source: str, options: dict[str, Any], network: Any) -> Tensor:

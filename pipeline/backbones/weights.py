@@ -126,7 +126,8 @@ class _Files:
             )
         if kind not in causal:
             return Fault(f"{kind} is no causal language model", "take one that continues texts")
-        if kind in stateful:
+        layers = (config.get("text_config") or config).get("layer_types") or []
+        if kind in stateful or any("linear" in str(layer) for layer in layers):
             return Fault(*stateful_fault(kind))
         return None
 
