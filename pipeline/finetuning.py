@@ -118,6 +118,7 @@ def _check_fit(adapter: Adapter, d_in: int, d_out: int) -> None:
 @torch.no_grad()
 def _leave_room(model: VLM, examples: Examples, name: AdapterName) -> None:
     """Let answers be as long as the LLM's context allows after prompt and image tokens."""
+    model.eval()  # dropout would draw random numbers, and so change the run
     count = model.adapter(examples.images.tokens(examples.train[:1]).to(model.device)).shape[1]
     rooms = [room for prompt in examples.prompts if (room := model.room(prompt, count)) is not None]
     room = min(rooms, default=model.max_answer_tokens)

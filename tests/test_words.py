@@ -10,9 +10,11 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from transformers import ByT5Tokenizer
 from typer.testing import CliRunner
 
 from pipeline.backbones.llm import load_embedding, load_tokenizer
+from pipeline.backbones.text import Texts
 from pipeline.errors import UserError
 from pipeline.evaluate.food101 import find_class, linear_probe
 from pipeline.extract import Captions, _text_hash, check_prompts, extract_captions
@@ -129,6 +131,13 @@ def test_pictures_without_words_are_left_out_of_finetuning(
             Examples(images_of(rows), data, tiny_params.finetune.captions, 0)  # type: ignore[arg-type]
 
 
+def test_slow_tokenizers_read_no_special_token_either() -> None:
+    tokenizer = ByT5Tokenizer()
+    texts = Texts(tokenizer)
+    assert texts.ids(["a</s> cat", "a cat"])[0] == [3 + byte for byte in b"a</s> cat"]
+    assert texts.ids(["a cat"]) == tokenizer(["a cat"], add_special_tokens=False)["input_ids"]
+
+
 def test_a_name_without_words_is_in_no_answer() -> None:
     assert find_class("a cat", ["", " ", "cat"]) == "cat"
     assert find_class("nothing", ["", "cat"]) is None
@@ -153,6 +162,8 @@ def test_one_class_and_captions_without_words_go_all_the_way(tiny_params: Params
         rows = pd.read_parquet(path)
         if data == "classes":
             rows["label"], rows["captions"] = "cat", [["cat"]] * len(rows)
+            nameless = rows.index[rows["split"] == "test"][-1]
+            rows.at[nameless, "label"] = " "
         for split in ("train", "val", "test"):
             first = rows.index[rows["split"] == split][0]
             rows.at[first, "captions"] = [""] if data == "captions" else ["cat"]
@@ -164,7 +175,9 @@ def test_one_class_and_captions_without_words_go_all_the_way(tiny_params: Params
     run("pretrain", "mlp")
     for data in ("captions", "classes"):
         run("finetune", "mlp", data)
-    assert "all pictures are of one class, 'cat': its accuracy says nothing" in run("evaluate", "mlp")
+    said = run("evaluate", "mlp")
+    assert "all pictures are of one class, 'cat': its accuracy says nothing" in said
+    assert "classes: 1 test pictures are left out" in said
     metrics = json.loads((Path("data") / params.profile / "evaluate" / "mlp" / "metrics.json").read_text())
     assert (metrics["probe"], metrics["chance"], metrics["classes"]) == (1.0, 1.0, 1)
     assert torch.isfinite(torch.tensor([v for v in metrics.values() if isinstance(v, float)])).all()

@@ -24,10 +24,19 @@ def find_class(output: str, names: Sequence[str]) -> str | None:
     return max(found, key=len, default=None)
 
 
+def labelled(images: ImageTokens, *splits: str) -> list[int]:
+    """Positions of the pictures of some splits whose class has a name: one without words is no answer."""
+    return [i for split in splits for i in images.split(split) if str(images.rows["label"].iloc[i]).strip()]
+
+
+def class_names(images: ImageTokens) -> list[str]:
+    """The names of all classes, sorted."""
+    return sorted({label for label in images.rows["label"] if str(label).strip()})
+
+
 def predict(model: VLM, images: ImageTokens, prompt: str, max_new_tokens: int, batch: int) -> pd.DataFrame:
-    """Greedy answers for all test images: id, image, label, output, predicted, correct, strict."""
-    positions = images.split("test")
-    names = sorted(set(images.rows["label"]))
+    """Greedy answers for all labelled test images: id, image, label, output, predicted, correct, strict."""
+    positions, names = labelled(images, "test"), class_names(images)
     outputs = model.answers(images, positions, prompt, max_new_tokens, batch)
     table = images.rows.iloc[positions][["id", "image", "label"]].reset_index(drop=True)
     table["output"] = outputs
@@ -64,7 +73,7 @@ def linear_probe(images: ImageTokens) -> float:
         return torch.cat(parts).numpy()
 
     labels = images.rows["label"].to_numpy()
-    train, test = [*images.split("train"), *images.split("val")], images.split("test")
+    train, test = labelled(images, "train", "val"), labelled(images, "test")
     if len(set(labels[train])) == 1:  # nothing to fit: it always says this class
         return float((labels[test] == labels[train][0]).mean())
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300))
