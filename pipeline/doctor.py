@@ -128,12 +128,8 @@ def _data(params: Params, name: Dataset) -> Check:
     fault = _folder_fault(section)
     if fault is None:
         return Check(title, True, str(section.root))
-    return Check(
-        title,
-        False,
-        fault,
-        _use_command(params, name) if fault.startswith("missing") else f"fetch or write it again in {section.root}",
-    )
+    again = f"fetch or write it again in {section.root}"
+    return Check(title, False, fault, _use_command(params, name) if fault.startswith("missing") else again)
 
 
 def _folder_fault(section: Any) -> str | None:
@@ -154,11 +150,8 @@ def _folder_fault(section: Any) -> str | None:
             _check_ends(section.root / section.captions)
         with os.scandir(section.root / folders) as entries:
             if not any(entry.is_dir() or section.source == "coco" for entry in entries):
-                return (
-                    f"{section.root / folders}: no picture"
-                    + ("" if section.source == "coco" else "s by class")
-                    + " in it"
-                )
+                what = "picture" if section.source == "coco" else "folder of a class"
+                return f"{section.root / folders}: no {what} in it"
     except Damaged as fault:
         return str(fault)
     except OSError as error:

@@ -107,6 +107,11 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "code of its own": lambda f: change(f / "config.json", model_type="mine", auto_map={"AutoConfig": "conf.C"}),
     "missing: tokenizer.json": lambda f: (f / "tokenizer.json").unlink(),
     "tokenizer.json: a Git LFS pointer": lambda f: (f / "tokenizer.json").write_text(POINTER),
+    "chat_template.jinja: a Git LFS pointer": lambda f: (f / "chat_template.jinja").write_text(POINTER),
+    "a LoRA .* merge it": lambda f: (f / "config.json").rename(f / "adapter_config.json"),
+    "a folder of GGUF files; set llm.loader: gguf and llm.model: llm/a.gguf": (
+        lambda f: (f / "config.json").rename(f / "a.gguf")
+    ),
     "tokenizer.json: not a tokenizer": lambda f: (f / "tokenizer.json").write_text("{}"),
     "tokenizer_config.json: not valid JSON": lambda f: (f / "tokenizer_config.json").write_text("{"),
     "no chat template; take an instruct model": lambda f: (f / "chat_template.jinja").unlink(),

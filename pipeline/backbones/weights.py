@@ -21,6 +21,7 @@ from pipeline.params import LLM
 
 POINTER = b"version https://git-lfs"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "sentencepiece.bpe.model", "vocab.txt")
+BESIDE = ("special_tokens_map.json", "added_tokens.json", "generation_config.json", "chat_template.jinja")
 PICKLES = ("*.bin", "*.pt", "*.pth")
 GGUF_VERSIONS = (2, 3)
 # Bytes of GGUF's metadata values by type; 8 is a string, 9 an array.
@@ -107,8 +108,10 @@ class _Files:
 
     def _config(self) -> Fault | None:
         path = self.find("config.json")
+        if path is None and self.folder is not None:
+            return self._not_a_model(self.folder)
         if path is None:
-            if self.folder is None and "/" not in self.llm.model and self.missing:
+            if "/" not in self.llm.model and self.missing:
                 return Fault("no such folder", f"correct llm.model, or fetch it from the hub: {self.missing}")
             return self._absent(["config.json"])
         config = read_json(path)
@@ -130,6 +133,16 @@ class _Files:
         if kind in stateful or any("linear" in str(layer) for layer in layers):
             return Fault(*stateful_fault(kind))
         return None
+
+    def _not_a_model(self, folder: Path) -> Fault | None:
+        """A folder without config.json: what it is instead."""
+        if (folder / "adapter_config.json").is_file():
+            return Fault(
+                "a LoRA (adapter_config.json), not a whole model", "merge it into its base model, and save that"
+            )
+        if files := sorted(folder.glob("*.gguf")):
+            return Fault("a folder of GGUF files", f"set llm.loader: gguf and llm.model: {files[0]}")
+        return self._absent(["config.json"])
 
     def _weights(self) -> Fault | None:
         index = self.find("model.safetensors.index.json")
@@ -173,7 +186,8 @@ class _Files:
             return self._absent(
                 ["tokenizer.json"], "copy the files tokenizer* of the model there" if self.folder else ""
             )
-        for path in found:
+        beside = [path for name in BESIDE if (path := self.find(name))]
+        for path in (found[0], *beside):
             refuse_pointer(path)
         if found[0].name == "tokenizer.json":
             check_tokenizer(found[0])
