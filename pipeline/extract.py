@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -24,10 +24,11 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.backbones.devices import hash_weights, pick_device
+from pipeline.backbones.text import Texts
 from pipeline.backbones.vision import VisionEncoder
 from pipeline.decoding import Broken, Loaded, decoder_for, padded, say_once
 from pipeline.errors import UserError
-from pipeline.params import Dataset, Params
+from pipeline.params import DATASETS, Dataset, Params
 from pipeline.pictures import read
 from pipeline.store import schema, versions
 from pipeline.store.donors import Donors
@@ -116,7 +117,8 @@ class ImageShards:
         self.fingerprint = schema.fingerprint(
             **made_by, stored=params.cache.dtype, batch=self.size, version=versions.IMAGES
         )
-        self.parts = _parts("images", self.fingerprint, params, data)
+        rows = usable(params, data)
+        self.parts = _parts("images", self.fingerprint, params, rows, list(rows["sha256"]))
         self.donors = Donors(STORE / "images" / self.fingerprint)
         # A GPU encodes two at a time, so that one is copied while the other is computed; it decodes a third meanwhile.
         self.passes = {"cpu": torch.get_num_threads(), "cuda": 3}.get(device, 1)
@@ -307,34 +309,93 @@ def extract_captions(
     embedding: torch.nn.Module,
     advance: Advance,
     repair: Manifest | None = None,
+    context: int | None = None,
 ) -> Manifest:
     """Token ids of all captions, and the input embeddings of the tokens that occur, in the store.
 
-    Token ids carry no BOS and no special tokens. Embeddings come from calling the LLM's embedding module. A shard whose
-    captions changed is tokenised anew as a whole: that is cheap. `repair` as for extract_images.
+    Token ids carry no BOS and no special tokens; captions longer than llm.max_caption_tokens, or than the LLM's
+    `context`, are cut, counted and the first of them named. Embeddings come from calling the LLM's embedding module. A
+    shard whose captions changed is tokenised anew as a whole: that is cheap. `repair` as for extract_images.
     """
     vocabulary = hashlib.sha256(str(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
     print_ = schema.fingerprint(embedding=hash_weights(embedding), vocabulary=vocabulary, version=versions.TEXT)
-
-    def tokenise(rows: pd.DataFrame) -> list[list[list[int]]]:
-        return [tokenizer(list(texts), add_special_tokens=False)["input_ids"] for texts in rows["captions"]]
+    words = Captions(tokenizer, min(params.llm.max_caption_tokens, context or sys.maxsize))
 
     def build(path: Path, advance: Advance) -> Shard:
         rows, arrow, clock = parts[path], schema.caption_schema(print_), Clock()
         with clock("all"):
             with clock("encode"):
-                captions = tokenise(rows)
+                captions = [words.ids(list(texts)) for texts in rows["captions"]]
             with clock("write"):
                 shard = write_shard(path, pa.table([pa.array(rows["id"]), pa.array(captions)], schema=arrow))
         write_record(path, shard, encoded=len(rows), copied=0, seconds=clock.seconds())
         advance(len(rows))
         return shard
 
-    parts = _parts("text", print_, params, data)
+    rows = usable(params, data)
+    digests = [words.digest(row_id, list(texts)) for row_id, texts in zip(rows["id"], rows["captions"], strict=True)]
+    parts = _parts("text", print_, params, rows, digests)
+    words.warn()
     _check_repair("text", data, print_, parts, repair)
     shards = _build_missing(parts, lambda paths, advance: {path: build(path, advance) for path in paths}, advance)
     manifest = Manifest("text", print_, shards)
     return Manifest("text", print_, shards, _embedding_table(manifest, embedding))
+
+
+def check_prompts(params: Params, tokenizer: Any, context: int | None) -> None:
+    """Write every prompt of the parameters into the LLM's chat template, before any long work.
+
+    Raises UserError when the template can't take one, or when the LLM's context has no room for it and the image
+    tokens as far as the adapters' parameters tell their number.
+    """
+    evaluate, texts = params.evaluate, Texts(tokenizer)
+    prompts = [evaluate.pretrained_prompt, evaluate.finetuned_prompt, evaluate.class_prompt]
+    for name in params.run.adapters:
+        own = params.adapters[name].architecture
+        prompts += [p for data in DATASETS for p in params.finetune_for(name, data).prompts]
+        image_tokens = int(own.get("queries", 128)) if name == "query" else int(own.get("pool", 1)) ** 2
+        for prompt in dict.fromkeys(prompts):
+            count = sum(map(len, texts.prompt(prompt, params.llm.system_prompt))) + image_tokens
+            if context is not None and count + 1 >= context:
+                raise UserError(
+                    f"the prompt {prompt[:60]!r} and {image_tokens} image tokens of {name} are {count} tokens, the "
+                    f"context of llm.model {params.llm.model} is {context}; shorten the prompt or "
+                    f"adapters.{name}.architecture, or take another llm.model"
+                )
+
+
+class Captions:
+    """Captions as token ids, at most `limit` each, and the digests that name their shards."""
+
+    def __init__(self, tokenizer: Any, limit: int):
+        self._texts, self._tokenizer, self._limit = Texts(tokenizer), tokenizer, limit
+        self._cut: list[str] = []
+
+    def ids(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of the captions of a picture."""
+        return [ids[: self._limit] for ids in self._texts.ids(texts)]
+
+    def digest(self, row_id: str, texts: list[str]) -> str:
+        """Hash of a picture's captions; of their token ids as well where these are not simply the tokenizer's own.
+
+        So the store keeps its names for all others. Only captions that look long or hold what may be a special token
+        are tokenised for it: a byte gives a token at most, unless a normaliser expands it.
+        """
+        odd = [t for t in texts if 2 * len(t.encode()) >= self._limit or self._texts.may_hold_control(t)]
+        if not odd:
+            return _text_hash(texts)
+        whole, ours = self._texts.ids(odd), self.ids(odd)
+        if whole != ours:
+            self._cut.append(row_id)
+        simple = self._tokenizer(odd, add_special_tokens=False)["input_ids"]
+        return _text_hash(texts) if simple == ours else _text_hash([*texts, str(ours)])
+
+    def warn(self) -> None:
+        """Say on stderr which pictures' captions are cut."""
+        if self._cut:
+            names, more = ", ".join(self._cut[:3]), ", ..." if len(self._cut) > 3 else ""
+            why = f"cut to {self._limit} tokens (llm.max_caption_tokens, or the LLM's context)"
+            print(f"captions of {len(self._cut)} pictures are {why}: {names}{more}", file=sys.stderr)
 
 
 def _embedding_table(manifest: Manifest, embedding: torch.nn.Module) -> Shard:
@@ -360,17 +421,23 @@ def _embedding_table(manifest: Manifest, embedding: torch.nn.Module) -> Shard:
     return shard
 
 
-def _parts(kind: str, print_: str, params: Params, data: Dataset) -> Parts:
-    """The shards that a data set needs; UserError when it has no usable picture."""
+def usable(params: Params, data: Dataset) -> pd.DataFrame:
+    """The rows of a data set that have a usable picture; UserError when there is none."""
     rows = usable_rows(Path("data") / params.profile, data)
     if rows.empty:
         raise UserError(f"{data}: no usable picture; see the quarantine column of the prepared manifest")
+    return rows
+
+
+def _parts(kind: str, print_: str, params: Params, rows: pd.DataFrame, digests: Sequence[str]) -> Parts:
+    """The shards that some rows need; `digests` say what each row's features are made from."""
     numbers = rows["id"].map(lambda row_id: schema.shard_of(row_id, params.cache.shards))
+    rows = rows.assign(digest=digests)
     parts = {}
     for _, part in rows.groupby(numbers, sort=True):
         part = part.reset_index(drop=True)
-        digests = part["sha256"] if kind == "images" else [_text_hash(texts) for texts in part["captions"]]
-        parts[STORE / kind / print_ / f"{schema.shard_key(zip(part['id'], digests, strict=True))}.arrow"] = part
+        key = schema.shard_key(zip(part["id"], part.pop("digest"), strict=True))
+        parts[STORE / kind / print_ / f"{key}.arrow"] = part
     return parts
 
 

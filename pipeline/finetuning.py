@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,34 @@ class Examples:
     def __init__(self, images: ImageTokens, data: Dataset, settings: FinetuneTask, seed: int):
         self.images, self.prompts = images, settings.prompts
         column = images.rows["captions"] if data == "captions" else images.rows["label"].map(lambda label: [label])
-        self.answers: list[list[str]] = [list(texts) for texts in column]
-        self.train, val = images.split("train"), images.split("val")
+        self.answers: list[list[str]] = [[text for text in texts if text and text.strip()] for texts in column]
+        self.train, val = self._answered("train"), self._answered("val")
+        unanswered = [images.ids[i] for i, texts in enumerate(self.answers) if not texts]
+        if unanswered:
+            names = f"{', '.join(unanswered[:3])}{', ...' if len(unanswered) > 3 else ''}"
+            print(f"{data}: {len(unanswered)} pictures have no words and are left out: {names}", file=sys.stderr)
         if not self.train or not val:
-            raise UserError(f"{data}: {len(self.train)} train and {len(val)} val pictures; both are needed")
+            raise UserError(
+                f"{data}: {len(self.train)} train and {len(val)} val pictures with words; both are needed: add pictures"
+            )
         order = torch.randperm(len(val), generator=torch.Generator().manual_seed(seed)).tolist()
         self.val = [val[i] for i in order[: settings.validation_images]]
+
+    def _answered(self, split: str) -> list[int]:
+        """Positions of a split's pictures that have an answer."""
+        return [i for i in self.images.split(split) if self.answers[i]]
+
+    def warn_of_cuts(self, model: VLM) -> None:
+        """Say on stderr which pictures have answers longer than the model takes; a byte gives a token at most."""
+        limit = model.max_answer_tokens
+        long = [
+            i
+            for i in sorted({*self.train, *self.val})
+            if any(2 * len(text.encode()) >= limit and model.is_cut(text) for text in self.answers[i])
+        ]
+        if long:
+            names = f"{', '.join(self.images.ids[i] for i in long[:3])}{', ...' if len(long) > 3 else ''}"
+            print(f"answers of {len(long)} pictures are cut to {limit} tokens: {names}", file=sys.stderr)
 
     def draw(self, batch: list[int]) -> tuple[Tensor, str, list[str]]:
         """Training images, a random prompt for all, and a random answer for each; random by torch's own state."""
@@ -75,8 +98,10 @@ def finetune(params: Params, name: AdapterName, data: Dataset, pretrained: Path 
     model = VLM(adapter, llm)
     if params.runtime.activations == "recompute":
         model.recompute_activations()
+    _leave_room(model, examples, name)
+    examples.warn_of_cuts(model)
     files = [base / "images" / data / "manifest.json", base / "prepare" / f"{data}.parquet", Path(__file__)]
-    files += [Path(__file__).with_name(code) for code in ("adapters.py", "vlm.py")]
+    files += [Path(__file__).parent / code for code in ("adapters.py", "vlm.py", "backbones/text.py")]
     files += [pretrained / "last.safetensors"] if pretrained else []
     decides = [params.seed, settings.model_dump(), params.finetune.lora, params.llm, architecture]
     checkpoint = Checkpoint.of(base, "-".join(out.parts[-2:]), decides, files)
@@ -96,6 +121,21 @@ def _check_fit(adapter: Adapter, d_in: int, d_out: int) -> None:
             f"the pre-trained adapter maps {adapter.config['d_in']} to {adapter.config['d_out']}, but the image tokens "
             f"and the LLM need {d_in} to {d_out}; run `dvc repro`"
         )
+
+
+@torch.no_grad()
+def _leave_room(model: VLM, examples: Examples, name: AdapterName) -> None:
+    """Let answers be as long as the LLM's context allows after prompt and image tokens."""
+    model.eval()  # dropout would draw random numbers, and so change the run
+    count = model.adapter(examples.images.tokens(examples.train[:1]).to(model.device)).shape[1]
+    rooms = [room for prompt in examples.prompts if (room := model.room(prompt, count)) is not None]
+    room = min(rooms, default=model.max_answer_tokens)
+    if room < 2:
+        raise UserError(
+            f"{count} image tokens of {name} and the prompt fill the LLM's context of {model.context} tokens; "
+            f"set adapters.{name}.architecture to give fewer, shorten finetune.*.prompts, or take another llm.model"
+        )
+    model.max_answer_tokens = min(model.max_answer_tokens, room)
 
 
 def _trainer(

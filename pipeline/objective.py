@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from copy import copy
 from pathlib import Path
@@ -41,13 +42,19 @@ class Pairs:
         self._places: list[tuple[int, int]] = []
         self.train: list[int] = []
         for number, (images, text) in enumerate(zip(self._images, texts, strict=True)):
-            self.train += [len(self.rows) + i for i in images.split("train")]
-            if settings.data[number] == "captions":
-                self.val = [len(self.rows) + i for i in images.split("val")][: settings.validation_images]
+            start = len(self.rows)
             self._places += [(number, i) for i in range(len(images.ids))]
             self.rows += [[[row_of[t] for t in c] for c in text.captions(row_id) if c] for row_id in images.ids]
+            worded = {i for i in range(len(images.ids)) if self.rows[start + i]}
+            _name_wordless(settings.data[number], [row_id for i, row_id in enumerate(images.ids) if i not in worded])
+            self.train += [start + i for i in images.split("train") if i in worded]
+            if settings.data[number] == "captions":
+                self.val = [start + i for i in images.split("val") if i in worded][: settings.validation_images]
         if not self.train or not self.val:
-            raise UserError(f"captions: {len(self.train)} train and {len(self.val)} val pictures; both are needed")
+            raise UserError(
+                f"captions: {len(self.train)} train and {len(self.val)} val pictures with words; both are needed: "
+                "add captioned pictures"
+            )
         self._measure()
 
     def _measure(self) -> None:
@@ -177,6 +184,13 @@ def _features(params: Params, data: Dataset) -> tuple[ImageTokens, CaptionTokens
         return open_tars(params, data)
     base = Path("data") / params.profile
     return ImageTokens.open(base, data), CaptionTokens.open(base, data)
+
+
+def _name_wordless(data: Dataset, ids: list[str]) -> None:
+    """Say on stderr which pictures have no word to align with, and so no part in pre-training."""
+    if ids:
+        names = f"{', '.join(ids[:3])}{', ...' if len(ids) > 3 else ''}"
+        print(f"{data}: {len(ids)} pictures have no words and are left out: {names}", file=sys.stderr)
 
 
 def _one_table(texts: list[CaptionTokens]) -> tuple[Tensor, dict[int, int]]:

@@ -188,6 +188,9 @@ class LLM(Section):
         "auto", description="auto: bfloat16 where the processor computes in it, else float32"
     )
     system_prompt: str | None = Field(None, description="null: what the chat template says on its own")
+    max_caption_tokens: Positive = Field(
+        512, description="captions are cut to this many tokens, and never go beyond the LLM's context"
+    )
 
 
 class Cache(Section):

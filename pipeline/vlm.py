@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.adapters import Adapter, load_adapter
-from pipeline.backbones.llm import LanguageModel, load_llm
+from pipeline.backbones.llm import LanguageModel, context_of, load_llm
+from pipeline.backbones.text import Texts
 from pipeline.errors import UserError
 from pipeline.origin import check_llm
 from pipeline.params import LLM, LoRA
@@ -21,7 +22,6 @@ from pipeline.progress import progress_bar
 if TYPE_CHECKING:
     from pipeline.store.reader import ImageTokens
 
-IMAGE = "<|terraalign-image|>"
 IGNORED = -100
 
 
@@ -31,6 +31,8 @@ class VLM(nn.Module):
     def __init__(self, adapter: Adapter, llm: LanguageModel):
         super().__init__()
         self.network, self.tokenizer, self.system_prompt = llm.network, llm.tokenizer, llm.system_prompt
+        self.texts, self.context = Texts(llm.tokenizer), context_of(llm.network.config)
+        self.max_answer_tokens = llm.max_caption_tokens
         self.device = llm.network.get_input_embeddings().weight.device
         self.adapter = adapter.to(self.device)
         # Whether the words before the image go through the LLM once for all rows: a CPU saves their work by it; a GPU
@@ -47,27 +49,29 @@ class VLM(nn.Module):
 
     def prompt(self, text: str) -> tuple[list[int], list[int]]:
         """Token ids before and after the image: `[INST] prompt, image tokens [/INST]` in the LLM's own chat format."""
-        messages = [{"role": "user", "content": f"{text}\n{IMAGE}"}]
-        if self.system_prompt is not None:
-            messages.insert(0, {"role": "system", "content": self.system_prompt})
-        chat = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        before, after = chat.split(IMAGE)
-        return self._ids(before), self._ids(after)
+        return self.texts.prompt(text, self.system_prompt)
+
+    def room(self, prompt: str, image_tokens: int) -> int | None:
+        """How many tokens of an answer the LLM's context has room for; None where it names no limit."""
+        if self.context is None:
+            return None
+        return self.context - image_tokens - sum(map(len, self.prompt(prompt)))
 
     def loss(self, tokens: Tensor, prompt: str, answers: Sequence[str]) -> tuple[Tensor, int]:
         """Next-token cross-entropy of the answers to a prompt: its sum over answer tokens, and their number.
 
-        tokens [B, N, D_img]; an answer per image. The end-of-turn token is part of an answer.
+        tokens [B, N, D_img]; an answer per image. The end-of-turn token is part of an answer, unless it is cut at
+        `max_answer_tokens`.
         """
-        answer_ids = [[*self._ids(answer), self.tokenizer.eos_token_id] for answer in answers]
+        answer_ids = self._answer_ids(answers)
         inputs, mask, cache = self._splice(tokens, prompt, answer_ids)
         done = cache.get_seq_length() if cache is not None else 0
         longest = max(map(len, answer_ids))
         labels = torch.full((len(answers), longest), IGNORED, device=self.device)
         for row, ids in enumerate(answer_ids):
-            labels[row, longest - len(ids) :] = torch.tensor(ids, device=self.device)
-        # Answers end at the right edge, so logits are computed at their positions only: [B, longest + 1, V]. Positions
-        # are named one by one, since with a slice each row would be multiplied by the vocabulary alone.
+            labels[row, : len(ids)] = torch.tensor(ids, device=self.device)
+        # Answers begin at one place, so logits are computed from there on only: [B, longest + 1, V]. Positions are
+        # named one by one, since with a slice each row would be multiplied by the vocabulary alone.
         last = torch.arange(-longest - 1, 0, device=self.device)
         output = self.network(
             inputs_embeds=inputs[:, done:], attention_mask=mask, position_ids=(mask.cumsum(1) - 1)[:, done:],
@@ -87,12 +91,23 @@ class VLM(nn.Module):
         (2019), over the tokens generated.
         """
         inputs, mask, cache = self._splice(tokens, prompt, [self._ids(prefix)] * len(tokens))
+        max_new_tokens = self._within_context(inputs.shape[1], max_new_tokens)
         ids = self.network.generate(
             inputs_embeds=inputs, attention_mask=mask, cache=cache, max_new_tokens=max_new_tokens, do_sample=False,
             repetition_penalty=repetition_penalty,
             eos_token_id=self.tokenizer.eos_token_id, pad_token_id=self.tokenizer.eos_token_id,
         )  # fmt: skip
         return [(prefix + text).strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+    def _within_context(self, used: int, wanted: int) -> int:
+        """How many of the `wanted` new tokens the LLM's context has room for; UserError when there is none."""
+        left = wanted if self.context is None else min(wanted, self.context - used)
+        if left < 1:
+            raise UserError(
+                f"prompt and image tokens are {used} tokens, the LLM's context is {self.context}; shorten the prompt, "
+                "give the adapter fewer tokens, or take another llm.model"
+            )
+        return left
 
     def answers(
         self, images: ImageTokens, positions: list[int], prompt: str, max_new_tokens: int, batch: int, **decoding: Any
@@ -119,8 +134,8 @@ class VLM(nn.Module):
     def _splice(self, tokens: Tensor, prompt: str, answers: Sequence[list[int]]) -> tuple[Tensor, Tensor, Any]:
         """LLM inputs [B, L, D] and their mask [B, L], both whole; and the cache of the words before the image, or None.
 
-        Those words are the same in every row, so they go through the LLM once where that pays. Rows are padded after
-        them, on the left of the image.
+        Those words are the same in every row, so they go through the LLM once where that pays. Rows are padded at
+        their ends, where no causal model looks from: padding inside would count as distance in some (MPT).
         """
         embed = self.network.get_input_embeddings()
         before, after = self.prompt(prompt)
@@ -134,15 +149,23 @@ class VLM(nn.Module):
             for soft_prompt, answer in zip(soft_prompts.unbind(0), answers, strict=True)
         ]
         longest = max(map(len, rows))
-        padded = torch.stack([F.pad(row, (0, 0, longest - len(row), 0)) for row in rows])
+        padded = torch.stack([F.pad(row, (0, 0, 0, longest - len(row))) for row in rows])
         lengths = torch.tensor([[len(row)] for row in rows], device=self.device)
-        mask = torch.arange(longest, device=self.device)[None] >= longest - lengths
+        mask = torch.arange(longest, device=self.device)[None] < lengths
         inputs = torch.cat([head.expand(len(rows), -1, -1), padded], 1)
         return inputs, F.pad(mask.long(), (len(before), 0), value=1), cache
 
+    def _answer_ids(self, answers: Sequence[str]) -> list[list[int]]:
+        """Token ids of answers, each with its end of turn; one that is too long is cut and so does not end."""
+        whole = [[*ids, self.tokenizer.eos_token_id] for ids in self.texts.ids(answers)]
+        return [ids[: self.max_answer_tokens] for ids in whole]
+
+    def is_cut(self, answer: str) -> bool:
+        """Whether an answer is longer than `max_answer_tokens`, with its end of turn."""
+        return len(self._ids(answer)) >= self.max_answer_tokens
+
     def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
+        return self.texts.ids([text])[0]
 
 
 def add_lora(llm: LanguageModel, params: LoRA) -> Any:

@@ -51,15 +51,20 @@ def _classes(params: Params, llm: LanguageModel, adapter: str, images: ImageToke
     predictions.to_csv(out / "predictions.csv", index=False)
     food101.per_class(predictions).to_csv(out / "per_class.csv", index=False)
     food101.confusions(predictions).to_csv(out / "confusions.csv", index=False)
-    classes = images.rows["label"].nunique()
+    names = food101.class_names(images)
+    left_out = len(images.split("test")) - len(predictions)
+    if left_out:
+        print(f"classes: {left_out} test pictures are left out, whose class name has no words")
+    if len(names) == 1:
+        print(f"classes: all pictures are of one class, {names[0]!r}: its accuracy says nothing, chance is 100 %")
     return {
         "acc": float(predictions["correct"].mean()),
         "acc_strict": float(predictions["strict"].mean()),
         "valid_name": float(predictions["predicted"].notna().mean()),
         "probe": _probe(Path("data") / params.profile, images),
-        "chance": 1 / classes,
+        "chance": 1 / len(names),
         "test_images": len(predictions),
-        "classes": classes,
+        "classes": len(names),
     }
 
 

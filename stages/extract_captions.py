@@ -29,12 +29,14 @@ def extract_captions(data: Annotated[Dataset, typer.Argument(help="captions or c
 
 def make(params: Params, data: Dataset, repair: Manifest | None = None) -> Manifest:
     """The features of a data set, in the store; `repair`: the manifest whose missing shards to make."""
-    from pipeline.backbones.llm import load_embedding, load_tokenizer
-    from pipeline.extract import extract_captions
+    from pipeline.backbones.llm import context_length, load_embedding, load_tokenizer
+    from pipeline.extract import check_prompts, extract_captions
     from pipeline.progress import progress_bar
     from pipeline.store.reader import usable_rows
 
-    tokenizer, embedding = load_tokenizer(params.llm), load_embedding(params.llm)
+    tokenizer, context = load_tokenizer(params.llm), context_length(params.llm)
+    check_prompts(params, tokenizer, context)
+    embedding = load_embedding(params.llm)
     rows = usable_rows(Path("data") / params.profile, data)
     with progress_bar(f"captions of {data}", len(rows), "images") as advance:
-        return extract_captions(params, data, tokenizer, embedding, advance, repair)
+        return extract_captions(params, data, tokenizer, embedding, advance, repair, context)

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pipeline import doctor
-from pipeline.params import Params, parse_params
+from pipeline.params import Params, Vision, parse_params
 from stages import cli
 
 PROJECT = Path(__file__).parents[1]
@@ -69,11 +69,44 @@ def test_folders_that_are_there(tmp_path: Path) -> None:
     for part in ("images", "meta"):
         (tmp_path / part).mkdir()
     for name in ("captions.json", "meta/classes.txt", "meta/labels.txt", "meta/train.txt", "meta/test.txt", "images/a"):
-        (tmp_path / name).touch()
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "images" / "a").unlink()
+    (tmp_path / "images" / "a").mkdir()
+    (tmp_path / "images" / "a" / "1.jpg").touch()
     params = params_of("photos", tmp_path, tmp_path)
     found = doctor.diagnose(params)
     assert check(found, "data.captions").ok and check(found, "data.classes").ok
     assert doctor.pictures(params, "captions") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "captions.json: empty"),
+        ("version https://git-lfs.github.com/spec/v1\n", "captions.json: a Git LFS pointer, not the file itself"),
+        ('{"images": [', "captions.json: cut off"),
+        ("[]", "captions.json: no JSON object"),
+    ],
+)
+def test_damaged_captions_are_not_ok(tmp_path: Path, text: str, reason: str) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "1.jpg").touch()
+    (tmp_path / "captions.json").write_text(text)
+    found = check(doctor.diagnose(params_of("photos", tmp_path, tmp_path)), "data.captions")
+    assert (found.ok, found.found, found.remedy) == (False, reason, f"fetch or write it again in {tmp_path}")
+    (tmp_path / "captions.json").write_text('\ufeff{"images": [], "annotations": []}\n', encoding="utf-8")
+    assert check(doctor.diagnose(params_of("photos", tmp_path, tmp_path)), "data.captions").ok
+    (tmp_path / "images" / "1.jpg").unlink()
+    found = check(doctor.diagnose(params_of("photos", tmp_path, tmp_path)), "data.captions")
+    assert found.found == f"{tmp_path / 'images'}: no picture in it"
+
+
+def test_damaged_vision_weights_are_not_ok(tmp_path: Path) -> None:
+    for name, reason in {"a.safetensors": "not a safetensors file", "a.bin": "a Git LFS pointer"}.items():
+        (tmp_path / name).write_text("<html>" * 9 if name == "a.safetensors" else "version https://git-lfs.github.com")
+        vision = Vision(encoder="timm", model="resnet10t", pretrained=str(tmp_path / name))
+        found = doctor._vision(vision)
+        assert not found.ok and reason in found.found and "again" in found.remedy
 
 
 def cached(tmp_path: Path, files: dict[str, str]) -> None:
@@ -86,7 +119,8 @@ def cached(tmp_path: Path, files: dict[str, str]) -> None:
 
 def test_every_shard_of_the_weights_is_looked_for(tmp_path: Path) -> None:
     index = json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}})
-    there = {"config.json": "{}", "tokenizer_config.json": "{}", "model.safetensors.index.json": index}
+    config = json.dumps({"model_type": "mistral"})
+    there = {"config.json": config, "tokenizer_config.json": "{}", "model.safetensors.index.json": index}
     cached(tmp_path, {**there, "model-1.safetensors": ""})
     assert check(doctor.diagnose(params_of("thesis")), "weights of mistralai").found == "missing: model-2.safetensors"
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.adapters import build_adapter
 from pipeline.backbones import llm as backbone
@@ -72,6 +72,58 @@ def row_by_row(model: VLM, params: LLM, tokens: torch.Tensor, answers: list[str]
         expected += reference(inputs_embeds=inputs, labels=labels).loss.item() * len(answer)
         expected_count += len(answer)
     return expected, expected_count
+
+
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+ARCHITECTURES = {
+    "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2},
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "falcon": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "alibi": True},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4},
+    "gemma": SIZES | {"num_key_value_heads": 2, "head_dim": 8},
+    "mistral": SIZES | {"num_key_value_heads": 2, "sliding_window": 6},
+    "opt": {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "word_embed_proj_dim": 16},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_a_row_has_the_same_loss_in_a_batch_and_alone(kind, tiny_mistral, tmp_path):
+    config = AutoConfig.for_model(kind, vocab_size=400, bos_token_id=0, eos_token_id=1, **ARCHITECTURES[kind])
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_mistral).save_pretrained(tmp_path)
+    llm = load_llm(LLM(loader="huggingface", model=str(tmp_path), dtype="float32"))
+    model = VLM(build_adapter("linear", 8, llm.width), llm).eval()
+    tokens, answers = torch.randn(3, 4, 8), ["a cat", "a dog on a red background, " * 9, "an apple"]
+    with torch.no_grad():
+        together, count = model.loss(tokens, "Describe this image", answers)
+        alone = [model.loss(tokens[row : row + 1], "Describe this image", answers[row : row + 1]) for row in range(3)]
+    assert count == sum(number for _, number in alone)
+    assert together.item() == pytest.approx(sum(total.item() for total, _ in alone), rel=1e-6)
+
+
+def test_answers_are_words_alone_and_no_longer_than_allowed(model):
+    eos = model.tokenizer.eos_token_id
+    [plain, written] = model._answer_ids(["a cat", "a</s>cat"])
+    assert plain.count(eos) == written.count(eos) == 1 and written[-1] == eos
+    _, before = model.loss(torch.randn(1, 4, 8), "What is it?", ["a cat " * 99])
+    model.max_answer_tokens = 7
+    _, count = model.loss(torch.randn(1, 4, 8), "What is it?", ["a cat " * 99])
+    assert (count, model.is_cut("a cat " * 99), model.is_cut("a cat")) == (7, True, False) and before > 99
+    assert eos not in model._answer_ids(["a cat " * 99])[0]
+
+
+def test_nothing_goes_beyond_the_context(model):
+    room = model.room("What is it?", 4)
+    assert room == model.context - 4 - sum(map(len, model.prompt("What is it?")))
+    example = torch.randn(1, 4, 8), "What is it?"
+    three, five = (model.generate(*example, count) for count in (3, 5))
+    assert three != five
+    model.context = model.context - room + 3
+    assert model.generate(*example, 5) == three
+    model.context -= 3
+    with pytest.raises(UserError, match=r"the LLM's context is \d+; shorten the prompt"):
+        model.generate(*example, 5)
 
 
 @pytest.mark.parametrize("prefix", ["", "A picture of"])
@@ -247,7 +299,7 @@ def test_what_was_saved_answers_the_same(params, tmp_path):
 
 
 def test_faults_are_named(params):
-    with pytest.raises(UserError, match="nowhere cannot be loaded"):
+    with pytest.raises(UserError, match="nowhere cannot be loaded: no such folder; correct llm"):
         load_llm(params.model_copy(update={"model": "nowhere"}))
     with pytest.raises(UserError, match=r"finetune\.lora\.modules \['no_proj'\]"):
         add_lora(load_llm(params), LoRA(modules=["no_proj"]))

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.backbones.devices import keep_freed_memory, pick_device, pick_dtype
+from pipeline.backbones.llm_files import (
+    check_gguf,
+    download_command,
+    gguf_file,
+    llm_fault,
+    local_folder,
+    stateful_fault,
+)
 from pipeline.errors import UserError
 from pipeline.params import LLM
 
@@ -34,6 +41,7 @@ class LanguageModel:
     network: Any
     tokenizer: Any
     system_prompt: str | None
+    max_caption_tokens: int
 
     @property
     def width(self) -> int:
@@ -55,29 +63,35 @@ def load_llm(params: LLM, device: str = "auto", *, expand: bool = True) -> Langu
     keep_freed_memory()
     place = pick_device(device)
     dtype = pick_dtype(params.dtype, place)
-    source, revision = _source(params)
     with _FilesOf(params):
+        source, options = _source(params)
         if params.quantization == "nf4":
-            network = _load_nf4(source, revision, dtype, place)
+            network = _load_nf4(source, options, dtype, place)
         else:
-            network = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, revision=revision).to(place)
+            network = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options).to(place)
+    _refuse_stateful(params, network)
     if expand and params.quantization == "nf4" and _fits_dense(network, place, dtype):
         logging.set_verbosity_error()  # that it does what it is asked to
         network = network.dequantize(dtype)
     _keep_gradients(network)
     network.eval().requires_grad_(False)
-    return LanguageModel(network, load_tokenizer(params), params.system_prompt)
+    return LanguageModel(network, load_tokenizer(params), params.system_prompt, params.max_caption_tokens)
 
 
 def load_tokenizer(params: LLM) -> Any:
-    """The LLM's own tokenizer."""
+    """The LLM's own tokenizer; UserError when it has no chat template or no end-of-turn token."""
     from transformers import AutoTokenizer
 
-    source, revision = _source(params)
     with _FilesOf(params):
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-    if tokenizer.eos_token_id is None or tokenizer.chat_template is None:
+        source, options = _source(params)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    if tokenizer.chat_template is None:
         raise UserError(f"llm.model {params.model}: its tokenizer has no chat template; take an instruct model")
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"llm.model {params.model}: its tokenizer names no end-of-turn token; "
+            "set eos_token in its tokenizer_config.json"
+        )
     return tokenizer
 
 
@@ -88,42 +102,118 @@ def load_embedding(params: LLM) -> nn.Embedding:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    source, revision = _source(params)
     with _FilesOf(params):
-        config = AutoConfig.from_pretrained(source, revision=revision)
+        source, options = _source(params, tokenizer=False)
+        config = AutoConfig.from_pretrained(source, **options)
         with torch.device("meta"):
-            network = AutoModelForCausalLM.from_config(config)
+            network = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        _refuse_stateful(params, network)
         embedding: nn.Embedding = network.get_input_embeddings()
-        key = next(name for name, module in network.named_modules() if module is embedding) + ".weight"
-        weight = _read_tensor(source, revision, key)
+        weight = _read_embedding(source, options, network)
+        for name, buffer in embedding.named_buffers():  # such as Gemma's scale, which no file holds
+            setattr(embedding, name, torch.zeros_like(buffer, device="cpu"))
+        network._init_weights(embedding)  # fills them; the weight is still without memory
     embedding.weight = nn.Parameter(weight.float(), requires_grad=False)
-    if any(buffer.is_meta for buffer in embedding.buffers()):
-        raise UserError(f"llm.model {params.model}: its embedding module keeps more than its weight; not supported yet")
     return embedding.eval()
 
 
+@torch.no_grad()
 def load_embedding_matrix(params: LLM) -> Tensor:
-    """The whole vocabulary's input embeddings, float32 [V, D]."""
-    return load_embedding(params).weight.detach()
+    """The whole vocabulary's input embeddings as the LLM's first layer gets them, float32 [V, D]."""
+    embedding = load_embedding(params)
+    rows: Tensor = embedding(torch.arange(embedding.num_embeddings))
+    return rows
 
 
-def _read_tensor(source: str, revision: str | None, key: str) -> Tensor:
-    """One tensor out of a model's safetensors files, which may be split (with an index) or whole."""
+def context_length(params: LLM) -> int | None:
+    """How many tokens the LLM can take at once; None where its configuration names no limit."""
+    from transformers import AutoConfig
+
+    with _FilesOf(params):
+        source, options = _source(params, tokenizer=False)
+        return context_of(AutoConfig.from_pretrained(source, **options))
+
+
+def context_of(config: Any) -> int | None:
+    """The same, from a model's configuration."""
+    text = config.get_text_config()
+    lengths = (getattr(text, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len"))
+    return next((int(length) for length in lengths if length), None)
+
+
+def _refuse_stateful(params: LLM, network: Any) -> None:
+    """Raises UserError for a network whose cache of a prompt can't be repeated for the rows of a batch."""
+    from transformers import DynamicCache
+
+    try:
+        layers = DynamicCache(config=network.config.get_text_config()).layers
+    except (AttributeError, KeyError):  # an architecture with a cache of its own
+        layers = []
+    if network._is_stateful or not all(hasattr(layer, "batch_repeat_interleave") for layer in layers):
+        kind = network.config.model_type
+        raise UserError(f"llm.model {params.model} cannot be loaded: {'; '.join(stateful_fault(kind))}")
+
+
+def _read_embedding(source: str, options: dict[str, Any], network: Any) -> Tensor:
+    """The input embeddings out of a model's safetensors files, which may be split (with an index) or whole.
+
+    The key is the module's name in the network. As from_pretrained has it, files may hold the base model alone, without
+    its prefix, or prefix the base model further; and of tied weights the output layer's alone.
+    """
     from safetensors import safe_open
     from transformers.utils import cached_file
 
-    optional = {"_raise_exceptions_for_missing_entries": False}
-    index = cached_file(source, "model.safetensors.index.json", revision=revision, **optional)
-    name = json.loads(Path(index).read_text())["weight_map"][key] if index else "model.safetensors"
-    with safe_open(cached_file(source, name, revision=revision), framework="pt") as tensors:
-        return tensors.get_tensor(key)
+    names = cached_file(source, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False, **options)
+    whole = None if names else cached_file(source, "model.safetensors", **options)
+    if names:
+        places: dict[str, str] = json.loads(Path(names).read_text(encoding="utf-8"))["weight_map"]
+    else:
+        with safe_open(whole, framework="pt") as tensors:
+            places = dict.fromkeys(tensors.keys(), "")
+    embedding = network.get_input_embeddings()
+    key = _embedding_key(network, set(places))
+    with safe_open(whole or cached_file(source, places[key], **options), framework="pt") as tensors:
+        weight: Tensor = tensors.get_tensor(key)
+    if weight.shape != embedding.weight.shape:
+        found, wanted = (" x ".join(map(str, tensor.shape)) for tensor in (weight, embedding.weight))
+        raise ValueError(f"{key} is {found}, but config.json makes it {wanted}")
+    return weight
 
 
-def _source(params: LLM) -> tuple[str, str | None]:
-    """What from_pretrained takes: a folder or hub id, and the revision."""
+def _embedding_key(network: Any, keys: set[str]) -> str:
+    """Which of the keys of a model's files holds its input embeddings; ValueError when none does."""
+    modules = {id(module): name for name, module in network.named_modules()}
+    name = modules[id(network.get_input_embeddings())] + ".weight"
+    bare = name.removeprefix(f"{network.base_model_prefix}.")
+    for key in (name, bare, f"{network.base_model_prefix}.{name}"):
+        if key in keys:
+            return key
+    longer = [key for key in keys if key.endswith(f".{bare}") or bare.endswith(f".{key}")]
+    if len(longer) == 1:
+        return longer[0]
+    output = network.get_output_embeddings()
+    tied = modules.get(id(output), "") + ".weight"
+    if getattr(network.config.get_text_config(), "tie_word_embeddings", False) and tied in keys:
+        return tied
+    raise ValueError(f"no tensor {name} in its safetensors files")
+
+
+def _source(params: LLM, *, tokenizer: bool = True) -> tuple[str, dict[str, Any]]:
+    """What from_pretrained takes: a folder or hub id, and its options. Raises UserError when files are damaged."""
     if params.loader == "gguf":
-        return str(_dequantised(params.model)), None
-    return params.model, params.revision
+        return str(_dequantised(params.model)), {"trust_remote_code": False}
+    fault = llm_fault(params, fetches=not _offline(), tokenizer=tokenizer)
+    if fault:
+        raise UserError(f"llm.model {params.model} cannot be loaded: {fault.found}; {fault.remedy}")
+    folder = local_folder(params.model)
+    # Never None: transformers would ask on the terminal whether to run a model's own code.
+    return str(folder or params.model), {"revision": params.revision, "trust_remote_code": False}
+
+
+def _offline() -> bool:
+    from huggingface_hub import constants
+
+    return constants.HF_HUB_OFFLINE
 
 
 def _dequantised(model: str) -> Path:
@@ -134,41 +224,28 @@ def _dequantised(model: str) -> Path:
     import gguf
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    file = _gguf_file(model)
+    file = gguf_file(model)
+    check_gguf(file)
     with file.open("rb") as content:
         folder = MODELS / f"{file.stem}-{hashlib.file_digest(content, 'sha256').hexdigest()[:16]}"
     if folder.exists():
         return folder
     options = {"gguf_file": file.name}
-    # transformers parses the file three times, 4 s each; it looks the reader up at every call.
-    with mock.patch("gguf.GGUFReader", functools.cache(gguf.GGUFReader)):
+    reader = gguf.GGUFReader
+    vars(gguf)["GGUFReader"] = functools.cache(reader)  # transformers parses the file three times, 4 s each
+    try:
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **options)
         network = AutoModelForCausalLM.from_pretrained(
             str(file.parent), **options, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
         )
+    finally:
+        vars(gguf)["GGUFReader"] = reader
     network.config.quantization_config = None
     _save_whole(folder, network, tokenizer)
     return folder
 
 
-def _gguf_file(model: str) -> Path:
-    """A .gguf file, given as such or as the installed package that holds it (found without importing it)."""
-    if model.endswith(".gguf"):
-        path = Path(model)
-        if path.is_file():
-            return path
-        raise UserError(f"llm.model {model}: no such file")
-    spec = importlib.util.find_spec(model) if model.isidentifier() else None
-    folders = (spec.submodule_search_locations or []) if spec else []
-    files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
-    if len(files) != 1:
-        raise UserError(
-            f"llm.model {model}: no installed package with one .gguf file; `pip install {model.replace('_', '-')}`"
-        )
-    return files[0]
-
-
-def _load_nf4(source: str, revision: str | None, dtype: torch.dtype, place: torch.device) -> Any:
+def _load_nf4(source: str, options: dict[str, Any], dtype: torch.dtype, place: torch.device) -> Any:
     """QLoRA's quantisation (Dettmers et al. 2023): 4-bit NormalFloat, double quantisation.
 
     A model that was converted into data/models is quantised once and kept beside it: a CPU starts 1 to 2 s earlier.
@@ -178,12 +255,12 @@ def _load_nf4(source: str, revision: str | None, dtype: torch.dtype, place: torc
     config = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
-    options: dict[str, Any] = {"dtype": dtype, "device_map": {"": place}}
+    options = options | {"dtype": dtype, "device_map": {"": place}}
     converted = Path(source).parent == MODELS
     quantised = Path(f"{source}-nf4-{str(dtype).removeprefix('torch.')}")
     if converted and quantised.exists():
         return AutoModelForCausalLM.from_pretrained(quantised, **options)
-    network = AutoModelForCausalLM.from_pretrained(source, quantization_config=config, revision=revision, **options)
+    network = AutoModelForCausalLM.from_pretrained(source, quantization_config=config, **options)
     if converted:  # other folders are not ours to write beside
         _save_whole(quantised, network)
     return network
@@ -216,17 +293,26 @@ def _keep_gradients(network: nn.Module) -> None:
 
 
 class _FilesOf:
-    """Turns any failure to find a model's files into one line."""
+    """Turns any failure to load a model's files into one line with its remedy."""
 
     def __init__(self, params: LLM):
-        self.model = params.model
+        self.params = params
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if isinstance(error, OSError | ValueError):
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-            raise UserError(
-                f"llm.model {self.model} cannot be loaded: {reason}; `terraalign doctor` says how"
-            ) from None
+        # Libraries raise what they like over a foreign file, so all but our own words and exhaustion of the machine.
+        if not isinstance(error, Exception) or isinstance(error, UserError | MemoryError | torch.OutOfMemoryError):
+            return
+        params = self.params
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return  # a full disk is no fault of the files
+        reason = " ".join(str(error).split())[:240] or type(error).__name__
+        if isinstance(error, ImportError):
+            remedy = "install the package it names"
+        elif params.loader == "huggingface" and local_folder(params.model) is None:
+            remedy = f"correct llm.model, or fetch it with `{download_command(params)}`"
+        else:
+            remedy = "its files may be of another version of transformers, or incomplete; copy the whole model again"
+        raise UserError(f"llm.model {params.model} cannot be loaded: {reason}; {remedy}") from error

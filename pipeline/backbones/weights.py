@@ -42,20 +42,32 @@ def weights_fault(path: Path) -> str | None:
 
 
 def _safetensors_fault(path: Path, size: int) -> str | None:
-    """Eight bytes of length, a JSON header, and tensors to exactly the end of the file."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > LONGEST_HEADER:
-            return f"is no safetensors file; {AGAIN}"
-        header = file.read(length)
-    if len(header) < length:
-        return f"is cut off; {AGAIN}"
     try:
-        tensors = json.loads(header)
-        ends = [tensor["data_offsets"][1] for name, tensor in tensors.items() if name != "__metadata__"]
-        needed = 8 + length + max(ends, default=0)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+        names, needed = safetensors_table(path)
+    except EOFError:
+        return f"is cut off; {AGAIN}"
+    except ValueError:
         return f"is no safetensors file; {AGAIN}"
     if size != needed:
         return f"has {size:,} bytes of {needed:,}; {AGAIN}"
-    return None if ends else "holds no tensors"
+    return None if names else "holds no tensors"
+
+
+def safetensors_table(path: Path) -> tuple[set[str], int]:
+    """The names of the tensors in a safetensors file, and the bytes that a whole one has.
+
+    Eight bytes of length, a JSON header, and tensors to exactly the end of the file. Raises EOFError when it ends
+    within its header, ValueError when it is no such file.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > LONGEST_HEADER or file.tell() < 8:
+            raise ValueError("no header")
+        header = file.read(length)
+    if len(header) < length:
+        raise EOFError
+    try:
+        tensors = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
+        return set(tensors), 8 + length + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+    except (TypeError, LookupError, AttributeError):
+        raise ValueError("no table of tensors") from None

@@ -14,15 +14,29 @@ from pipeline.vlm import VLM
 
 
 def find_class(output: str, names: Sequence[str]) -> str | None:
-    """The class whose name appears in an output: whole words, any case; the longest name counts (thesis, 3.7)."""
-    found = [name for name in names if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", output, re.IGNORECASE)]
+    """The class whose name appears in an output: whole words, any case; the longest name counts (thesis, 3.7).
+
+    A name without words is in no output.
+    """
+    found = [
+        name for name in names if name.strip() and re.search(rf"(?<!\w){re.escape(name)}(?!\w)", output, re.IGNORECASE)
+    ]
     return max(found, key=len, default=None)
 
 
+def labelled(images: ImageTokens, *splits: str) -> list[int]:
+    """Positions of the pictures of some splits whose class has a name: one without words is no answer."""
+    return [i for split in splits for i in images.split(split) if str(images.rows["label"].iloc[i]).strip()]
+
+
+def class_names(images: ImageTokens) -> list[str]:
+    """The names of all classes, sorted."""
+    return sorted({label for label in images.rows["label"] if str(label).strip()})
+
+
 def predict(model: VLM, images: ImageTokens, prompt: str, max_new_tokens: int, batch: int) -> pd.DataFrame:
-    """Greedy answers for all test images: id, image, label, output, predicted, correct, strict."""
-    positions = images.split("test")
-    names = sorted(set(images.rows["label"]))
+    """Greedy answers for all labelled test images: id, image, label, output, predicted, correct, strict."""
+    positions, names = labelled(images, "test"), class_names(images)
     outputs = model.answers(images, positions, prompt, max_new_tokens, batch)
     table = images.rows.iloc[positions][["id", "image", "label"]].reset_index(drop=True)
     table["output"] = outputs
@@ -59,7 +73,9 @@ def linear_probe(images: ImageTokens) -> float:
         return torch.cat(parts).numpy()
 
     labels = images.rows["label"].to_numpy()
-    train, test = [*images.split("train"), *images.split("val")], images.split("test")
+    train, test = labelled(images, "train", "val"), labelled(images, "test")
+    if len(set(labels[train])) == 1:  # nothing to fit: it always says this class
+        return float((labels[test] == labels[train][0]).mean())
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300))
     probe.fit(pooled(train), labels[train])
     return float(probe.score(pooled(test), labels[test]))
