@@ -96,7 +96,7 @@ class Bench:
             values["pca"] |= {"images": 3, "vocabulary": 50}
             values["runtime"] |= {"device": "cpu", "decode_threads": 2, "emd_threads": 2}
         else:
-            values["runtime"] |= {"decode_threads": os.cpu_count(), "emd_threads": min(16, os.cpu_count() or 1)}
+            values["runtime"] |= {"decode_threads": os.cpu_count(), "emd_threads": max(1, (os.cpu_count() or 1) // 2)}
         Path("params.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
         self.params = load_params()
         self.base = Path("data") / self.params.profile
