@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -110,17 +111,16 @@ class Bench:
         size = (64, 48) if self.tiny else (640, 480)
         kinds = [rng.integers(256, size=(12, 16, 3), dtype=np.uint8) for _ in range(64)]
 
-        def write(number: int) -> None:
+        def write(number: int) -> None:  # those of the classes come after the others: no two are the same
             picture = Image.fromarray(kinds[number % 64]).resize(size, Image.Resampling.BICUBIC)
             picture.paste((number % 256, number // 256, 99), (9, 9, size[0] // 4 + number % 7, size[1] // 3))
-            folder = f"food/class {number % 4}" if number < self.labelled else None
-            for place in filter(None, ["coco/images", folder]):
-                picture.save(f"{place}/{number:06d}.jpg", quality=90)
+            folder = "coco/images" if number < self.pictures else f"food/class {number % 4}"
+            picture.save(f"{folder}/{number:06d}.jpg", quality=90)
 
         for folder in ("coco/images", *(f"food/class {i}" for i in range(4))):
             Path(folder).mkdir(parents=True)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(write, range(self.pictures)))
+            list(pool.map(write, range(self.pictures + self.labelled)))
         images = [{"id": i, "file_name": f"{i:06d}.jpg"} for i in range(self.pictures)]
         captions = [
             {"id": 5 * i + j, "image_id": i, "caption": " ".join(rng.choice(WORDS, rng.integers(8, 15)))}
@@ -162,7 +162,8 @@ class Bench:
         from pipeline import sources
         from pipeline.backbones.vision import load_vision_encoder
         from pipeline.decoding import Decoder
-        from pipeline.extract import extract_images
+        from pipeline.extract import ImageShards, extract_images
+        from pipeline.store.inventory import timings
         from stages import extract_captions
 
         for data in ("captions", "classes"):
@@ -175,6 +176,9 @@ class Bench:
         decoders, by_pil = decoders_here(encoder), Decoder(encoder.preprocess)
         contents = [path.read_bytes() for path in sorted(Path("coco/images").iterdir())[:64]]
         pixels = by_pil.batch([by_pil.load(content) for content in contents], 64)
+        stored = torch.zeros(2**28, dtype=torch.uint8).numpy()
+        spent = timed(lambda: hashlib.sha256(stored.data).digest())
+        line("SHA-256, which every stored byte goes through", f"{len(stored) / spent / 1e9:.2f} GB/s")
         for name, decoder in decoders.items():
             vision = self.params.vision.model_copy(update={"decoder": name})
             params = self.params.model_copy(update={"vision": vision})
@@ -183,6 +187,8 @@ class Bench:
                 extract_images(params, data, encoder, lambda n: None).write(self._manifest("images", data))
                 spent = time.perf_counter() - began
                 line(f"extract_images {data}, decoder {name}", f"{count / spent:.0f} images/s", "349 images/s")
+                took = timings("images", ImageShards(params, data, encoder).fingerprint)
+                print(f"    seconds of all threads, since the first: {dict(took)}", flush=True)
             found = decoder.batch([decoder.load(content) for content in contents], 64).cpu()
             print(f"    {name} and PIL: {distance(encoder, found, pixels)}", flush=True)
 
