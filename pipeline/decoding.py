@@ -54,6 +54,7 @@ class Decoder:
     """PIL, and what the decoders have in common. Threads may use one side by side."""
 
     name = "pil"
+    light = False  # whether `load` leaves the work to `batch`
 
     def __init__(self, preprocess: Callable[[Image.Image], Tensor]):
         self.preprocess = preprocess
@@ -113,6 +114,7 @@ class NvJpegDecoder(Decoder):
     """
 
     name = "nvjpeg"
+    light = True
 
     def __init__(
         self,

@@ -53,6 +53,9 @@ Make = Callable[[list[Path], Advance], dict[Path, Shard]]
 """Makes some shards: in this process, or by many (pipeline/distribute.py)."""
 
 
+LIGHT_LOADS = 16  # pictures that one thread reads in a turn, where a GPU decodes them
+
+
 class Clock:
     """Seconds by kind of work. Those of threads side by side add up, to more than passed on the wall."""
 
@@ -123,6 +126,9 @@ class ImageShards:
         # A GPU encodes two at a time, so that one is copied while the other is computed; it decodes a third meanwhile.
         self.passes = {"cpu": torch.get_num_threads(), "cuda": 3}.get(device, 1)
         self._on_gpu = device == "cuda"
+        # Reading alone is mostly Python, of which one thread runs at a time: few threads, and long turns.
+        self.together = LIGHT_LOADS if self.decoder.light else 1
+        decoders = min(decoders, self.size // LIGHT_LOADS + 1) if self.decoder.light else decoders
         self.threads = max(self.passes, decoders) if device == "cpu" else self.passes + decoders
         self._encoding = threading.BoundedSemaphore(self.passes)
 
@@ -209,7 +215,8 @@ class ImageShards:
                     part.fresh.append(row)
             for start in range(0, len(part.fresh), self.size):
                 at = part.fresh[start : start + self.size]
-                pictures = [pool.submit(self._load, part, row) for row in at]
+                turns = [at[i : i + self.together] for i in range(0, len(at), self.together)]
+                pictures = [pool.submit(self._load, part, turn) for turn in turns]
                 yield at, pool.submit(self._pass, part, at, pictures)
 
     @cached_property
@@ -228,7 +235,10 @@ class ImageShards:
             print("tokens depend on the place in the batch: shards are made whole, no row is copied", file=sys.stderr)
         return same
 
-    def _load(self, part: _Part, row: int) -> Loaded:
+    def _load(self, part: _Part, rows: list[int]) -> list[Loaded]:
+        return [self._load_one(part, row) for row in rows]
+
+    def _load_one(self, part: _Part, row: int) -> Loaded:
         name = part.rows["image"][row]
         with part.clock("read"):
             content = _read_picture(name, part.rows["sha256"][row])
@@ -238,9 +248,9 @@ class ImageShards:
             except ValueError as error:
                 raise _does_not_decode(name, error) from None
 
-    def _pass(self, part: _Part, at: list[int], pictures: list[Future[Loaded]]) -> Columns:
+    def _pass(self, part: _Part, at: list[int], pictures: list[Future[list[Loaded]]]) -> Columns:
         """The columns of the rows `at`. Every batch has the same shape: one of another size would give other bits."""
-        loaded = [picture.result() for picture in pictures]
+        loaded = [picture for some in pictures for picture in some.result()]
         with self._encoding:
             with part.clock("decode"):
                 try:

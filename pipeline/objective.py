@@ -31,7 +31,7 @@ class Pairs:
 
     def __init__(self, params: Params, settings: Pretrain):
         self.device = pick_device(params.runtime.device)
-        self.in_flight = 2 if self.device.type == "cuda" else 1  # micro-batches: one on the GPU, one at the solver
+        self.in_flight = 3 if self.device.type == "cuda" else 1  # micro-batches: on the GPU, at the solver, on the way
         self.settings, self.threads = settings, params.runtime.emd_threads
         features = [_features(params, data) for data in settings.data]
         self._images, texts = [images for images, _ in features], [text for _, text in features]

@@ -129,6 +129,8 @@ def pretrain(params: Params, name: AdapterName, out: Path) -> None:
     base = Path("data") / params.profile
     for kind in ("images", "text"):
         _check_of_one_kind(base, kind, settings.data)
+    if pairs.device.type == "cuda":
+        torch.set_num_threads(1)  # for the small sums left to the CPU, many threads would wait for one another
     torch.manual_seed(params.seed)
     adapter = build_adapter(name, pairs.d_in, pairs.table.shape[1], **params.adapters[name].architecture).to(
         pairs.device
