@@ -53,9 +53,6 @@ Make = Callable[[list[Path], Advance], dict[Path, Shard]]
 """Makes some shards: in this process, or by many (pipeline/distribute.py)."""
 
 
-LIGHT_LOADS = 16  # pictures that one thread reads in a turn, where a GPU decodes them
-
-
 class Clock:
     """Seconds by kind of work. Those of threads side by side add up, to more than passed on the wall."""
 
@@ -127,8 +124,7 @@ class ImageShards:
         self.passes = {"cpu": torch.get_num_threads(), "cuda": 3}.get(device, 1)
         self._on_gpu = device == "cuda"
         # Reading alone is mostly Python, of which one thread runs at a time: few threads, and long turns.
-        self.together = LIGHT_LOADS if self.decoder.light else 1
-        decoders = min(decoders, self.size // LIGHT_LOADS + 1) if self.decoder.light else decoders
+        self.together, decoders = (self.size, 1) if self.decoder.light else (1, decoders)
         self.threads = max(self.passes, decoders) if device == "cpu" else self.passes + decoders
         self._encoding = threading.BoundedSemaphore(self.passes)
 

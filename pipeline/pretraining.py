@@ -20,7 +20,7 @@ from pipeline.params import AdapterName, Dataset, Objective, Params, Pretrain
 from pipeline.store.shards import Manifest, manifest_path
 from pipeline.training import Checkpoint, Trainer, steps_per_epoch, total_steps, write_history
 
-SAMPLE, PART = 1024, 128  # images that a constant set is fitted on, and how many at a time
+SAMPLE, PART = 512, 128  # images that a constant set is fitted on, and how many at a time
 NEARNESS = 0.2  # of its start to words: the share of the way from their mean
 SETTLED = 2e-4  # a fit ends when its EMD falls by less than this share
 PLAIN = Objective.model_validate({"cost": "euclidean", "word_weights": "uniform", "start": "random"})

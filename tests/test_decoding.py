@@ -323,7 +323,7 @@ def test_nvjpeg_gives_the_same_bits_whatever_is_in_the_batch() -> None:
 
 
 @on_gpu
-@pytest.mark.parametrize("name", [*PLAIN, *NOT_PLAIN])
+@pytest.mark.parametrize("name", [name for name in (*PLAIN, *NOT_PLAIN) if name != "tiny"])  # it has 20 colours in all
 def test_nvjpeg_comes_close_to_pil(name: str) -> None:
     content = {**PLAIN, **NOT_PLAIN}[name]
     decoder = decoder_for("nvjpeg", COCA, torch.device("cuda"))

@@ -19,6 +19,7 @@ from pipeline.errors import UserError
 from pipeline.extract import ImageShards, _Part, extract_captions, extract_images, one_thread_each
 from pipeline.params import Params, Vision
 from pipeline.pictures import decode
+from pipeline.store import versions
 from pipeline.store.dtypes import pack
 from pipeline.store.reader import CaptionTokens, ImageTokens
 from pipeline.store.schema import fingerprint, shard_key, shard_of
@@ -233,7 +234,7 @@ def test_a_mixed_set_has_the_same_bytes_however_it_is_sharded_or_interrupted(mix
     assert tokens_by_id(mixed, encoder, 5, decoder) == (print_, whole)
 
 
-def test_each_decoder_has_its_fingerprint_and_pil_that_of_before_the_choice(mixed, capsys, monkeypatch):
+def test_each_decoder_has_its_fingerprint_and_pil_adds_nothing_to_it(mixed, capsys, monkeypatch):
     encoder = load_vision_encoder(mixed.vision)
     prints = {name: tokens_by_id(mixed, encoder, 1, name) for name in ("auto", "pil", "torchvision")}
     assert "vision.decoder auto: torchvision" in capsys.readouterr().err
@@ -241,7 +242,7 @@ def test_each_decoder_has_its_fingerprint_and_pil_that_of_before_the_choice(mixe
     prints["nvjpeg"] = tokens_by_id(mixed, encoder, 1, "nvjpeg")
     assert prints["auto"] == prints["torchvision"]
     assert len({print_ for print_, _ in prints.values()}) == 3
-    assert prints["pil"][0] == fingerprint(**encoder.identity, stored="float16", batch=4, version=3)
+    assert prints["pil"][0] == fingerprint(**encoder.identity, stored="float16", batch=4, version=versions.IMAGES)
     apart = [np.frombuffer(found[key], np.float16) for key in prints["pil"][1] for _, found in prints.values()]
     assert all(np.allclose(apart[i], apart[i + 1], atol=0.05) for i in range(0, len(apart), 2))
 
