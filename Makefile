@@ -18,7 +18,7 @@ export GIT_PYTHON_REFRESH := quiet
 .PHONY: demo test clean
 
 demo: .venv/.installed
-	$(BIN)/dvc repro
+	$(BIN)/terraalign run
 	$(BIN)/terraalign show
 
 test: .venv/.installed

@@ -20,7 +20,8 @@ from stages import profile, store
 
 HELP = """Vision-language models on a budget: extract once, align without the LLM, fine-tune with QLoRA.
 
-`dvc repro` runs the stages below in this order, and repeats only what a change touches:
+`dvc repro` runs the stages below in this order, and repeats only what a change touches; `terraalign run` runs two at a
+time:
 
 prepare, extract-images, extract-captions (once), pretrain (EMD, no LLM), finetune, finetune-scratch (QLoRA),
 evaluate, pca, report.
@@ -43,6 +44,7 @@ COMMANDS = {
     "evaluate": ("stages.evaluate", STAGES),
     "pca": ("stages.pca", STAGES),
     "report": ("stages.report", STAGES),
+    "run": ("stages.run", PEOPLE),
     "show": ("stages.show", PEOPLE),
     "caption": ("stages.answer", PEOPLE),
     "classify": ("stages.answer", PEOPLE),

@@ -1,0 +1,92 @@
+"""`terraalign run`: the graph, several stages side by side."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from graphlib import TopologicalSorter
+from typing import Annotated
+
+import typer
+
+from pipeline.errors import UserError
+from pipeline.progress import new_progress
+
+# What DVC says of itself around what a stage says; and while another of its processes writes, for moments.
+AROUND = re.compile(r"\s*$|Running stage |> terraalign |Updating lock file|Use `dvc push`|ERROR: failed to reproduce")
+BUSY = re.compile("Unable to acquire lock|is busy, it is being blocked")
+PATIENCE = 60.0  # seconds
+
+
+def run(
+    jobs: Annotated[int, typer.Option(min=1, help="Stages side by side; each gets its share of the cores.")] = 2,
+) -> None:
+    """Run the graph as `dvc repro` does, but stages side by side where none waits for the other.
+
+    Half of a short stage is spent on one core, so two at a time on a core each are done sooner than one after the other
+    on both. On a GPU, whose memory they would share, take --jobs 1. What is up to date is skipped. What fails is shown;
+    stages that are at work end, no other is begun, and the same command goes on from there.
+    """
+    stages = _stages()
+    sorter = TopologicalSorter(stages)
+    sorter.prepare()
+    running: dict[Future[str], str] = {}
+    faults: list[str] = []
+    with ThreadPoolExecutor(jobs) as pool, new_progress("stages") as progress:
+        task = progress.add_task("stages", total=len(stages))
+        while sorter.is_active() and (running or not faults):
+            if not faults:
+                running |= {pool.submit(_repro, stage, jobs): stage for stage in sorter.get_ready()}
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                stage = running.pop(future)
+                try:
+                    progress.console.print(future.result(), markup=False, highlight=False, soft_wrap=True)
+                    sorter.done(stage)
+                    progress.advance(task)
+                except UserError as fault:
+                    faults.append(str(fault))
+                    for waiting in running:
+                        waiting.cancel()
+                    running = {future: stage for future, stage in running.items() if not future.cancelled()}
+    if faults:
+        raise UserError("\n".join([*faults, "run the same command again to go on"]))
+
+
+def _stages() -> dict[str, list[str]]:
+    """The stages of dvc.yaml by name, with those that each depends on; UserError when DVC cannot read it."""
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    try:
+        with Repo() as repo:
+            graph = repo.index.graph
+            return {stage.addressing: [other.addressing for other in graph.successors(stage)] for stage in graph}
+    except DvcException as error:
+        raise UserError(f"dvc.yaml: {' '.join(str(error).split())}; run `dvc repro` to see more") from None
+
+
+def _repro(stage: str, jobs: int) -> str:
+    """Have DVC run a single stage; returns what there is to say of it. Raises UserError, with all it said, on failure."""
+    cores = str(max(1, (os.cpu_count() or 1) // jobs))
+    environment = {"OMP_NUM_THREADS": cores, **os.environ}
+    command = [sys.executable, "-m", "dvc", "repro", "--single-item", stage]
+    began = time.monotonic()
+    while True:
+        done = subprocess.run(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+            check=False,
+        )  # fmt: skip
+        if done.returncode == 0 or not BUSY.search(done.stdout) or time.monotonic() - began > PATIENCE:
+            break
+        time.sleep(1)
+    said = "\n".join(f"  {line}" for line in done.stdout.splitlines() if not AROUND.match(line))
+    if done.returncode:
+        raise UserError(f"{stage} failed:\n{said}")
+    if "didn't change, skipping" in done.stdout:
+        return f"{stage}: up to date"
+    return f"{stage}: {time.monotonic() - began:.0f} s" + (f"\n{said}" if said else "")
