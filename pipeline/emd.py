@@ -311,6 +311,13 @@ class _Layout:
             _fail(pair, int(self.image[pair]), "weights have to be finite, not negative, and not all zero")
         return a, b
 
+    def with_dummies(self, weights: np.ndarray, unmatched: float) -> np.ndarray:
+        """Words' weights [T] with one of `unmatched` behind each caption's own, which share the rest: [T + P]."""
+        share = weights / np.repeat(np.add.reduceat(weights, self.offsets[:-1]), self.length) * (1 - unmatched)
+        mass = np.full(len(weights) + len(self.length), unmatched)
+        mass[np.arange(len(weights)) + np.repeat(np.arange(len(self.length)), self.length)] = share
+        return mass
+
     def spans(self, count: int) -> list[tuple[int, int]]:
         """The pairs in at most `count` runs (first, last + 1) that take about equally long to solve."""
         if count == 1:
@@ -339,16 +346,19 @@ def solve(
     """Optimal plans for costs [B, N, L], float32 or float64: an image's captions in order, one column a word.
 
     The other arguments, and errors, are those of `emd`. At most N + m - 1 entries for a pair of m words; marginals are
-    exact to rounding (1e-12), a weight below 1e-16 of its side's sum counts as none. Unmatched mass is not in the plan.
+    exact to rounding (1e-12), a weight below 1e-16 of its side's sum counts as none. Unmatched mass is not in the plan:
+    it goes to a dummy word of each caption at no cost, which makes partial transport a whole one (Chapel et al. 2020;
+    here only tokens may stay behind, so one dummy is enough).
     """
+    layout, dummies = _Layout(offsets, image_index, len(costs)), int(unmatched > 0)
+    of_tokens, of_words = layout.weights(costs.shape[1], token_weights, word_weights)
     if unmatched:
-        return _solve_partial(costs, offsets, image_index, token_weights, word_weights, unmatched, solver, threads)
-    layout = _Layout(offsets, image_index, len(costs))
-    weights = layout.weights(costs.shape[1], token_weights, word_weights)
-    begin = np.cumsum([0, *(costs.shape[1] + layout.length - 1)])  # room for the entries of each pair
+        of_words = layout.with_dummies(of_words, unmatched)
+    begin = np.cumsum([0, *(costs.shape[1] + layout.length + dummies - 1)])  # room for the entries of each pair
     columns = [np.empty(begin[-1], np.int64) for _ in range(3)] + [np.empty(begin[-1])]
     potential = np.empty(layout.offsets[-1])
-    inputs = (np.ascontiguousarray(costs), layout.image, layout.column, layout.offsets, weights[0].ravel(), weights[1])
+    places = np.ascontiguousarray(costs), layout.image, layout.column, layout.offsets
+    inputs = (*places, of_tokens.ravel(), of_words, dummies)
     run: Callable[..., int] = _exact if solver == "exact" else _pot
     spans = layout.spans(1 if costs.shape[1] * layout.offsets[-1] < SMALL else threads)
 
@@ -366,39 +376,6 @@ def solve(
 def solver_threads(count: int) -> ThreadPoolExecutor:
     """Threads for solving, kept as long as the process: to start them costs as much as a small batch."""
     return ThreadPoolExecutor(count, "emd-solver")
-
-
-def _solve_partial(
-    costs: np.ndarray,
-    offsets: Sequence[int],
-    image_index: Sequence[int],
-    token_weights: np.ndarray | None,
-    word_weights: np.ndarray | None,
-    unmatched: float,
-    solver: Literal["exact", "pot"],
-    threads: int,
-) -> Plan:
-    """Partial transport as a whole one: each caption gets a dummy word that takes `unmatched` at no cost.
-
-    The reduction is that of Chapel et al. (2020); here only tokens may stay behind, so one dummy is enough.
-    """
-    layout = _Layout(offsets, image_index, len(costs))
-    _, weights = layout.weights(costs.shape[1], token_weights, word_weights)
-    share = weights / np.repeat(np.add.reduceat(weights, layout.offsets[:-1]), layout.length) * (1 - unmatched)
-    wider = _Layout([start + pair for pair, start in enumerate(offsets)], image_index, len(costs))
-    real = np.ones(wider.offsets[-1], bool)
-    real[wider.offsets[1:] - 1] = False  # a caption's last word is its dummy
-    with_dummies, mass = np.zeros((*costs.shape[:2], wider.slots), costs.dtype), np.full(len(real), unmatched)
-    image, slot = layout.image_of_word, layout.slot_of_word
-    with_dummies[image, :, wider.slot_of_word[real]] = costs[image, :, slot]
-    mass[real] = share
-    plan = solve(
-        with_dummies, wider.offsets.tolist(), image_index, token_weights=token_weights, word_weights=mass,
-        solver=solver, threads=threads,
-    )  # fmt: skip
-    keep = real[plan.word]
-    pair = plan.pair[keep]
-    return Plan(pair, plan.token[keep], plan.word[keep] - pair, plan.mass[keep], plan.potential[real])
 
 
 def _fail(pair: int, image: int, why: str) -> NoReturn:
@@ -427,6 +404,7 @@ def _pot(
     offsets: np.ndarray,
     token_weights: np.ndarray,
     word_weights: np.ndarray,
+    dummies: int,
     at: int,
     pair: np.ndarray,
     token: np.ndarray,
@@ -439,18 +417,20 @@ def _pot(
 
     for p in range(*span):
         mine = slice(offsets[p], offsets[p + 1])
-        columns = slice(column[p], column[p] + mine.stop - mine.start)
-        matrix = np.ascontiguousarray(costs[image[p], :, columns], np.float64)
+        real, first = mine.stop - mine.start, mine.start + dummies * p
+        matrix = np.zeros((costs.shape[1], real + dummies))
+        matrix[:, :real] = costs[image[p], :, column[p] : column[p] + real]
         if not np.isfinite(matrix).all():
             _fail(p, image[p], "a ground cost is not finite")
-        a, b = token_weights.reshape(len(costs), -1)[image[p]], word_weights[mine]
+        a, b = token_weights.reshape(len(costs), -1)[image[p]], word_weights[first : first + real + dummies]
         a = a / a.sum()
         flow, _, _, dual, code = emd_c(a, b * (a.sum() / b.sum()), matrix, POT_ITERATIONS, 1, None, None)
         if code != POT_OPTIMAL:
             _fail(p, image[p], f"the solver found no optimum (code {code})")
-        i, j = np.nonzero(flow)
+        i, j = np.nonzero(flow[:, :real])
         here, at = slice(at, at + len(i)), at + len(i)
-        pair[here], token[here], word[here], mass[here], potential[mine] = p, i, j + offsets[p], flow[i, j], dual
+        pair[here], token[here], word[here], mass[here] = p, i, j + offsets[p], flow[i, j]
+        potential[mine] = dual[:real]
     return at
 
 

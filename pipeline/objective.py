@@ -95,10 +95,8 @@ class Pairs:
 
     def _document_frequencies(self, positions: list[int]) -> Tensor:
         """How many of some images have each word in a caption, [T]."""
-        counts = torch.zeros(len(self.table))
-        for position in positions:
-            counts[list({row for caption in self.rows[position] for row in caption})] += 1
-        return counts
+        found = [row for position in positions for row in {row for caption in self.rows[position] for row in caption}]
+        return torch.bincount(torch.tensor(found, dtype=torch.long), minlength=len(self.table)).float()
 
     def captions_of(self, positions: list[int]) -> tuple[list[list[int]], list[int]]:
         """All captions of some images as rows of the embedding table, and which image each belongs to."""

@@ -250,18 +250,21 @@ def _state(n, m):
 
 
 @compiled
-def _load(s, costs, image, column, tokens, words):
+def _load(s, costs, image, column, tokens, real, words):
     """Copy the costs of an image and a caption, turned when words are more; prices start at the columns' means.
+
+    Words from `real` on cost nothing.
 
     Returns the largest magnitude of a cost, inf when one is not finite.
     """
     turned, n, m = words > tokens, max(tokens, words), min(tokens, words)
     for i in range(tokens):
         for j in range(words):
+            each = costs[image, i, column + j] if j < real else 0.0
             if turned:
-                s.cost[j, i] = costs[image, i, column + j]
+                s.cost[j, i] = each
             else:
-                s.cost[i, j] = costs[image, i, column + j]
+                s.cost[i, j] = each
     cost, price, top, share = s.cost, s.price, s.key, 1 / n
     for j in range(m):
         price[j] = top[j] = 0.0
@@ -352,8 +355,11 @@ def _entries(s, m):
 
 
 @compiled
-def _write(s, n, m, total, at, turned, first, token, word, mass):
-    """Write the plan from entry `at` on, at most n + m - 1 entries; returns its duality gap and where it ends."""
+def _write(s, n, m, total, at, turned, first, real, token, word, mass):
+    """Write the plan from entry `at` on, at most n + m - 1 entries; returns its duality gap and where it ends.
+
+    Words from `real` on are not written.
+    """
     cost, price, flow = s.cost, s.price, s.flow
     gap = 0.0
     for i in range(n):
@@ -363,49 +369,52 @@ def _write(s, n, m, total, at, turned, first, token, word, mass):
         s.key[i] = best
         for j in range(m):
             if flow[i, j] > 0:
-                token[at] = j if turned else i
-                word[at] = first + (i if turned else j)
-                mass[at] = flow[i, j] / total
-                gap += mass[at] * (cost[i, j] - price[j] - best)
-                at += 1
+                moved, to = flow[i, j] / total, i if turned else j
+                gap += moved * (cost[i, j] - price[j] - best)
+                if to < real:
+                    token[at], word[at], mass[at] = j if turned else i, first + to, moved
+                    at += 1
     return gap, at
 
 
 @entry
 def solve_pairs(
-    start, stop, costs, image, column, offsets, token_weights, word_weights, at, pair, token, word, mass, dual
+    start, stop, costs, image, column, offsets, token_weights, word_weights, dummies, at, pair, token, word, mass, dual
 ):
     """Solve the pairs from `start` to before `stop`; returns (where their plans end, the pair that failed, why).
 
     costs [B, N, L]: pair p is image[p], columns column[p] and on, one for each of words offsets[p] to offsets[p + 1].
-    token_weights [B * N] and word_weights [T], any sum. The plans go one after the other to `at` and on of pair, token,
-    word (index into the T words) and mass, with room for N + m - 1 entries each; dual [T]: words' potentials.
+    token_weights [B * N] and word_weights [T], any sum. If `dummies` is 1 and not 0, each caption's words are followed
+    by one that costs nothing, has a place of its own in word_weights [T + P], and is not in the plan. The plans go one
+    after the other to `at` and on of pair, token, word (index into the T words) and mass, with room for N + m - 1
+    entries each, a dummy counted; dual [T]: words' potentials.
     """
     tokens, widest = costs.shape[1], 0
     for p in range(start, stop):
-        widest = max(widest, offsets[p + 1] - offsets[p])
+        widest = max(widest, offsets[p + 1] - offsets[p] + dummies)
     s = _state(max(tokens, widest), min(tokens, widest))
     a, b = np.empty(max(tokens, widest), np.int64), np.empty(max(tokens, widest), np.int64)
     for p in range(start, stop):
-        words = offsets[p + 1] - offsets[p]
+        real = offsets[p + 1] - offsets[p]
+        words = real + dummies
         turned, n, m = words > tokens, max(tokens, words), min(tokens, words)
-        largest = _load(s, costs, image[p], column[p], tokens, words)
+        largest = _load(s, costs, image[p], column[p], tokens, real, words)
         if not np.isfinite(largest):
             return at, p, NOT_FINITE
         total = np.int64(np.floor(UNITS / (n * m))) * n * m  # so that equal weights are whole units
         of_tokens, of_words = (b, a) if turned else (a, b)
         _units(token_weights, image[p] * tokens, tokens, total, of_tokens)
-        _units(word_weights, offsets[p], words, total, of_words)
+        _units(word_weights, offsets[p] + dummies * p, words, total, of_words)
         _start(s, a, b, n, m)
         if not _balance(s, n, m, HOP * largest):
             return at, p, NO_OPTIMUM
         if _entries(s, m) > n + m - 1:
             _thin(s.flow, n, m)
-        gap, end = _write(s, n, m, total, at, turned, offsets[p], token, word, mass)
+        gap, end = _write(s, n, m, total, at, turned, offsets[p], real, token, word, mass)
         if not gap <= GAP * largest:
             return at, p, NO_OPTIMUM
         pair[at:end] = p
         at = end
-        for j in range(words):
+        for j in range(real):
             dual[offsets[p] + j] = s.key[j] if turned else s.price[j]
     return at, -1, SOLVED
