@@ -231,7 +231,7 @@ def main_figures(params: Params) -> list[tuple[str, str]]:
         rows.append((f"caption loss, {name}, pre-trained", f"{found['val_loss']:.3f}"))
         if name in results.scratch:
             rows.append((f"caption loss, {name}, from scratch", f"{results.scratch[name]['val_loss']:.3f}"))
-    return [*rows, ("time of all stages", _total(results))]
+    return [*rows, ("time of all stages, added up", _total(results))]
 
 
 def _total(results: Results) -> str:

@@ -34,13 +34,18 @@ def run(
     stages = _stages()
     sorter = TopologicalSorter(stages)
     sorter.prepare()
+    waiting: list[str] = []
     running: dict[Future[str], str] = {}
     faults: list[str] = []
+    to_the_end = _lengths(stages)
     with ThreadPoolExecutor(jobs) as pool, new_progress("stages") as progress:
         task = progress.add_task("stages", total=len(stages))
         while sorter.is_active() and (running or not faults):
-            if not faults:
-                running |= {pool.submit(_repro, stage, jobs): stage for stage in sorter.get_ready()}
+            # First what most waits for, or the last long chain runs alone in the end.
+            waiting = sorted([*waiting, *sorter.get_ready()], key=lambda stage: to_the_end[stage])
+            while waiting and len(running) < jobs and not faults:
+                stage = waiting.pop()
+                running[pool.submit(_repro, stage, jobs)] = stage
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 stage = running.pop(future)
@@ -50,11 +55,17 @@ def run(
                     progress.advance(task)
                 except UserError as fault:
                     faults.append(str(fault))
-                    for waiting in running:
-                        waiting.cancel()
-                    running = {future: stage for future, stage in running.items() if not future.cancelled()}
     if faults:
         raise UserError("\n".join([*faults, "run the same command again to go on"]))
+
+
+def _lengths(stages: dict[str, list[str]]) -> dict[str, int]:
+    """How many stages, one after the other, wait for each."""
+    lengths = dict.fromkeys(stages, 0)
+    for stage in reversed(list(TopologicalSorter(stages).static_order())):
+        for before in stages[stage]:
+            lengths[before] = max(lengths[before], lengths[stage] + 1)
+    return lengths
 
 
 def _stages() -> dict[str, list[str]]:

@@ -202,7 +202,7 @@ def test_main_figures(params: Params) -> None:
     assert figures["food accuracy, query"].startswith("90.0")
     assert figures["image gain of pre-training, mlp"] == "0.250 EMD (0.250 to 0.250)"
     assert figures["caption loss, self_attention, from scratch"] == "2.500"
-    assert "without 1 stage restored" in figures["time of all stages"]
+    assert "without 1 stage restored" in figures["time of all stages, added up"]
 
 
 def test_gain_over_blind_answers_and_number_of_candidates(params: Params) -> None:
