@@ -176,17 +176,17 @@ def test_side_by_side_runs_what_one_after_the_other_would(repo: Repo) -> None:
     """`terraalign run`: the same stages in an order that holds; what depends on one that failed waits."""
     repo.env["PYTHONPATH"] = str(PROJECT)
     command = [sys.executable, "-m", "stages.cli", "run"]
-    repo.set("adapters.query.architecture.dropout", 0.2)
+    repo.set("adapters.mlp.architecture.dropout", 0.25)
     fails = repo.log.with_name(f"{repo.log.name}.fails")
-    fails.write_text("finetune query classes")
+    fails.write_text("finetune mlp classes")
     before = len(repo.log.read_text().splitlines())
     done = subprocess.run(command, cwd=repo.root, env=repo.env, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and "finetune@query-classes failed:" in done.stderr and "the reason" in done.stderr
-    assert "pretrain@mlp: up to date" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "finetune@mlp-classes failed:" in done.stderr and "the reason" in done.stderr
+    assert "pretrain@query: up to date" in done.stderr and "Traceback" not in done.stderr
     ran = repo.log.read_text().splitlines()[before:]
-    assert ran[0] == "pretrain query" and not {"evaluate query", "report"} & set(ran)
+    assert ran[0] == "pretrain mlp" and not {"evaluate mlp", "report"} & set(ran)
     fails.unlink()
-    assert repo.repro(*command) == trained("query") - set(ran) | {"finetune query classes"}
+    assert repo.repro(*command) == trained("mlp") - set(ran) | {"finetune mlp classes"}
     assert repo.repro() == set()
 
 

@@ -56,6 +56,9 @@ class Noise(Pixels):
 class Letters:
     """A tokenizer with a token for each letter."""
 
+    added_tokens_decoder: dict[int, object] = {}  # noqa: RUF012
+    is_fast = True
+
     def get_vocab(self) -> dict[str, int]:
         return {chr(code): code for code in range(128)}
 
