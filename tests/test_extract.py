@@ -235,6 +235,7 @@ def test_a_mixed_set_has_the_same_bytes_however_it_is_sharded_or_interrupted(mix
 
 
 def test_each_decoder_has_its_fingerprint_and_pil_adds_nothing_to_it(mixed, capsys, monkeypatch):
+    decoding.say_once.cache_clear()  # it speaks once a process, and other tests may have heard it
     encoder = load_vision_encoder(mixed.vision)
     prints = {name: tokens_by_id(mixed, encoder, 1, name) for name in ("auto", "pil", "torchvision")}
     assert "vision.decoder auto: torchvision" in capsys.readouterr().err
