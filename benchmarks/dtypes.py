@@ -13,9 +13,9 @@ import yaml
 from torch import Tensor
 
 from pipeline import sources
-from pipeline.backbones.vision import load_vision_encoder
-from pipeline.params import Params
-from pipeline.pictures import decode
+from pipeline.config.params import Params
+from pipeline.encoders.vision import load_vision_encoder
+from pipeline.media.pictures import decode
 from pipeline.store.dtypes import pack, unpack
 
 PROFILE = Path(__file__).parents[1] / "profiles" / "demo.yaml"

@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.adapters import build_adapter
-from pipeline.backbones.devices import keep_freed_memory, to_device
-from pipeline.backbones.llm import load_llm
-from pipeline.emd import cost_matrix, emd, solve
-from pipeline.objective import Pairs, start_loss
-from pipeline.params import LLM, Objective, Pretrain
-from pipeline.training import Checkpoint, Trainer
+from pipeline.adapters.adapters import build_adapter
+from pipeline.config.params import LLM, Objective, Pretrain
+from pipeline.devices import keep_freed_memory, to_device
+from pipeline.llms.load import load_llm
+from pipeline.objectives.objective import Pairs, start_loss
+from pipeline.training.loop import Checkpoint, Trainer
+from pipeline.transport.emd import cost_matrix, emd, solve
 from pipeline.vlm import VLM
 
 Batch = tuple[Tensor, Tensor, list[int], list[int]]
@@ -279,7 +279,7 @@ class Flight:
         self.pairs, self.adapter = pairs, build_adapter(name, *widths).to(pairs.device)
         self.trainer = Trainer(
             name, self.adapter, [{"params": list(self.adapter.parameters())}], pairs.settings, examples, 0, self.start,
-            lambda step: {}, set(), Checkpoint(Path(os.devnull), ""), in_flight=flights,
+            lambda step: {}, set(), Checkpoint(Path("never-written.pt"), ""), in_flight=flights,
         )  # fmt: skip
         self.optimizer = torch.optim.AdamW(self.adapter.parameters(), lr=1e-4, fused=True)
 

@@ -39,13 +39,13 @@ import yaml
 from PIL import Image
 
 from pipeline import sources
-from pipeline.backbones.devices import pick_device
-from pipeline.backbones.vision import VisionEncoder, load_vision_encoder
-from pipeline.decoding import Decoder, decoder_for, padded
+from pipeline.config.params import Params
+from pipeline.devices import pick_device
+from pipeline.encoders.vision import VisionEncoder, load_vision_encoder
 from pipeline.errors import UserError
-from pipeline.extract import ImageShards, extract_images, one_thread_each
-from pipeline.params import Params
-from pipeline.pictures import decode
+from pipeline.extraction.extract import ImageShards, extract_images, one_thread_each
+from pipeline.media.decoding import Decoder, decoder_for, padded
+from pipeline.media.pictures import decode
 from pipeline.store.inventory import timings
 from pipeline.store.shards import STORE
 

@@ -73,7 +73,7 @@ class Bench:
     """The steps, in order; each prints its lines. `tiny`: sizes for a CPU, to see that all of it runs."""
 
     def __init__(self, tiny: bool):
-        from pipeline.params import load_params
+        from pipeline.config.params import load_params
 
         self.tiny = tiny
         self.pictures, self.labelled = (40, 40) if tiny else (4096, 512)
@@ -152,7 +152,7 @@ class Bench:
 
     @property
     def device(self) -> torch.device:
-        from pipeline.backbones.devices import pick_device
+        from pipeline.devices import pick_device
 
         return pick_device(self.params.runtime.device)
 
@@ -160,9 +160,9 @@ class Bench:
         """Stages prepare, extract_captions and extract_images, the last with each decoder and nothing in the store."""
         from benchmarks.extraction import decoders_here, distance
         from pipeline import sources
-        from pipeline.backbones.vision import load_vision_encoder
-        from pipeline.decoding import Decoder
-        from pipeline.extract import ImageShards, extract_images
+        from pipeline.encoders.vision import load_vision_encoder
+        from pipeline.extraction.extract import ImageShards, extract_images
+        from pipeline.media.decoding import Decoder
         from pipeline.store.inventory import timings
         from stages import extract_captions
 
@@ -200,7 +200,7 @@ class Bench:
     def solver(self) -> None:
         """Plans alone, thesis's shapes, as the background thread of pre-training calls it."""
         from benchmarks.emd import batch, costs_of
-        from pipeline.emd import solve
+        from pipeline.transport.emd import solve
 
         data = batch(4 if self.tiny else 64, 255, 5, (8, 20), 64)
         costs, (_, _, offsets, index) = costs_of(data), data
@@ -219,8 +219,8 @@ class Bench:
             )
 
     def constant_set(self) -> None:
-        from pipeline.objective import Pairs
-        from pipeline.pretraining import fit_constant_set
+        from pipeline.objectives.objective import Pairs
+        from pipeline.training.pretrain import fit_constant_set
 
         pairs = Pairs(self.params, self.params.pretrain_for("mlp"))
         fit_constant_set(pairs, 1, 0)  # compiles
@@ -230,8 +230,8 @@ class Bench:
     def pretraining(self) -> None:
         """The whole stage, then its steps alone, as the profile has it and with the adapter alone."""
         from benchmarks.emd import Flight
-        from pipeline.objective import Pairs
-        from pipeline.pretraining import pretrain
+        from pipeline.objectives.objective import Pairs
+        from pipeline.training.pretrain import pretrain
 
         line(
             "pretrain mlp, the stage, one epoch of these pictures",
@@ -266,10 +266,10 @@ class Bench:
 
     def language_model(self) -> None:
         """Fine-tuning steps, then cross-entropy through the frozen LLM."""
-        from pipeline.adapters import build_adapter
-        from pipeline.backbones.devices import fast_products
-        from pipeline.backbones.llm import load_llm
-        from pipeline.params import LoRA
+        from pipeline.adapters.adapters import build_adapter
+        from pipeline.config.params import LoRA
+        from pipeline.devices import fast_products
+        from pipeline.llms.load import load_llm
         from pipeline.store.reader import ImageTokens
         from pipeline.vlm import VLM, add_lora
 
@@ -323,8 +323,8 @@ class Bench:
 
     def evaluation(self) -> None:
         """Stages finetune (a few steps), evaluate and pca."""
-        from pipeline.evaluate.pca import pca
-        from pipeline.finetuning import finetune
+        from pipeline.metrics.alignment import pca
+        from pipeline.training.finetune import finetune
         from stages import evaluate
 
         for data in ("captions", "classes"):

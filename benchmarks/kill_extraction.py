@@ -24,9 +24,9 @@ import yaml
 from PIL import Image
 
 from pipeline import sources
-from pipeline.backbones.vision import load_vision_encoder
-from pipeline.extract import extract_images
-from pipeline.params import Params
+from pipeline.config.params import Params
+from pipeline.encoders.vision import load_vision_encoder
+from pipeline.extraction.extract import extract_images
 from pipeline.store.shards import STORE
 
 PROFILE = Path(__file__).parents[1] / "profiles" / "demo.yaml"
@@ -92,7 +92,9 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=200)
     parser.add_argument("--shards", type=int, default=16)
     options = parser.parse_args()
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["pipeline.sources", "pipeline.extract", "timm"])
+    multiprocessing.get_context("forkserver").set_forkserver_preload(
+        ["pipeline.sources", "pipeline.extraction.extract", "timm"]
+    )
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         params = data(options.pictures, options.shards)

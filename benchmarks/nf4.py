@@ -17,9 +17,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 
-from pipeline.adapters import build_adapter
-from pipeline.backbones.llm import load_llm
-from pipeline.params import LLM, LoRA
+from pipeline.adapters.adapters import build_adapter
+from pipeline.config.params import LLM, LoRA
+from pipeline.llms.load import load_llm
 from pipeline.vlm import VLM, add_lora
 
 BUSY = "while True: sum(i * i for i in range(10000))"

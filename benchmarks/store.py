@@ -24,7 +24,7 @@ import pyarrow as pa
 import torch
 import webdataset
 
-from pipeline.backbones.devices import keep_freed_memory
+from pipeline.devices import keep_freed_memory
 from pipeline.store import schema
 from pipeline.store.reader import CaptionTokens, ImageTokens, Mapped
 from pipeline.store.shards import ShardFile, atomically, open_shard, write_shard

@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.adapters import Adapter, load_adapter
-from pipeline.backbones.llm import LanguageModel, context_of, load_llm
-from pipeline.backbones.text import Texts
+from pipeline.adapters.adapters import Adapter, load_adapter
+from pipeline.config.params import LLM, LoRA
 from pipeline.errors import UserError
-from pipeline.origin import check_llm
-from pipeline.params import LLM, LoRA
+from pipeline.llms.load import LanguageModel, context_of, load_llm
+from pipeline.llms.text import Texts
 from pipeline.progress import progress_bar
+from pipeline.training.origin import check_llm
 
 if TYPE_CHECKING:
     from pipeline.store.reader import ImageTokens

@@ -37,7 +37,7 @@ def _own_pipeline() -> None:
 _own_pipeline()
 
 if TYPE_CHECKING:
-    from pipeline.params import Params
+    from pipeline.config.params import Params
 
 __all__ = ["timed"]
 

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pipeline.config.params import Dataset, Params, load_params
 from pipeline.errors import UserError, readable
-from pipeline.params import Dataset, Params, load_params
 
 if TYPE_CHECKING:
-    from pipeline.decoding import Decoder, Loaded
+    from pipeline.media.decoding import Decoder, Loaded
 
 Photos = Annotated[list[Path], typer.Argument(help="Pictures, or folders of pictures.", show_default=False)]
 AsJSON = Annotated[bool, typer.Option("--json", help="One JSON object a line: photo, answer, adapter.")]
@@ -39,9 +39,9 @@ def _answer(params: Params, data: Dataset, photos: list[Path], prompt: str, max_
     if not files:
         raise UserError(f"{photos[0]}: {'no such file or folder' if missing else 'no picture in it'}; {FORMATS}")
     losses = _finetuned(params, data)
-    from pipeline.backbones.devices import pick_device
-    from pipeline.backbones.vision import load_vision_encoder
-    from pipeline.decoding import decoder_for
+    from pipeline.devices import pick_device
+    from pipeline.encoders.vision import load_vision_encoder
+    from pipeline.media.decoding import decoder_for
     from pipeline.vlm import load_vlm
 
     encoder = load_vision_encoder(params.vision, params.runtime.device)
@@ -112,7 +112,7 @@ def _best_adapter(params: Params, losses: dict[Path, float], identity: dict[str,
 
     Those that do not fit are named on stderr. Raises UserError when none fits.
     """
-    from pipeline.origin import check_encoder, check_llm_named
+    from pipeline.training.origin import check_encoder, check_llm_named
 
     faults = {}
     for folder in losses:
@@ -130,7 +130,7 @@ def _best_adapter(params: Params, losses: dict[Path, float], identity: dict[str,
 
 
 def _load(file: Path, decoder: Decoder) -> Loaded | None:
-    from pipeline.pictures import decode, read
+    from pipeline.media.pictures import decode, read
 
     try:
         content = read(str(file))

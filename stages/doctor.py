@@ -10,8 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.doctor import Diagnosis, diagnose
-from pipeline.params import load_params
+from pipeline.config.params import load_params
+from pipeline.doctor.doctor import Diagnosis, diagnose
 
 
 def doctor(

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.params import AdapterName, Params, load_params
+from pipeline.config.params import AdapterName, Params, load_params
 from stages import timed
 
 if TYPE_CHECKING:
-    from pipeline.backbones.llm import LanguageModel
+    from pipeline.llms.load import LanguageModel
     from pipeline.store.reader import ImageTokens
 
 
@@ -25,9 +25,9 @@ def evaluate(adapter: Annotated[AdapterName, typer.Argument(help="One of run.ada
     """
     params = load_params()
     with timed(params, f"evaluate@{adapter}"):
-        from pipeline.backbones.llm import load_llm
-        from pipeline.origin import check_results
+        from pipeline.llms.load import load_llm
         from pipeline.store.reader import ImageTokens
+        from pipeline.training.origin import check_results
 
         base = Path("data") / params.profile
         out = base / "evaluate" / adapter
@@ -41,7 +41,7 @@ def evaluate(adapter: Annotated[AdapterName, typer.Argument(help="One of run.ada
 
 
 def _classes(params: Params, llm: LanguageModel, adapter: str, images: ImageTokens, out: Path) -> dict[str, Any]:
-    from pipeline.evaluate import food101
+    from pipeline.metrics import accuracy as food101
     from pipeline.vlm import tuned
 
     settings = params.evaluate
@@ -72,13 +72,11 @@ def _probe(base: Path, images: ImageTokens) -> float:
     """The linear probe, fitted once: no adapter has a part in it."""
     import sklearn
 
-    from pipeline.evaluate import food101
-    from pipeline.store import dtypes, reader
-    from pipeline.training import Checkpoint
+    from pipeline.metrics import accuracy as food101
+    from pipeline.training.checkpoint import Checkpoint
 
     inputs = [base / "images" / "classes" / "manifest.json", base / "prepare" / "classes.parquet"]
-    code = [Path(str(module.__file__)) for module in (food101, dtypes, reader)]
-    kept = Checkpoint.of(base, "linear-probe", [sklearn.__version__], [*inputs, *code])
+    kept = Checkpoint.of(base, "linear-probe", [sklearn.__version__], inputs, food101.__name__)
     state = kept.load()
     if state is None:
         state = {"accuracy": food101.linear_probe(images)}
@@ -87,7 +85,7 @@ def _probe(base: Path, images: ImageTokens) -> float:
 
 
 def _captions(params: Params, llm: LanguageModel, adapter: str, images: ImageTokens, out: Path) -> dict[str, Any]:
-    from pipeline.evaluate import captions as c
+    from pipeline.metrics import things as c
     from pipeline.vlm import tuned
 
     base, settings = Path("data") / params.profile, params.evaluate

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.params import Dataset, Params, load_params
+from pipeline.config.params import Dataset, Params, load_params
 from stages import timed
 
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ def extract_captions(data: Annotated[Dataset, typer.Argument(help="captions or c
 
 def make(params: Params, data: Dataset, repair: Manifest | None = None) -> Manifest:
     """The features of a data set, in the store; `repair`: the manifest whose missing shards to make."""
-    from pipeline.backbones.llm import context_length, load_embedding, load_tokenizer
-    from pipeline.extract import check_prompts, extract_captions
+    from pipeline.extraction.extract import check_prompts, extract_captions
+    from pipeline.llms.load import context_length, load_embedding, load_tokenizer
     from pipeline.progress import progress_bar
     from pipeline.store.reader import usable_rows
 

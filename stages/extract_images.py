@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pipeline.config.params import Dataset, Params, load_params
 from pipeline.errors import UserError
-from pipeline.params import Dataset, Params, load_params
 from stages import timed
 
 if TYPE_CHECKING:
@@ -46,9 +46,10 @@ def extract_images(
 
 def make(params: Params, data: Dataset, repair: Manifest | None = None, workers: int = 1) -> Manifest:
     """The features of a data set, in the store; `repair`: the manifest whose missing shards to make."""
-    from pipeline import distribute, sources
-    from pipeline.backbones.vision import load_vision_encoder
-    from pipeline.extract import extract_images
+    from pipeline import sources
+    from pipeline.encoders.vision import load_vision_encoder
+    from pipeline.extraction import distribute
+    from pipeline.extraction.extract import extract_images
     from pipeline.progress import progress_bar
     from pipeline.store.reader import usable_rows
 
@@ -68,9 +69,10 @@ def _make_part(params: Params, data: Dataset, worker: str) -> None:
     part = re.fullmatch(r"(\d+)/(\d+)", worker)
     if not part or int(part[1]) >= int(part[2]):
         raise UserError(f"--worker {worker}: expected I/N with I from 0 to N - 1, such as 0/4")
-    from pipeline import distribute, sources
-    from pipeline.backbones.vision import load_vision_encoder
-    from pipeline.extract import ImageShards
+    from pipeline import sources
+    from pipeline.encoders.vision import load_vision_encoder
+    from pipeline.extraction import distribute
+    from pipeline.extraction.extract import ImageShards
     from pipeline.progress import progress_bar
 
     distribute.check_named_weights(params)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.params import AdapterName, Dataset, load_params
+from pipeline.config.params import AdapterName, Dataset, load_params
 from stages import timed
 
 
@@ -23,7 +23,7 @@ def finetune(
     params = load_params()
     base = Path("data") / params.profile
     with timed(params, f"finetune@{adapter}-{data}"):
-        from pipeline.finetuning import finetune
+        from pipeline.training.finetune import finetune
 
         finetune(params, adapter, data, base / "pretrain" / adapter, base / "finetune" / f"{adapter}-{data}")
 
@@ -35,7 +35,7 @@ def finetune_scratch(adapter: Annotated[AdapterName, typer.Argument(help="One of
     """
     params = load_params()
     with timed(params, f"finetune_scratch@{adapter}"):
-        from pipeline.finetuning import finetune
+        from pipeline.training.finetune import finetune
 
         out = Path("data") / params.profile / "finetune_scratch" / adapter
         finetune(params, adapter, "captions", None, out)

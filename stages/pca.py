@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.params import AdapterName, load_params
+from pipeline.config.params import AdapterName, load_params
 from stages import timed
 
 
@@ -22,7 +22,7 @@ def pca(adapter: Annotated[AdapterName, typer.Argument(help="the adapter whose i
     of the two centroids).
     """
     params = load_params()
-    from pipeline.evaluate import pca as components  # torch, scikit-learn and matplotlib: not needed for --help
+    from pipeline.metrics import alignment as components  # torch, scikit-learn and matplotlib: not needed for --help
 
     with timed(params, f"pca@{adapter}"):
         folder = components.pca(params, adapter)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.params import Dataset, load_params
+from pipeline.config.params import Dataset, load_params
 from pipeline.progress import new_progress
 from stages import timed
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.params import AdapterName, load_params
+from pipeline.config.params import AdapterName, load_params
 from stages import timed
 
 
@@ -19,6 +19,6 @@ def pretrain(adapter: Annotated[AdapterName, typer.Argument(help="One of run.ada
     """
     params = load_params()
     with timed(params, f"pretrain@{adapter}"):
-        from pipeline.pretraining import pretrain
+        from pipeline.training.pretrain import pretrain
 
         pretrain(params, adapter, Path("data") / params.profile / "pretrain" / adapter)

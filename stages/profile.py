@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 from ruamel.yaml import YAML
 
+from pipeline.config.params import load_params, parse_params, read_yaml, reads_text
 from pipeline.errors import UserError
-from pipeline.params import load_params, parse_params, read_yaml, reads_text
 
 PROFILES = Path("profiles")
 PARAMS = Path("params.yaml")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.params import load_params
+from pipeline.config.params import load_params
 from stages import timed
 
 
@@ -19,7 +19,7 @@ def report() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from pipeline import report as pages  # pandas and matplotlib: not needed for --help
+    from pipeline.report import report as pages  # pandas and matplotlib: not needed for --help
 
     with timed(params, "report"):
         page = pages.write_report(params)

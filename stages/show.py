@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pipeline.config.params import load_params
 from pipeline.errors import UserError
-from pipeline.params import load_params
 
 
 def show() -> None:
@@ -17,7 +17,7 @@ def show() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from pipeline.report import main_figures  # pandas and matplotlib: not needed for --help
+    from pipeline.report.report import main_figures  # pandas and matplotlib: not needed for --help
 
     table = Table("figure", "value", title=f"profile {params.profile}", title_justify="left")
     for what, value in main_figures(params):

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from pipeline.config.params import Dataset, Params, load_params
 from pipeline.errors import UserError
-from pipeline.params import Dataset, Params, load_params
 
 if TYPE_CHECKING:
     from pipeline.store.inventory import Fault, Use

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pipeline.adapters import Attention, build_adapter, load_adapter, pool_grid
+from pipeline.adapters.adapters import Attention, build_adapter, load_adapter, pool_grid
 from pipeline.errors import UserError
 
 

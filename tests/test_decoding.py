@@ -12,12 +12,12 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from pipeline import decoding
-from pipeline.backbones.preprocess import Preprocess, in_parts, normalise
-from pipeline.backbones.vision import LITE0
-from pipeline.decoding import Broken, Decoder, Encoded, NvJpegDecoder, TorchvisionDecoder, decoder_for
+from pipeline.encoders.vision import LITE0
 from pipeline.errors import UserError
-from pipeline.pictures import PlainJPEG, decode, plain_jpeg
+from pipeline.media import decoding
+from pipeline.media.decoding import Broken, Decoder, Encoded, NvJpegDecoder, TorchvisionDecoder, decoder_for
+from pipeline.media.pictures import PlainJPEG, decode, plain_jpeg
+from pipeline.media.preprocess import Preprocess, in_parts, normalise
 
 CPU = torch.device("cpu")
 COCA = Preprocess(224, "bicubic", 255.0, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28), "coca", crop=(224, 224))

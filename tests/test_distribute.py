@@ -21,11 +21,12 @@ from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from pipeline import distribute, sources
-from pipeline.backbones.vision import load_vision_encoder
+from pipeline import sources
+from pipeline.config.params import Params
+from pipeline.encoders.vision import load_vision_encoder
 from pipeline.errors import UserError
-from pipeline.extract import ImageShards, extract_images
-from pipeline.params import Params
+from pipeline.extraction import distribute
+from pipeline.extraction.extract import ImageShards, extract_images
 from pipeline.store import schema
 from pipeline.store.dtypes import pack
 from pipeline.store.shards import STORE, ShardFile, atomically, manifest_path, sha256_of, write_shard

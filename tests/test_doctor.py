@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from pipeline import doctor
-from pipeline.params import Params, Vision, parse_params
+from pipeline.config.params import Params, Vision, parse_params
+from pipeline.doctor.doctor import doctor
 from stages import cli
 
 PROJECT = Path(__file__).parents[1]

@@ -13,7 +13,7 @@ import torch
 import yaml
 from test_pipeline import terraalign
 
-from pipeline.params import Cache
+from pipeline.config.params import Cache
 from pipeline.store.dtypes import DoesNotFit, pack, unpack
 from pipeline.store.reader import ImageTokens
 
@@ -78,7 +78,7 @@ def test_stored_bytes_are_stable():
 
 
 def test_params_and_code_know_the_same_types():
-    from pipeline.doctor import TOKEN_BYTES
+    from pipeline.doctor.doctor import TOKEN_BYTES
     from pipeline.store.schema import STORED
 
     [allowed] = [field.annotation.__args__ for name, field in Cache.model_fields.items() if name == "dtype"]
@@ -87,7 +87,9 @@ def test_params_and_code_know_the_same_types():
 
 def test_each_type_trains(tiny_params, monkeypatch):
     """Two steps through the stages; the image-blind baseline, which reads no image tokens, is not fitted."""
-    monkeypatch.setattr("pipeline.pretraining.fit_constant_set", lambda pairs, count, seed: pairs.table[:count].clone())
+    monkeypatch.setattr(
+        "pipeline.training.pretrain.fit_constant_set", lambda pairs, count, seed: pairs.table[:count].clone()
+    )
     values = yaml.safe_load(Path("params.yaml").read_text())
     values["pretrain"] |= {"data": ["captions"], "max_steps": 2}
     terraalign("prepare", "captions")

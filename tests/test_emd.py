@@ -13,8 +13,8 @@ import torch
 from scipy.optimize import linprog
 from sklearn.metrics import pairwise_distances
 
-from pipeline import emd as module
-from pipeline.emd import cost_matrix, emd, solve, start_emd
+from pipeline.transport.emd import cost_matrix, emd, solve, start_emd
+from pipeline.transport import emd as module
 
 METRICS = {"euclidean": "euclidean", "sqeuclidean": "sqeuclidean", "cosine": "cosine"}
 SHAPES = {  # tokens, fewest and most words
@@ -330,7 +330,7 @@ def test_the_first_run_which_compiles_gives_what_later_ones_give(tmp_path):
     """Bit for bit, prices too: numba compiles loops that may be reordered one way and loads them in another."""
     code = """
 import numpy as np
-from pipeline.emd import solve
+from pipeline.transport.emd import solve
 plan = solve(np.random.default_rng(0).random((200, 9, 12), np.float32), range(0, 2412, 12), range(200))
 print(plan.potential.tobytes().hex(), plan.mass.tobytes().hex())
 """
@@ -347,7 +347,7 @@ def test_needs_neither_pot_nor_numba_to_be_imported():
 import sys
 sys.modules["ot"] = None
 import torch
-from pipeline.emd import emd
+from pipeline.transport.emd import emd
 assert "numba" not in sys.modules
 assert emd(torch.ones(1, 2, 3), torch.zeros(2, 3), [0, 2], [0], cost="sqeuclidean").item() == 3
 """
@@ -431,7 +431,7 @@ def test_compiled_code_goes_where_it_can_be_written(project, monkeypatch, capsys
     from numba import config
     from numba.core import caching
 
-    from pipeline import transport
+    from pipeline.transport.exact import exact as transport
 
     # Neither beside the source nor in the home folder: only what CACHE_DIR names is left.
     monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [caching.UserProvidedCacheLocator])

@@ -13,11 +13,11 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from pipeline.backbones.devices import hash_weights
-from pipeline.backbones.vision import _TimmTokens, load_vision_encoder
-from pipeline.backbones.weights import weights_fault
+from pipeline.config.params import Vision
+from pipeline.devices import hash_weights
+from pipeline.encoders.vision import _TimmTokens, load_vision_encoder
+from pipeline.encoders.weights import weights_fault
 from pipeline.errors import UserError
-from pipeline.params import Vision
 
 # A map channels first and last, class tokens none, one, two and undeclared, and tokens without any grid in the network.
 LAYOUTS = [

@@ -12,13 +12,14 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from pipeline import decoding, sources
-from pipeline.backbones.llm import load_embedding, load_tokenizer
-from pipeline.backbones.vision import load_vision_encoder
+from pipeline import sources
+from pipeline.config.params import Params, Vision
+from pipeline.encoders.vision import load_vision_encoder
 from pipeline.errors import UserError
-from pipeline.extract import ImageShards, _Part, extract_captions, extract_images, one_thread_each
-from pipeline.params import Params, Vision
-from pipeline.pictures import decode
+from pipeline.extraction.extract import ImageShards, _Part, extract_captions, extract_images, one_thread_each
+from pipeline.llms.load import load_embedding, load_tokenizer
+from pipeline.media import decoding
+from pipeline.media.pictures import decode
 from pipeline.store import versions
 from pipeline.store.dtypes import pack
 from pipeline.store.reader import CaptionTokens, ImageTokens
@@ -265,7 +266,7 @@ def test_a_picture_that_nothing_decodes_is_named(mixed, monkeypatch):
     nvjpeg_without_a_gpu(monkeypatch)
     victim = Path("pictures/class1/07.jpg")
     victim.write_bytes(victim.read_bytes()[:-300])
-    monkeypatch.setattr("pipeline.extract._read_picture", lambda name, sha256: Path(name).read_bytes())
+    monkeypatch.setattr("pipeline.extraction.extract._read_picture", lambda name, sha256: Path(name).read_bytes())
     for decoder in ("pil", "torchvision", "nvjpeg"):
         with pytest.raises(UserError, match=r"class1/07.jpg: does not decode: .*; run `dvc repro --force`"):
             tokens_by_id(mixed, load_vision_encoder(mixed.vision), 1, decoder)

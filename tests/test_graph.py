@@ -202,12 +202,12 @@ def test_fine_tuning_parameters_leave_pretraining_alone(repo: Repo) -> None:
 
 
 def test_the_loss_retrains_but_extracts_nothing(repo: Repo) -> None:
-    repo.edit("pipeline/emd.py", lambda text: text + "\nEPSILON = 0\n")
+    repo.edit("pipeline/transport/emd.py", lambda text: text + "\nEPSILON = 0\n")
     assert repo.repro() == trained(*ADAPTERS)
 
 
 def test_a_comment_in_the_extractor_changes_nothing(repo: Repo) -> None:
-    repo.edit("pipeline/extract.py", lambda text: text + "\n# a comment\n")
+    repo.edit("pipeline/extraction/extract.py", lambda text: text + "\n# a comment\n")
     assert repo.repro() == set()
 
 

@@ -15,18 +15,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from pipeline import doctor
-from pipeline.backbones import llm as backbone
-from pipeline.backbones.llm import (
+from pipeline.config.params import LLM
+from pipeline.doctor.doctor import doctor
+from pipeline.errors import UserError
+from pipeline.llms import load as backbone
+from pipeline.llms.files import gguf_file, llm_fault
+from pipeline.llms.load import (
     context_length,
     load_embedding,
     load_embedding_matrix,
     load_llm,
     load_tokenizer,
 )
-from pipeline.backbones.llm_files import gguf_file, llm_fault
-from pipeline.errors import UserError
-from pipeline.params import LLM
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 269060552\n"
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import nn
 
+from pipeline.config.params import Params, load_params
 from pipeline.errors import UserError
-from pipeline.origin import FILE, Origin, Words, check_encoder, check_llm, check_results, check_tokens
-from pipeline.params import Params, load_params
-from pipeline.pretraining import _check_of_one_kind
 from pipeline.store.shards import Manifest, manifest_path
+from pipeline.training.origin import FILE, Origin, Words, check_encoder, check_llm, check_results, check_tokens
+from pipeline.training.pretrain import _check_of_one_kind
 from stages.answer import _best_adapter, _finetuned
 
 IDENTITY = {"encoder": "timm", "model": "resnet10t", "weights": "a" * 64, "preprocess": "crop", "dtype": "float32"}

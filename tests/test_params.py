@@ -8,8 +8,8 @@ import pytest
 import yaml
 from ruamel.yaml import YAML
 
+from pipeline.config.params import load_params, parse_params
 from pipeline.errors import UserError
-from pipeline.params import load_params, parse_params
 
 PROJECT = Path(__file__).parents[1]
 DEMO = (PROJECT / "profiles" / "demo.yaml").read_text(encoding="utf-8")

@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline.config.params import load_params
 from pipeline.errors import UserError
-from pipeline.evaluate import pca as rooms
-from pipeline.params import load_params
+from pipeline.metrics import alignment as rooms
 
 DEMO = Path(__file__).parent.parent / "profiles" / "demo.yaml"
 WIDTH = 24

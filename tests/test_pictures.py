@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from pipeline.params import Vision
-from pipeline.pictures import decode, part_of_tar, read
+from pipeline.config.params import Vision
+from pipeline.media.pictures import decode, part_of_tar, read
 
 
 def encoded(picture: Image.Image, form: str = "PNG", **options: Any) -> bytes:
@@ -220,7 +220,7 @@ def test_a_bomb_is_refused_by_its_header(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_one_pixel_passes_an_encoder_and_a_hair_does_not() -> None:
-    from pipeline.backbones.vision import load_vision_encoder
+    from pipeline.encoders.vision import load_vision_encoder
 
     encoder = load_vision_encoder(Vision(encoder="timm", model="resnet10t", pretrained="random", dtype="float32"))
     pixels = encoder.preprocess(decode(encoded(Image.new("RGB", (1, 1), (9, 9, 9)))))

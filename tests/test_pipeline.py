@@ -10,9 +10,9 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from pipeline.adapters import load_adapter
-from pipeline.evaluate.captions import Things
-from pipeline.evaluate.food101 import confusions, find_class, per_class
+from pipeline.adapters.adapters import load_adapter
+from pipeline.metrics.accuracy import confusions, find_class, per_class
+from pipeline.metrics.things import Things
 from pipeline.store.reader import ImageTokens
 from stages.cli import app
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.objective import Pairs, start_contrast, start_loss, whitening
-from pipeline.params import Objective, Pretrain
-from pipeline.pretraining import HeldOut, fit_constant_set, held_out_figures, nearest_words, retrieval
-from pipeline.training import Checkpoint, Trainer
+from pipeline.config.params import Objective, Pretrain
+from pipeline.objectives.objective import Pairs, start_contrast, start_loss, whitening
+from pipeline.training.loop import Checkpoint, Trainer
+from pipeline.training.pretrain import HeldOut, fit_constant_set, held_out_figures, nearest_words, retrieval
 
 IMAGES = 12
 PLAIN = {"cost": "sqeuclidean", "word_weights": "uniform", "start": "random"}

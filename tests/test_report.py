@@ -14,10 +14,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from pipeline import report
+from pipeline.config.params import Params, load_params
 from pipeline.errors import UserError
-from pipeline.evaluate import convergence
-from pipeline.params import Params, load_params
+from pipeline.report.report import convergence, report
 
 DEMO = Path(__file__).parent.parent / "profiles" / "demo.yaml"
 BASE = Path("data/demo")

@@ -19,10 +19,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from pipeline import sources
-from pipeline.backbones.vision import load_vision_encoder
+from pipeline.config.params import Params
+from pipeline.encoders.vision import load_vision_encoder
 from pipeline.errors import UserError
-from pipeline.extract import extract_captions, extract_images
-from pipeline.params import Params
+from pipeline.extraction.extract import extract_captions, extract_images
 from pipeline.store.inventory import folders, timings, verify
 from pipeline.store.reader import ImageTokens
 from pipeline.store.shards import STORE, Manifest, in_use, manifest_path, read_record
@@ -185,7 +185,7 @@ def test_a_changed_caption_makes_its_shard_alone(tiny_params, tiny_llm):
 
 @pytest.fixture
 def tiny_llm(tiny_params):
-    from pipeline.backbones.llm import load_embedding, load_tokenizer
+    from pipeline.llms.load import load_embedding, load_tokenizer
 
     return load_tokenizer(tiny_params.llm), load_embedding(tiny_params.llm)
 
@@ -200,7 +200,7 @@ def run(*arguments: str, code: int = 0) -> str:
 def active(pictures: Params, monkeypatch) -> tuple[Counting, Manifest]:
     """The pictures as the active profile, extracted with a counting encoder that the commands get, too."""
     encoder = Counting()
-    monkeypatch.setattr("pipeline.backbones.vision.load_vision_encoder", lambda *_: encoder)
+    monkeypatch.setattr("pipeline.encoders.vision.load_vision_encoder", lambda *_: encoder)
     Path("params.yaml").write_text(yaml.safe_dump(pictures.model_dump(mode="json")))
     manifest = extract(pictures, encoder)
     encoder.pictures = 0

@@ -22,9 +22,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from pipeline import sources
+from pipeline.config.params import DATASETS, Dataset, Params
 from pipeline.errors import UserError
-from pipeline.extract import extract_captions, extract_images
-from pipeline.params import DATASETS, Dataset, Params
+from pipeline.extraction.extract import extract_captions, extract_images
 from pipeline.store.reader import CaptionTokens, ImageTokens
 from pipeline.store.shards import STORE, manifest_path
 from pipeline.store.webdataset import export, identity, key_of, open_tars, read_tars

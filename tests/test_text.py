@@ -6,8 +6,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.backbones.text import Texts
 from pipeline.errors import UserError
+from pipeline.llms.text import Texts
 
 CORPUS = ["a red square and a blue one on the table; what is it? [INST] im_end image user s"] * 3
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_end|>"]

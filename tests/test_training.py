@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline import training
+from pipeline.config.params import Optimisation
 from pipeline.errors import UserError
-from pipeline.params import Optimisation
-from pipeline.training import Checkpoint, Trainer, batch_at, total_steps
+from pipeline.training.loop import Checkpoint, Trainer, batch_at, total_steps
+from pipeline.training.loop import loop as training
 
 SETTINGS = Optimisation(epochs=3, batch=4, lr=0.05, accumulate=2)
 DATA = torch.randn(22, 5, generator=torch.Generator().manual_seed(1))

@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.adapters import build_adapter
-from pipeline.backbones import llm as backbone
-from pipeline.backbones.llm import load_embedding, load_llm
+from pipeline.adapters.adapters import build_adapter
+from pipeline.config.params import LLM, LoRA
 from pipeline.errors import UserError
-from pipeline.origin import Origin, Words
-from pipeline.params import LLM, LoRA
+from pipeline.llms import load as backbone
+from pipeline.llms.load import load_embedding, load_llm
+from pipeline.training.origin import Origin, Words
 from pipeline.vlm import VLM, add_lora, load_vlm, tuned
 
 

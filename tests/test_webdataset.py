@@ -21,11 +21,13 @@ from PIL import Image
 from rich.progress import Progress
 from typer.testing import CliRunner
 
-from pipeline import doctor, pictures, sources
+from pipeline import sources
+from pipeline.config.params import Params
+from pipeline.doctor.doctor import doctor
 from pipeline.errors import UserError
-from pipeline.extract import extract_images
-from pipeline.params import Params
-from pipeline.report import thumbnail
+from pipeline.extraction.extract import extract_images
+from pipeline.media import pictures
+from pipeline.report.report import thumbnail
 from pipeline.sources import coco
 from pipeline.store.reader import ImageTokens
 from stages import cli

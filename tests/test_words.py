@@ -13,15 +13,15 @@ import yaml
 from transformers import ByT5Tokenizer
 from typer.testing import CliRunner
 
-from pipeline.backbones.llm import load_embedding, load_tokenizer
-from pipeline.backbones.text import Texts
+from pipeline.config.params import Params, load_params
 from pipeline.errors import UserError
-from pipeline.evaluate.food101 import find_class, linear_probe
-from pipeline.extract import Captions, _text_hash, check_prompts, extract_captions
-from pipeline.finetuning import Examples
-from pipeline.objective import Pairs
-from pipeline.params import Params, load_params
+from pipeline.extraction.extract import Captions, _text_hash, check_prompts, extract_captions
+from pipeline.llms.load import load_embedding, load_tokenizer
+from pipeline.llms.text import Texts
+from pipeline.metrics.accuracy import find_class, linear_probe
+from pipeline.objectives.objective import Pairs
 from pipeline.store.reader import CaptionTokens, ImageTokens
+from pipeline.training.finetune import Examples
 from stages import cli
 
 runner = CliRunner()

@@ -11,9 +11,10 @@ from pathlib import Path
 import pyarrow as pa
 from rich.progress import Progress
 
+from pipeline.config.params import Dataset, Params
 from pipeline.files import check_writable
-from pipeline.params import Dataset, Params
-from pipeline.sources import coco, food101, imagefolder, manifest, openmoji, webdataset
+from pipeline.sources import coco, food101, imagefolder, manifest, openmoji
+from pipeline.sources import tars as webdataset
 from pipeline.sources.manifest import SCHEMA, Found, check_splits, write
 
 __all__ = [

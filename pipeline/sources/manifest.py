@@ -21,7 +21,7 @@ from rich.progress import Progress
 
 from pipeline.errors import UserError, readable
 from pipeline.files import atomically, is_utf8
-from pipeline.pictures import decode, read
+from pipeline.media.pictures import decode, read
 from pipeline.sources import labels
 from pipeline.sources.folders import NOT_UTF8, LeftOut
 from pipeline.sources.texts import NAMED, by_reason, listed, one_line

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.backbones.devices import CPU, to_device
+from pipeline.devices import CPU, to_device
 
 Columns = dict[str, np.ndarray[Any, Any]]
 """Columns of some rows of a shard, by name: [R, ...] each."""

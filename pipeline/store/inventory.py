@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+from pipeline.config.params import Dataset
 from pipeline.errors import UserError
-from pipeline.params import Dataset
 from pipeline.store.shards import STORE, Manifest, Shard, open_shard, read_record, sha256_of
 
 KINDS = {"images": "extract_images", "text": "extract_captions"}

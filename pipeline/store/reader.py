@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from pipeline.backbones.devices import CPU
+from pipeline.config.params import Dataset
+from pipeline.devices import CPU
 from pipeline.errors import UserError
-from pipeline.params import Dataset
 from pipeline.store.dtypes import Columns, unpack
 from pipeline.store.schema import dense
 from pipeline.store.shards import Manifest, manifest_path, open_shard

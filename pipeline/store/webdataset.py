@@ -26,8 +26,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from pipeline.config.params import Dataset, Params
 from pipeline.errors import UserError
-from pipeline.params import Dataset, Params
 from pipeline.store.dtypes import Columns
 from pipeline.store.reader import CaptionTokens, ImageTokens
 from pipeline.store.schema import shard_of

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.backbones.devices import keep_freed_memory, pick_device, pick_dtype
-from pipeline.backbones.llm_files import (
+from pipeline.config.params import LLM
+from pipeline.devices import keep_freed_memory, pick_device, pick_dtype
+from pipeline.errors import UserError
+from pipeline.llms.files import (
     check_gguf,
     download_command,
     gguf_file,
@@ -24,8 +26,6 @@ from pipeline.backbones.llm_files import (
     local_folder,
     stateful_fault,
 )
-from pipeline.errors import UserError
-from pipeline.params import LLM
 
 # Before torch starts its threads: spinning OpenMP threads make a step many times slower beside another process.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")

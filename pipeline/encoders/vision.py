@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from pipeline.backbones.devices import hash_weights, keep_freed_memory, pick_device, pick_dtype
-from pipeline.backbones.preprocess import Preprocess, in_parts, normalise
-from pipeline.backbones.weights import weights_fault
+from pipeline.config.params import Vision
+from pipeline.devices import hash_weights, keep_freed_memory, pick_device, pick_dtype
+from pipeline.encoders.weights import weights_fault
 from pipeline.errors import UserError
-from pipeline.params import Vision
+from pipeline.media.preprocess import Preprocess, in_parts, normalise
 
 RANDOM = "random"
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.backbones.devices import exact_products, to_device
+from pipeline.devices import exact_products, to_device
 
 Cost = Literal["euclidean", "sqeuclidean", "cosine"]
 Solver = Literal["exact", "pot", "sinkhorn"]
@@ -383,14 +383,14 @@ def _fail(pair: int, image: int, why: str) -> NoReturn:
 
 
 def _exact(span: tuple[int, int], costs: np.ndarray, image: np.ndarray, *arrays: Any) -> int:
-    """Solve a range of pairs into the arrays, as transport.solve_pairs has them; returns where their plans end."""
-    from pipeline import transport
+    """Solve a range of pairs into the arrays, as exact.solve_pairs has them; returns where their plans end."""
+    from pipeline.transport import exact
 
-    end, pair, status = transport.solve_pairs(*span, costs, image, *arrays)
-    if status != transport.SOLVED:
+    end, pair, status = exact.solve_pairs(*span, costs, image, *arrays)
+    if status != exact.SOLVED:
         why = {
-            transport.NOT_FINITE: "a ground cost is not finite",
-            transport.NO_OPTIMUM: "the solver found no optimum",
+            exact.NOT_FINITE: "a ground cost is not finite",
+            exact.NO_OPTIMUM: "the solver found no optimum",
         }
         _fail(pair, image[pair], why[status])
     return int(end)

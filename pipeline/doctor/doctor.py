@@ -17,7 +17,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
-from pipeline.backbones.llm_files import (
+from pipeline.config.params import DATASETS, LLM, Dataset, Params, Vision
+from pipeline.encoders.weights import weights_fault
+from pipeline.errors import UserError
+from pipeline.llms.files import (
     Damaged,
     cached,
     gguf_file,
@@ -26,9 +29,6 @@ from pipeline.backbones.llm_files import (
     read_json,
     refuse_pointer,
 )
-from pipeline.backbones.weights import weights_fault
-from pipeline.errors import UserError
-from pipeline.params import DATASETS, LLM, Dataset, Params, Vision
 
 GIB = 2**30
 COCO_PICTURES, FOOD101_PICTURES = 118_287, 101_000  # assumed where the folder is not there yet
@@ -170,7 +170,7 @@ def _check_ends(path: Path) -> None:
 
 def _shards(title: str, pattern: str, name: Dataset) -> Check:
     """Whether the tars are there and the first of them is sound; remote ones are left to `prepare`."""
-    from pipeline.sources import webdataset
+    from pipeline.sources import tars as webdataset
 
     if "://" in pattern:
         return Check(title, True, f"{pattern}: remote, looked at by `terraalign prepare {name}` only")
@@ -208,7 +208,7 @@ def _vision(vision: Vision) -> Check:
     if (file := Path(str(vision.pretrained))).is_file():
         found, _, remedy = (weights_fault(file) or "").partition("; ")
         return Check(title, not found, f"{file} {found}".rstrip(), remedy if found else "")
-    from pipeline.backbones.vision import how_to_fetch, hub_files
+    from pipeline.encoders.vision import how_to_fetch, hub_files
 
     source = hub_files(vision)
     if source is None:
@@ -309,7 +309,7 @@ def pictures(params: Params, name: Dataset) -> int:
 @cache
 def _pictures_in_shards(pattern: str, name: Dataset) -> int:
     """As if every tar held as many pictures as the first; 0 where only `prepare` can tell. Asked many times a run."""
-    from pipeline.sources import webdataset
+    from pipeline.sources import tars as webdataset
 
     try:
         return 0 if "://" in pattern else math.prod(webdataset.look(pattern, name))

@@ -12,14 +12,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.adapters import load_adapter
-from pipeline.backbones.devices import CPU, pick_device
-from pipeline.backbones.llm import load_embedding
+from pipeline.adapters.adapters import load_adapter
+from pipeline.config.params import AdapterName, Params
+from pipeline.devices import CPU, pick_device
 from pipeline.errors import UserError
-from pipeline.evaluate import BLUE, GREEN, GREY, INK, RED, canvas, require, save_png
-from pipeline.origin import check_llm, check_results
-from pipeline.params import AdapterName, Params
+from pipeline.llms.load import load_embedding
+from pipeline.media.plots import BLUE, GREEN, GREY, INK, RED, canvas, require, save_png
 from pipeline.store.reader import CaptionTokens, ImageTokens
+from pipeline.training.origin import check_llm, check_results
 
 Array = NDArray[np.float64]
 STATES = {"epoch1": "after the first epoch", "last": "after pre-training", "finetuned": "after fine-tuning"}

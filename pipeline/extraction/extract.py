@@ -23,13 +23,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline.backbones.devices import hash_weights, pick_device
-from pipeline.backbones.text import Texts
-from pipeline.backbones.vision import VisionEncoder
-from pipeline.decoding import Broken, Loaded, decoder_for, padded, say_once
+from pipeline.config.params import DATASETS, Dataset, Params
+from pipeline.devices import hash_weights, pick_device
+from pipeline.encoders.vision import VisionEncoder
 from pipeline.errors import UserError
-from pipeline.params import DATASETS, Dataset, Params
-from pipeline.pictures import read
+from pipeline.llms.text import Texts
+from pipeline.media.decoding import Broken, Loaded, decoder_for, padded, say_once
+from pipeline.media.pictures import read
 from pipeline.store import schema, versions
 from pipeline.store.donors import Donors
 from pipeline.store.dtypes import Columns, DoesNotFit, pack

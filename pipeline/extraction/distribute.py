@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 
-from pipeline.backbones.devices import pick_device
-from pipeline.backbones.vision import RANDOM, load_vision_encoder
+from pipeline.config.params import Dataset, Params
+from pipeline.devices import pick_device
+from pipeline.encoders.vision import RANDOM, load_vision_encoder
 from pipeline.errors import UserError
-from pipeline.extract import Advance, ImageShards, Make
-from pipeline.params import Dataset, Params
+from pipeline.extraction.extract import Advance, ImageShards, Make
 from pipeline.store.shards import Shard, remove_temporary
 
 AGAIN = "run the same command again: it goes on where it stopped"

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import math
-import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,56 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.config.params import Optimisation
 from pipeline.errors import UserError
-from pipeline.params import Optimisation
 from pipeline.progress import progress_bar
+from pipeline.training.checkpoint import Checkpoint
 
 CHECKPOINT_SECONDS = 120.0
 History = list[dict[str, float]]
-
-
-@dataclass
-class Checkpoint:
-    """Where a run is kept while it is under way, or what runs share; `key` is a hash of all that decides it."""
-
-    path: Path
-    key: str
-
-    @classmethod
-    def of(cls, base: Path, stage: str, decides: Sequence[object], files: Sequence[Path]) -> Checkpoint:
-        """The checkpoint of a stage below data/<profile>/checkpoints; outside DVC's outputs, which a rerun deletes.
-
-        `decides` are values and `files` inputs and code that decide the run's course.
-        """
-        digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in [*files, Path(__file__)]]
-        text = json.dumps([*map(str, decides), *digests])
-        return cls(base / "checkpoints" / f"{stage}.pt", hashlib.sha256(text.encode()).hexdigest())
-
-    def save(self, state: dict[str, Any]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".tmp")
-        with temporary.open("wb") as file:
-            torch.save({"key": self.key, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.path)
-
-    def load(self) -> dict[str, Any] | None:
-        """The state saved by an interrupted run of exactly this key; anything else is left aside, and said."""
-        if not self.path.exists():
-            return None
-        try:
-            state: dict[str, Any] = torch.load(self.path, weights_only=True)
-        except Exception as error:  # torch raises half a dozen kinds for a damaged file
-            print(f"{self.path}: not readable ({type(error).__name__}); starting afresh", file=sys.stderr)
-            return None
-        if state["key"] != self.key:
-            print(f"{self.path}: of a run with other parameters or inputs; starting afresh", file=sys.stderr)
-            return None
-        return state
-
-    def remove(self) -> None:
-        self.path.unlink(missing_ok=True)
 
 
 @dataclass

@@ -16,10 +16,11 @@ import pandas as pd
 import yaml
 from jinja2 import Environment, StrictUndefined
 
+from pipeline.config.params import DATASETS, AdapterName, Params
 from pipeline.errors import UserError
-from pipeline.evaluate import convergence, require
-from pipeline.params import DATASETS, AdapterName, Params
-from pipeline.pictures import decode, read
+from pipeline.media.pictures import decode, read
+from pipeline.media.plots import require
+from pipeline.report import convergence
 
 PRETRAIN_KEYS = (
     *("val", "shuffled", "const_token", "const_set", "r1_raw", "r1_debiased"),
@@ -125,7 +126,7 @@ def render(context: dict[str, Any]) -> str:
     """The page; every text in it is escaped, and a figure the template wants but does not get is an error."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"percent": percent, "duration": duration}
-    template = resources.files("pipeline").joinpath("report.html.jinja").read_text(encoding="utf-8")
+    template = resources.files("pipeline.report").joinpath("report.html.jinja").read_text(encoding="utf-8")
     return environment.from_string(template).render(context)
 
 

@@ -21,10 +21,10 @@ from typing import Any
 import fsspec
 from rich.progress import Progress
 
+from pipeline.config.params import Dataset
 from pipeline.errors import UserError
 from pipeline.files import is_utf8
-from pipeline.params import Dataset
-from pipeline.pictures import part_of_tar
+from pipeline.media.pictures import part_of_tar
 from pipeline.sources import coco, imagefolder, texts
 from pipeline.sources.folders import NOT_UTF8, SUFFIXES, LeftOut, begins_as_picture, is_hidden
 from pipeline.sources.manifest import Found, Row, order, warn

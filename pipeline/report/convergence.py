@@ -9,9 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from pipeline.config.params import AdapterName, Params
 from pipeline.errors import UserError
-from pipeline.evaluate import BLUE, GREEN, GREY, RED, canvas, require, save_png
-from pipeline.params import AdapterName, Params
+from pipeline.media.plots import BLUE, GREEN, GREY, RED, canvas, require, save_png
 
 COLUMNS = ["adapter", "start", "step", "val_loss"]
 WITH, WITHOUT = "with pre-training", "without pre-training"

@@ -11,14 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.adapters import Adapter, build_adapter
-from pipeline.backbones.devices import fast_products, keep_freed_memory
+from pipeline.adapters.adapters import Adapter, build_adapter
+from pipeline.config.params import AdapterName, Dataset, Objective, Params, Pretrain
+from pipeline.devices import fast_products, keep_freed_memory
 from pipeline.errors import UserError
-from pipeline.objective import Pairs, start_loss
-from pipeline.origin import Origin, Words
-from pipeline.params import AdapterName, Dataset, Objective, Params, Pretrain
+from pipeline.objectives.objective import Pairs, start_loss
 from pipeline.store.shards import Manifest, manifest_path
-from pipeline.training import Checkpoint, Trainer, steps_per_epoch, total_steps, write_history
+from pipeline.training.checkpoint import Checkpoint
+from pipeline.training.loop import Trainer, steps_per_epoch, total_steps, write_history
+from pipeline.training.origin import Origin, Words
 
 SAMPLE, PART = 512, 128  # images that a constant set is fitted on, and how many at a time
 NEARNESS = 0.2  # of its start to words: the share of the way from their mean
@@ -219,9 +220,7 @@ def _checkpoint(params: Params, name: str, settings: Pretrain, decides: Sequence
     base = Path("data") / params.profile
     files = [base / kind / data / "manifest.json" for kind in ("images", "text") for data in settings.data]
     files += [base / "prepare" / f"{data}.parquet" for data in settings.data]
-    code = ("adapters.py", "objective.py", "emd.py", "transport.py")
-    files += [Path(__file__), *(Path(__file__).with_name(module) for module in code)]
-    return Checkpoint.of(base, name, decides, files)
+    return Checkpoint.of(base, name, decides, files, __name__)
 
 
 def _trainer(params: Params, name: AdapterName, pairs: Pairs, adapter: Adapter, blind: dict[str, float]) -> Trainer:

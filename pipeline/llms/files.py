@@ -16,9 +16,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pipeline.backbones.weights import safetensors_table
+from pipeline.config.params import LLM
+from pipeline.encoders.weights import safetensors_table
 from pipeline.errors import UserError
-from pipeline.params import LLM
 
 POINTER = b"version https://git-lfs"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "sentencepiece.bpe.model", "vocab.txt")

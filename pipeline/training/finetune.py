@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.adapters import Adapter, build_adapter, load_adapter
-from pipeline.backbones.devices import fast_products
-from pipeline.backbones.llm import load_llm
+from pipeline.adapters.adapters import Adapter, build_adapter, load_adapter
+from pipeline.config.params import AdapterName, Dataset, FinetuneTask, Params
+from pipeline.devices import fast_products
 from pipeline.errors import UserError
-from pipeline.origin import Origin, Words, check_llm, check_tokens
-from pipeline.params import AdapterName, Dataset, FinetuneTask, Params
+from pipeline.llms.load import load_llm
 from pipeline.store.reader import ImageTokens
-from pipeline.training import Checkpoint, Trainer, total_steps, write_history
+from pipeline.training.checkpoint import Checkpoint
+from pipeline.training.loop import Trainer, total_steps, write_history
+from pipeline.training.origin import Origin, Words, check_llm, check_tokens
 from pipeline.vlm import VLM, add_lora
 
 
@@ -100,11 +101,10 @@ def finetune(params: Params, name: AdapterName, data: Dataset, pretrained: Path 
         model.recompute_activations()
     _leave_room(model, examples, name)
     examples.warn_of_cuts(model)
-    files = [base / "images" / data / "manifest.json", base / "prepare" / f"{data}.parquet", Path(__file__)]
-    files += [Path(__file__).parent / code for code in ("adapters.py", "vlm.py", "backbones/text.py")]
+    files = [base / "images" / data / "manifest.json", base / "prepare" / f"{data}.parquet"]
     files += [pretrained / "last.safetensors"] if pretrained else []
     decides = [params.seed, settings.model_dump(), params.finetune.lora, params.llm, architecture]
-    checkpoint = Checkpoint.of(base, "-".join(out.parts[-2:]), decides, files)
+    checkpoint = Checkpoint.of(base, "-".join(out.parts[-2:]), decides, files, __name__)
     trainer = _trainer(model, lora, examples, settings, params.seed, checkpoint)
     trainer.name = f"{'fine-tune' if pretrained else 'from scratch'} {name} on {data}"
     history = trainer.run()

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.config.params import LLM, Dataset
 from pipeline.errors import UserError
-from pipeline.params import LLM, Dataset
 from pipeline.store.shards import Manifest, manifest_path
 
 FILE = "origin.json"

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.backbones.devices import exact_products, pick_device, to_device
-from pipeline.emd import barycentric_weights, start_emd
+from pipeline.config.params import Dataset, Objective, Params, Pretrain
+from pipeline.devices import exact_products, pick_device, to_device
 from pipeline.errors import UserError
-from pipeline.params import Dataset, Objective, Params, Pretrain
 from pipeline.store.reader import CaptionTokens, ImageTokens
 from pipeline.store.webdataset import open_tars
+from pipeline.transport.emd import barycentric_weights, start_emd
 
 WHITENING_RIDGE = 0.1  # of the mean variance
 CONTRASTED = 32  # images of a batch at most: the contrast costs their number squared

@@ -21,9 +21,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline.backbones.preprocess import Preprocess
 from pipeline.errors import UserError
-from pipeline.pictures import PlainJPEG, decode, plain_jpeg
+from pipeline.media.pictures import PlainJPEG, decode, plain_jpeg
+from pipeline.media.preprocess import Preprocess
 from pipeline.store import versions
 
 PIXELS_AT_ONCE = 64 << 20  # that nvJPEG decodes in one call: 200 MB, and four times that for the largest to resize

@@ -1,1 +1,0 @@
-"""Frozen models behind two small Protocols: vision encoders and language models."""
