@@ -13,7 +13,7 @@ import yaml
 from torch import Tensor
 
 from pipeline import sources
-from pipeline.config.params import Params
+from pipeline.config import Params
 from pipeline.encoders.vision import load_vision_encoder
 from pipeline.media.pictures import decode
 from pipeline.store.dtypes import pack, unpack

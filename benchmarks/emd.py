@@ -21,9 +21,11 @@ import torch
 from torch import Tensor
 
 from pipeline.adapters.adapters import build_adapter
-from pipeline.config.params import LLM, Objective, Pretrain
+from pipeline.config import LLM
+from pipeline.config.schema import Pretrain
 from pipeline.devices import keep_freed_memory, to_device
 from pipeline.llms.load import load_llm
+from pipeline.objectives.emd import EMDSettings
 from pipeline.objectives.objective import Pairs, start_loss
 from pipeline.training.loop import Checkpoint, Trainer
 from pipeline.transport.emd import cost_matrix, emd, solve
@@ -248,7 +250,7 @@ def in_flight(quick: bool, threads: int, device: str) -> None:
         return
     small = device == "cpu"
     tokens, widths, size = (49, (32, 64), 4) if small else (255, (512, 4096), 8)
-    objective = Objective(cost="euclidean", word_weights="uniform", start="random")
+    objective = EMDSettings(cost="euclidean", word_weights="uniform", start="random")
     settings = Pretrain(epochs=1, batch=size, accumulate=6, lr=1e-4, objective=objective)
     pairs = RandomPairs(device, tokens, widths, settings, threads)
     where = device if small else torch.cuda.get_device_name()

@@ -39,7 +39,7 @@ import yaml
 from PIL import Image
 
 from pipeline import sources
-from pipeline.config.params import Params
+from pipeline.config import Params
 from pipeline.devices import pick_device
 from pipeline.encoders.vision import VisionEncoder, load_vision_encoder
 from pipeline.errors import UserError

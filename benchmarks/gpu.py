@@ -73,7 +73,7 @@ class Bench:
     """The steps, in order; each prints its lines. `tiny`: sizes for a CPU, to see that all of it runs."""
 
     def __init__(self, tiny: bool):
-        from pipeline.config.params import load_params
+        from pipeline.config import load_params
 
         self.tiny = tiny
         self.pictures, self.labelled = (40, 40) if tiny else (4096, 512)
@@ -267,7 +267,7 @@ class Bench:
     def language_model(self) -> None:
         """Fine-tuning steps, then cross-entropy through the frozen LLM."""
         from pipeline.adapters.adapters import build_adapter
-        from pipeline.config.params import LoRA
+        from pipeline.config.schema import LoRA
         from pipeline.devices import fast_products
         from pipeline.llms.load import load_llm
         from pipeline.store.reader import ImageTokens

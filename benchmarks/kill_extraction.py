@@ -24,7 +24,7 @@ import yaml
 from PIL import Image
 
 from pipeline import sources
-from pipeline.config.params import Params
+from pipeline.config import Params
 from pipeline.encoders.vision import load_vision_encoder
 from pipeline.extraction.extract import extract_images
 from pipeline.store.shards import STORE

@@ -18,7 +18,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 
 from pipeline.adapters.adapters import build_adapter
-from pipeline.config.params import LLM, LoRA
+from pipeline.config import LLM
+from pipeline.config.schema import LoRA
 from pipeline.llms.load import load_llm
 from pipeline.vlm import VLM, add_lora
 

@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 import torch
 import yaml
 
-from pipeline.config.params import Params
+from pipeline.config import Params
 from stages.evaluate import evaluate
 from stages.finetune import finetune
 from stages.pretrain import pretrain

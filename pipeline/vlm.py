@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.adapters.adapters import Adapter, load_adapter
-from pipeline.config.params import LLM, LoRA
+from pipeline.config import LLM
+from pipeline.config.schema import LoRA
 from pipeline.errors import UserError
 from pipeline.llms.load import LanguageModel, context_of, load_llm
 from pipeline.llms.text import Texts

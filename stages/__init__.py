@@ -37,16 +37,20 @@ def _own_pipeline() -> None:
 _own_pipeline()
 
 if TYPE_CHECKING:
-    from pipeline.config.params import Params
+    from pipeline.config import Params
 
-__all__ = ["timed"]
+__all__ = ["DATA", "RECIPE", "timed"]
+
+DATA = "A data set of params.yaml, by its name under data."
+RECIPE = "A recipe of params.yaml, by its name under finetune.recipes."
 
 
 def _check_data_folder() -> None:
     """Before the work: what DVC would say after it, of results behind a link."""
     from pipeline.errors import UserError
+    from pipeline.runs import RESULTS
 
-    path = Path("data")
+    path = RESULTS
     if not (os.environ.get("DVC_ROOT") and path.is_symlink()):
         return
     config = ConfigParser()
@@ -68,9 +72,10 @@ def timed(params: Params, stage: str) -> Iterator[None]:
     profile's folder can't be written to.
     """
     from pipeline.files import atomically, check_writable
+    from pipeline.runs import Run
 
     _check_data_folder()
-    path = Path("data") / params.profile / "seconds" / f"{stage}.json"
+    path = Run.of(params).seconds(stage)
     check_writable(path.parent)
     began = time.monotonic()
     yield

@@ -10,44 +10,46 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.config.params import Dataset, Params, load_params
+from pipeline.config import Params, load_params
 from pipeline.errors import UserError, readable
+from pipeline.runs import Run
 
 if TYPE_CHECKING:
     from pipeline.media.decoding import Decoder, Loaded
 
 Photos = Annotated[list[Path], typer.Argument(help="Pictures, or folders of pictures.", show_default=False)]
-AsJSON = Annotated[bool, typer.Option("--json", help="One JSON object a line: photo, answer, adapter.")]
+AsJSON = Annotated[bool, typer.Option("--json", help="One JSON object a line: photo, answer, adapter, recipe.")]
 FORMATS = "give JPEG, PNG, WebP, GIF, BMP or TIFF files, or folders of them"
 
 
 def caption(photos: Photos, as_json: AsJSON = False) -> None:
     """Caption any pictures with the best fine-tuned adapter of the active profile's run."""
-    params = load_params()
-    _answer(params, "captions", photos, params.evaluate.finetuned_prompt, params.evaluate.caption_tokens, as_json)
+    _answer("caption", photos, as_json)
 
 
 def classify(photos: Photos, as_json: AsJSON = False) -> None:
-    """Name what is in any pictures with the best classes adapter of the active profile's run."""
-    params = load_params()
-    _answer(params, "classes", photos, params.evaluate.class_prompt, params.evaluate.class_tokens, as_json)
+    """Name what is in any pictures with the best fine-tuned adapter of the active profile's run."""
+    _answer("classify", photos, as_json)
 
 
-def _answer(params: Params, data: Dataset, photos: list[Path], prompt: str, max_tokens: int, as_json: bool) -> None:
+def _answer(name: str, photos: list[Path], as_json: bool) -> None:
     """Print an answer per picture; a picture that cannot be read is named on stderr and makes the exit code 1."""
+    params = load_params()
     files, missing = _files(photos)
     if not files:
         raise UserError(f"{photos[0]}: {'no such file or folder' if missing else 'no picture in it'}; {FORMATS}")
-    losses = _finetuned(params, data)
+    losses = _finetuned(params, name)
     from pipeline.devices import pick_device
     from pipeline.encoders.vision import load_vision_encoder
     from pipeline.media.decoding import decoder_for
+    from pipeline.tasks.base import Task
     from pipeline.vlm import load_vlm
 
+    task = Task.of(name, params.evaluate)
     encoder = load_vision_encoder(params.vision, params.runtime.device)
     decoder = decoder_for(params.vision.decoder, encoder.preprocess, pick_device(params.runtime.device))
     folder = _best_adapter(params, losses, encoder.identity)
-    adapter = folder.name.removesuffix(f"-{data}")
+    adapter, _, recipe = folder.name.partition("-")
     model = load_vlm(params.llm, folder, "adapter", params.runtime.device)
     remaining, failed = iter(files), missing
     while part := list(islice(remaining, params.vision.batch)):
@@ -56,9 +58,9 @@ def _answer(params: Params, data: Dataset, photos: list[Path], prompt: str, max_
         if not read:
             continue
         pixels = decoder.batch([loaded for _, loaded in read], params.vision.batch)  # of the shape of extraction
-        answers = model.generate(encoder.encode(pixels)[: len(read)], prompt, max_tokens)
+        answers = model.generate(encoder.encode(pixels)[: len(read)], task.prompt, task.max_tokens)
         for (file, _), answer in zip(read, answers, strict=True):
-            _say({"photo": str(file), "answer": answer, "adapter": adapter}, as_json)
+            _say({"photo": str(file), "answer": answer, "adapter": adapter, "recipe": recipe}, as_json)
     if failed:
         raise typer.Exit(1)
 
@@ -95,15 +97,20 @@ def _files(photos: list[Path]) -> tuple[list[Path], int]:
     return files, missing
 
 
-def _finetuned(params: Params, data: Dataset) -> dict[Path, float]:
-    """The folders of the fine-tuned adapters of run.adapters, with their validation losses."""
-    losses = {}
-    for name in params.run.adapters:
-        folder = Path("data") / params.profile / "finetune" / f"{name}-{data}"
-        if (folder / "metrics.json").exists():
-            losses[folder] = float(json.loads((folder / "metrics.json").read_text())["val_loss"])
+def _finetuned(params: Params, task: str) -> dict[Path, float]:
+    """The folders of the adapters that were fine-tuned for a task, with their validation losses on its data sets."""
+
+    run, losses = Run.of(params), {}
+    for recipe in params.run.recipes:
+        sets = params.finetune.recipes[recipe].data
+        asked = [data for data in sets if params.data[data].task == task]
+        for folder in (run.finetuned(adapter, recipe) for adapter in params.run.adapters if asked):
+            if (folder / "metrics.json").exists():
+                metrics = json.loads((folder / "metrics.json").read_text())
+                own = [metrics[f"val_loss/{data}" if len(sets) > 1 else "val_loss"] for data in asked]
+                losses[folder] = sum(own) / len(own)
     if not losses:
-        raise UserError(f"data/{params.profile}/finetune: no fine-tuned adapter for {data} yet; run `dvc repro`")
+        raise UserError(f"{run.base / 'finetune'}: nothing is fine-tuned for the task {task} yet; run `dvc repro`")
     return losses
 
 

@@ -23,7 +23,7 @@ HELP = """Vision-language models on a budget: extract once, align without the LL
 `dvc repro` runs the stages below in this order, and repeats only what a change touches; `terraalign run` runs two at a
 time:
 
-prepare, extract-images, extract-captions (once), pretrain (EMD, no LLM), finetune, finetune-scratch (QLoRA),
+prepare, extract-images, extract-captions (once), inputs, pretrain (EMD, no LLM), finetune, finetune-scratch (QLoRA),
 evaluate, pca, report.
 
 Parameters: params.yaml, written by `terraalign profile use NAME`.
@@ -38,6 +38,7 @@ COMMANDS = {
     "prepare": ("stages.prepare", STAGES),
     "extract-images": ("stages.extract_images", STAGES),
     "extract-captions": ("stages.extract_captions", STAGES),
+    "inputs": ("stages.inputs", STAGES),
     "pretrain": ("stages.pretrain", STAGES),
     "finetune": ("stages.finetune", STAGES),
     "finetune-scratch": ("stages.finetune", STAGES),

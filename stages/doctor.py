@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.config.params import load_params
+from pipeline.config import load_params
 from pipeline.doctor.doctor import Diagnosis, diagnose
 
 

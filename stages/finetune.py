@@ -1,41 +1,43 @@
-"""Stages finetune@<adapter>-<data> and finetune_scratch@<adapter>."""
+"""Stages finetune@<adapter>-<recipe> and finetune_scratch@<adapter>-<recipe>."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pipeline.config.params import AdapterName, Dataset, load_params
-from stages import timed
+from pipeline.config import load_params
+from stages import RECIPE, timed
 
 
 def finetune(
-    adapter: Annotated[AdapterName, typer.Argument(help="One of run.adapters.")],
-    data: Annotated[Dataset, typer.Argument(help="captions or classes.")],
+    adapter: Annotated[str, typer.Argument(help="One of run.adapters.")],
+    recipe: Annotated[str, typer.Argument(help=RECIPE)],
 ) -> None:
     """Fine-tune a pre-trained adapter together with a fresh LoRA on the LLM, from cached image tokens.
 
-    Writes adapter, LoRA, history and metrics to data/<profile>/finetune/<adapter>-<data>/. An interrupted run goes
-    on from its last checkpoint.
+    A recipe, finetune.recipes.<recipe> in params.yaml, names the data sets, in which mixture, and the prompts. Writes
+    adapter, LoRA, history and metrics to data/<profile>/finetune/<adapter>-<recipe>/. An interrupted run goes on from
+    its last checkpoint.
     """
+    _finetune(adapter, recipe, scratch=False)
+
+
+def finetune_scratch(
+    adapter: Annotated[str, typer.Argument(help="One of run.scratch.")],
+    recipe: Annotated[str, typer.Argument(help=RECIPE)],
+) -> None:
+    """The same fine-tuning from a random adapter: what pre-training is measured against.
+
+    Writes to data/<profile>/finetune_scratch/<adapter>-<recipe>/.
+    """
+    _finetune(adapter, recipe, scratch=True)
+
+
+def _finetune(adapter: str, recipe: str, scratch: bool) -> None:
     params = load_params()
-    base = Path("data") / params.profile
-    with timed(params, f"finetune@{adapter}-{data}"):
+    params.finetune_for(adapter, recipe)
+    with timed(params, f"finetune{'_scratch' if scratch else ''}@{adapter}-{recipe}"):
         from pipeline.training.finetune import finetune
 
-        finetune(params, adapter, data, base / "pretrain" / adapter, base / "finetune" / f"{adapter}-{data}")
-
-
-def finetune_scratch(adapter: Annotated[AdapterName, typer.Argument(help="One of run.scratch.")]) -> None:
-    """The same fine-tuning on captions from a random adapter: what pre-training is measured against.
-
-    Writes to data/<profile>/finetune_scratch/<adapter>/.
-    """
-    params = load_params()
-    with timed(params, f"finetune_scratch@{adapter}"):
-        from pipeline.training.finetune import finetune
-
-        out = Path("data") / params.profile / "finetune_scratch" / adapter
-        finetune(params, adapter, "captions", None, out)
+        finetune(params, adapter, recipe, scratch)

@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 
-from pipeline.config.params import AdapterName, load_params
+from pipeline.config import load_params
 from stages import timed
 
 
-def pca(adapter: Annotated[AdapterName, typer.Argument(help="the adapter whose image tokens are looked at")]) -> None:
+def pca(adapter: Annotated[str, typer.Argument(help="the adapter whose image tokens are looked at")]) -> None:
     """Show where an adapter puts image tokens among the text tokens.
 
     Pre-training is to move image tokens into the LLM's embedding space. This stage takes pca.images validation

@@ -6,13 +6,13 @@ from typing import Annotated
 
 import typer
 
-from pipeline.config.params import Dataset, load_params
+from pipeline.config import load_params
 from pipeline.progress import new_progress
-from stages import timed
+from stages import DATA, timed
 
 
 def prepare(
-    data: Annotated[Dataset, typer.Argument(help="captions: pictures with captions; classes: labelled pictures")],
+    data: Annotated[str, typer.Argument(help=DATA)],
 ) -> None:
     """Read a data set and write its manifest: one row per picture, with its split.
 
@@ -27,13 +27,17 @@ def prepare(
     folders train, val and test around class folders, decide it themselves.
     """
     params = load_params()
-    from pipeline import sources  # pyarrow and PIL: not needed to answer --help
+    from pipeline.runs import Run
+    from pipeline.sources import manifest  # pyarrow and PIL: not needed to answer --help
+    from pipeline.sources.prepare import prepare as read
+
+    run = Run.of(params)
 
     with timed(params, f"prepare@{data}"), new_progress("pictures") as progress:
-        table = sources.prepare(params, data, progress)
-        sources.check_splits(table, data)
-        sources.write(table, sources.manifest_path(params, data))
+        table = read(params, data, progress)
+        manifest.check_splits(table, data)
+        manifest.write(table, run.manifest(data))
     parts = ", ".join(f"{table['split'].to_pylist().count(name)} {name}" for name in ("train", "val", "test"))
     left_out = table.num_rows - table["quarantine"].null_count
-    where = f", {left_out} in quarantine, see {sources.quarantine_path(params, data)}" if left_out else ""
-    print(f"{sources.manifest_path(params, data)}: {table.num_rows} pictures ({parts}{where})")
+    where = f", {left_out} in quarantine, see {run.quarantine(data)}" if left_out else ""
+    print(f"{run.manifest(data)}: {table.num_rows} pictures ({parts}{where})")

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pipeline.config.params import AdapterName, load_params
+from pipeline.config import load_params
 from stages import timed
 
 
-def pretrain(adapter: Annotated[AdapterName, typer.Argument(help="One of run.adapters.")]) -> None:
+def pretrain(adapter: Annotated[str, typer.Argument(help="One of run.adapters.")]) -> None:
     """Align an adapter with the LLM's embedding space by exact EMD, from the cached tensors alone.
 
     Needs no LLM and no pictures. Writes the adapter after the first and the last epoch, the history and the
     metrics to data/<profile>/pretrain/<adapter>/. An interrupted run goes on from its last checkpoint.
     """
     params = load_params()
+    params.adapter(adapter)
     with timed(params, f"pretrain@{adapter}"):
         from pipeline.training.pretrain import pretrain
 
-        pretrain(params, adapter, Path("data") / params.profile / "pretrain" / adapter)
+        pretrain(params, adapter)

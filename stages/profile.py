@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from ruamel.yaml import YAML
 
-from pipeline.config.params import load_params, parse_params, read_yaml, reads_text
+from pipeline.config import keys_of, load_params, parse_params, read_yaml, reads_text
 from pipeline.errors import UserError
 
 PROFILES = Path("profiles")
@@ -107,11 +107,15 @@ def _changed(text: str, values: dict[str, Any], settings: list[str]) -> tuple[st
         type(None), lambda representer, _: representer.represent_scalar("tag:yaml.org,2002:null", "null")
     )
     tree = editor.load(text)
-    values = _copied(values)
+    before, values = _copied(values), _copied(values)
+    wanted = _roughly(values, settings)
     for setting in settings:
-        key, value = _key_and_value(setting)
+        key, value = _key_and_value(setting, wanted)
         _put(tree, key, value, setting)
         _put(values, key, value, setting)
+    for place, name in _left_over(before, values):
+        del _at(tree, place)[name], _at(values, place)[name]
+        typer.echo(f"{'.'.join([*place, name])} is left out: only what stood there before knows it")
     stream = io.StringIO()
     editor.dump(tree, stream)
     return stream.getvalue(), values
@@ -124,7 +128,7 @@ def _copied(values: Any) -> Any:
     return [_copied(value) for value in values] if isinstance(values, list) else values
 
 
-def _key_and_value(setting: str) -> tuple[list[str], Any]:
+def _key_and_value(setting: str, values: dict[str, Any]) -> tuple[list[str], Any]:
     """KEY=VALUE: to a key that takes a text it is one, letter for letter; else it is read as the file would be."""
     name, equals, value = setting.partition("=")
     key = name.strip().split(".")
@@ -134,7 +138,7 @@ def _key_and_value(setting: str) -> tuple[list[str], Any]:
         setting.encode()
     except UnicodeEncodeError:
         raise UserError(f"--set {name}: not valid UTF-8, as params.yaml has to be; rename the file") from None
-    text = reads_text(key)
+    text = reads_text(key, values)
     if text:
         return key, value
     if text is None:  # null, and in quotes the word
@@ -143,6 +147,35 @@ def _key_and_value(setting: str) -> tuple[list[str], Any]:
         return key, read_yaml(f"value: {value}", f"--set {name}")["value"] if "\n" not in value else value
     except UserError:
         raise UserError(f"--set {setting[:200]}: the value is not valid YAML") from None
+
+
+def _roughly(values: dict[str, Any], settings: list[str]) -> dict[str, Any]:
+    """The values as they will be, but for their types: enough to see which parts they name, and so which keys."""
+    values = _copied(values)
+    for setting in settings:
+        name, _, value = setting.partition("=")
+        _put(values, name.strip().split("."), value, setting)
+    return values
+
+
+def _left_over(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[list[str], str]]:
+    """Keys that a section keeps of a part (a source, an encoder) which it does not name any more."""
+    found = []
+    for section in [
+        ["vision"],
+        ["llm"],
+        ["pretrain", "objective"],
+        *(["data", name] for name in after.get("data", {})),
+    ]:
+        old, new = keys_of(section, before), keys_of(section, after)
+        found += [(section, key) for key in _at(after, section) if old and new and key in old and key not in new]
+    return found
+
+
+def _at(tree: Any, section: list[str]) -> Any:
+    for part in section:
+        tree = tree.get(part, {}) if isinstance(tree, dict) else {}
+    return tree
 
 
 def _put(tree: dict[str, Any], key: list[str], value: Any, setting: str) -> None:

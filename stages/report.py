@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.config.params import load_params
+from pipeline.config import load_params
 from stages import timed
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from pipeline.config.params import load_params
+from pipeline.config import load_params
 from pipeline.errors import UserError
+from pipeline.runs import Run
 
 
 def show() -> None:
     """Print the main figures of the active profile and the path of its report."""
     params = load_params()
-    page = Path("data") / params.profile / "report" / "index.html"
+    page = Run.of(params).report / "index.html"
     if not page.is_file():
         raise UserError(f"{page}: no report yet; run `dvc repro` first")
     from rich.console import Console

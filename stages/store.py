@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from pipeline.config.params import Dataset, Params, load_params
+from pipeline.config import Params, load_params
 from pipeline.errors import UserError
+from pipeline.runs import RESULTS, Run
+from stages import DATA
 
 if TYPE_CHECKING:
     from pipeline.store.inventory import Fault, Use
@@ -84,7 +86,7 @@ def verify(
 
 def _repair(params: Params, faults: list[Fault]) -> None:
     """Remove the damaged files and run their extractions for them alone; UserError when other bytes came out."""
-    from pipeline.store.inventory import KINDS
+    from pipeline.runs import EXTRACTED_BY
     from pipeline.store.shards import in_use
     from stages import extract_captions, extract_images
 
@@ -100,7 +102,7 @@ def _repair(params: Params, faults: list[Fault]) -> None:
             if make[kind](params, data, use.manifest) != use.manifest:
                 raise UserError(
                     f"{kind} of {data}: what was extracted now has other bits than the manifest names (another "
-                    f"processor or library?); run `dvc repro --force {KINDS[kind]}@{data}`"
+                    f"processor or library?); run `dvc repro --force {EXTRACTED_BY[kind]}@{data}`"
                 )
 
 
@@ -163,7 +165,7 @@ def pull(url: Url) -> None:
 
 @app.command("export")
 def export(
-    data: Annotated[Dataset, typer.Argument(help="captions or classes.")],
+    data: Annotated[str, typer.Argument(help=DATA)],
     destination: Annotated[Path, typer.Argument(help="A new folder.")],
     layout: Annotated[Format, typer.Option("--format", help="The layout; one so far.")] = "webdataset",
     per_shard: Annotated[int, typer.Option(min=1, help="Pictures in a tar.")] = 1000,
@@ -178,10 +180,12 @@ def export(
     from pipeline.store import webdataset
     from pipeline.store.reader import CaptionTokens, ImageTokens
 
-    base = Path("data") / load_params().profile
-    images, captions = ImageTokens.open(base, data), CaptionTokens.open(base, data)
+    params = load_params()
+    params.data_set(data)
+    run = Run.of(params)
+    images, captions = ImageTokens.open(run, data), CaptionTokens.open(run, data)
     with progress_bar("export", len(images.ids), "pictures") as advance:
-        tars = webdataset.export(images, captions, webdataset.identity(base, data), destination, per_shard, advance)
+        tars = webdataset.export(images, captions, webdataset.identity(run, data), destination, per_shard, advance)
     typer.echo(f"{destination}: {len(images.ids):,} pictures in {len(tars)} tars")
 
 
@@ -193,7 +197,7 @@ def _transfer(move: Callable[[list[Use], str, Callable[[int], None]], int], url:
     profile = load_params().profile
     uses = manifests(profile)
     if not uses:
-        raise UserError(f"data/{profile} has no feature manifest; run `dvc repro` here, or `dvc pull`")
+        raise UserError(f"{RESULTS / profile} has no feature manifest; run `dvc repro` here, or `dvc pull`")
     shards = files(uses)
     with progress_bar(url, sum(shard.bytes for shard in shards.values()), "bytes") as advance:
         count = move(uses, url, advance)

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from pipeline.config.params import Params, load_params
+from pipeline.config import Params, load_params
 
 torch.set_num_threads(2)
 

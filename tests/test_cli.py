@@ -16,7 +16,7 @@ from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
 import stages
-from pipeline.config.params import load_params
+from pipeline.config import load_params
 from pipeline.errors import UserError
 from stages import cli
 
@@ -163,7 +163,7 @@ def test_what_cannot_be_written_is_refused_and_leaves_the_old_file_alone(folder:
 
 def test_another_pipeline_on_the_path_is_not_taken(tmp_path: Path) -> None:
     (tmp_path / "pipeline.py").write_text("raise SystemExit('the wrong one')")
-    code = "import stages.cli, pipeline.config.params; print(pipeline.__file__)"
+    code = "import stages.cli, pipeline.config; print(pipeline.__file__)"
     path = os.pathsep.join([str(tmp_path), str(PROJECT)])
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from pipeline.config.params import Params, Vision, parse_params
+from pipeline.config import Params, Vision, parse_params
 from pipeline.doctor.doctor import doctor
 from stages import cli
 

@@ -13,7 +13,7 @@ import torch
 import yaml
 from test_pipeline import terraalign
 
-from pipeline.config.params import Cache
+from pipeline.config.schema import Cache
 from pipeline.store.dtypes import DoesNotFit, pack, unpack
 from pipeline.store.reader import ImageTokens
 

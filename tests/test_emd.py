@@ -13,8 +13,8 @@ import torch
 from scipy.optimize import linprog
 from sklearn.metrics import pairwise_distances
 
-from pipeline.transport.emd import cost_matrix, emd, solve, start_emd
 from pipeline.transport import emd as module
+from pipeline.transport.emd import cost_matrix, emd, solve, start_emd
 
 METRICS = {"euclidean": "euclidean", "sqeuclidean": "sqeuclidean", "cosine": "cosine"}
 SHAPES = {  # tokens, fewest and most words

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from pipeline.config.params import Vision
+from pipeline.config import Vision
 from pipeline.devices import hash_weights
 from pipeline.encoders.vision import _TimmTokens, load_vision_encoder
 from pipeline.encoders.weights import weights_fault

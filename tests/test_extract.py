@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from pipeline import sources
-from pipeline.config.params import Params, Vision
+from pipeline.config import Params, Vision
 from pipeline.encoders.vision import load_vision_encoder
 from pipeline.errors import UserError
 from pipeline.extraction.extract import ImageShards, _Part, extract_captions, extract_images, one_thread_each

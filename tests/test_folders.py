@@ -16,7 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from pipeline import sources
-from pipeline.config.params import Params
+from pipeline.config import Params
 from pipeline.errors import UserError, readable
 from pipeline.sources.folders import pictures_below
 from stages import answer, cli

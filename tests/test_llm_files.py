@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.config.params import LLM
+from pipeline.config import LLM
 from pipeline.doctor.doctor import doctor
 from pipeline.errors import UserError
 from pipeline.llms import load as backbone

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.config.params import Params, load_params
+from pipeline.config import Params, load_params
 from pipeline.errors import UserError
 from pipeline.store.shards import Manifest, manifest_path
 from pipeline.training.origin import FILE, Origin, Words, check_encoder, check_llm, check_results, check_tokens

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from ruamel.yaml import YAML
 
-from pipeline.config.params import load_params, parse_params
+from pipeline.config import load_params, parse_params
 from pipeline.errors import UserError
 
 PROJECT = Path(__file__).parents[1]

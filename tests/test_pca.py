@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.config.params import load_params
+from pipeline.config import load_params
 from pipeline.errors import UserError
 from pipeline.metrics import alignment as rooms
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from pipeline.config.params import Vision
+from pipeline.config import Vision
 from pipeline.media.pictures import decode, part_of_tar, read
 
 

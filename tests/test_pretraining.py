@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.config.params import Objective, Pretrain
+from pipeline.config.schema import Pretrain
 from pipeline.objectives.objective import Pairs, start_contrast, start_loss, whitening
 from pipeline.training.loop import Checkpoint, Trainer
 from pipeline.training.pretrain import HeldOut, fit_constant_set, held_out_figures, nearest_words, retrieval

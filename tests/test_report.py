@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from pipeline.config.params import Params, load_params
+from pipeline.config import Params, load_params
 from pipeline.errors import UserError
 from pipeline.report.report import convergence, report
 

@@ -23,7 +23,7 @@ from rich.progress import Progress
 from typer.testing import CliRunner
 
 from pipeline import sources
-from pipeline.config.params import Params
+from pipeline.config import Params
 from pipeline.errors import UserError
 from pipeline.sources import coco, manifest, openmoji
 from stages import cli

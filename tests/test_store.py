@@ -19,7 +19,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from pipeline import sources
-from pipeline.config.params import Params
+from pipeline.config import Params
 from pipeline.encoders.vision import load_vision_encoder
 from pipeline.errors import UserError
 from pipeline.extraction.extract import extract_captions, extract_images

@@ -22,7 +22,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from pipeline import sources
-from pipeline.config.params import DATASETS, Dataset, Params
+from pipeline.config import Params
 from pipeline.errors import UserError
 from pipeline.extraction.extract import extract_captions, extract_images
 from pipeline.store.reader import CaptionTokens, ImageTokens

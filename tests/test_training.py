@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.config.params import Optimisation
+from pipeline.config.schema import Optimisation
 from pipeline.errors import UserError
 from pipeline.training.loop import Checkpoint, Trainer, batch_at, total_steps
 from pipeline.training.loop import loop as training

@@ -9,7 +9,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.adapters.adapters import build_adapter
-from pipeline.config.params import LLM, LoRA
+from pipeline.config import LLM
+from pipeline.config.schema import LoRA
 from pipeline.errors import UserError
 from pipeline.llms import load as backbone
 from pipeline.llms.load import load_embedding, load_llm

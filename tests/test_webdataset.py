@@ -22,7 +22,7 @@ from rich.progress import Progress
 from typer.testing import CliRunner
 
 from pipeline import sources
-from pipeline.config.params import Params
+from pipeline.config import Params
 from pipeline.doctor.doctor import doctor
 from pipeline.errors import UserError
 from pipeline.extraction.extract import extract_images

@@ -13,7 +13,7 @@ import yaml
 from transformers import ByT5Tokenizer
 from typer.testing import CliRunner
 
-from pipeline.config.params import Params, load_params
+from pipeline.config import Params, load_params
 from pipeline.errors import UserError
 from pipeline.extraction.extract import Captions, _text_hash, check_prompts, extract_captions
 from pipeline.llms.load import load_embedding, load_tokenizer

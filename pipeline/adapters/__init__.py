@@ -1,1 +1,8 @@
-"""adapters"""
+"""Adapters, by their names under `adapters`, or by adapters.<name>.kind."""
+
+ADAPTERS = {
+    "linear": "pipeline.adapters.linear:Linear",
+    "mlp": "pipeline.adapters.mlp:MLP",
+    "self_attention": "pipeline.adapters.self_attention:SelfAttention",
+    "query": "pipeline.adapters.query:Query",
+}

@@ -78,7 +78,7 @@ def build_adapter(name: str, d_in: int, d_out: int, **architecture: Any) -> Adap
         "linear": _linear, "mlp": _mlp, "self_attention": _self_attention, "query": _query,
     }  # fmt: skip
     common = {key: architecture[key] for key in ("pool", "dropout") if key in architecture}
-    own = {key: value for key, value in architecture.items() if key not in common}
+    own = {key: value for key, value in architecture.items() if key not in (*common, "kind")}
     try:
         body, width = bodies[name](d_in, d_out, **own)
     except TypeError as error:

@@ -1,1 +1,7 @@
-"""config"""
+"""params.yaml: its sections (schema), the parts that it names (components), and what is wrong with one (faults)."""
+
+from pipeline.config.faults import keys_of, load_params, parse_params, reads_text
+from pipeline.config.schema import LLM, Params, Vision
+from pipeline.config.yaml12 import read_yaml
+
+__all__ = ["LLM", "Params", "Vision", "keys_of", "load_params", "parse_params", "read_yaml", "reads_text"]

@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
-from pipeline.config.params import DATASETS, LLM, Dataset, Params, Vision
+from pipeline.config import LLM, Params, Vision
 from pipeline.encoders.weights import weights_fault
 from pipeline.errors import UserError
 from pipeline.llms.files import (
@@ -29,6 +29,7 @@ from pipeline.llms.files import (
     read_json,
     refuse_pointer,
 )
+from pipeline.runs import Run
 
 GIB = 2**30
 COCO_PICTURES, FOOD101_PICTURES = 118_287, 101_000  # assumed where the folder is not there yet
@@ -117,7 +118,7 @@ class Hub:
         return "hub: reachable" if self.reached else "hub: not reachable (offline); only local files are used"
 
 
-def _data(params: Params, name: Dataset) -> Check:
+def _data(params: Params, name: str) -> Check:
     section = getattr(params.data, name)
     title = f"data.{name} ({section.source})"
     if section.source.startswith("openmoji"):
@@ -168,7 +169,7 @@ def _check_ends(path: Path) -> None:
         raise Damaged(f"{path.name}: {'cut off' if first == b'{' else 'no JSON object'}")
 
 
-def _shards(title: str, pattern: str, name: Dataset) -> Check:
+def _shards(title: str, pattern: str, name: str) -> Check:
     """Whether the tars are there and the first of them is sound; remote ones are left to `prepare`."""
     from pipeline.sources import tars as webdataset
 
@@ -182,7 +183,7 @@ def _shards(title: str, pattern: str, name: Dataset) -> Check:
     return Check(title, True, f"{pattern}: {count} tars, {pictures} pictures in the first")
 
 
-def _use_command(params: Params, missing: Dataset) -> str:
+def _use_command(params: Params, missing: str) -> str:
     """The command that sets a missing folder and keeps the other data set."""
     settings = []
     for name in DATASETS:
@@ -287,7 +288,7 @@ def _memory(params: Params, needed: float) -> Check:
     return Check("memory", total >= need, f"{_gib(total)} in all, about {_gib(need)} needed", remedy)
 
 
-def pictures(params: Params, name: Dataset) -> int:
+def pictures(params: Params, name: str) -> int:
     """How many pictures a data set has or, where its folder is not there yet, is assumed to have."""
     section = getattr(params.data, name)
     if section.source == "openmoji_scenes":
@@ -307,7 +308,7 @@ def pictures(params: Params, name: Dataset) -> int:
 
 
 @cache
-def _pictures_in_shards(pattern: str, name: Dataset) -> int:
+def _pictures_in_shards(pattern: str, name: str) -> int:
     """As if every tar held as many pictures as the first; 0 where only `prepare` can tell. Asked many times a run."""
     from pipeline.sources import tars as webdataset
 
@@ -431,7 +432,7 @@ def _estimates(params: Params, disk: float, memory: float) -> list[Estimate]:
             f"4 x LLM parameters x tokens / speed of {_speed(params)[1]}; order of magnitude",
         ),
     ]  # fmt: skip
-    return found + list(_last_run(Path("data") / params.profile / "seconds"))
+    return found + list(_last_run(Run.of(params) / "seconds"))
 
 
 def _last_run(folder: Path) -> Iterable[Estimate]:

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from pipeline.config.params import Vision
+from pipeline.config import Vision
 from pipeline.devices import hash_weights, keep_freed_memory, pick_device, pick_dtype
 from pipeline.encoders.weights import weights_fault
 from pipeline.errors import UserError

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from pipeline.config.params import Dataset, Params
+from pipeline.config import Params
 from pipeline.devices import pick_device
 from pipeline.encoders.vision import RANDOM, load_vision_encoder
 from pipeline.errors import UserError
@@ -36,7 +36,7 @@ class Job:
     """What a process has to know to make shards of image tokens; on a CPU `threads` forward passes run side by side."""
 
     params: Params
-    data: Dataset
+    data: str
     fingerprint: str
     folder: Path
     threads: int
@@ -63,7 +63,7 @@ def check_named_weights(params: Params) -> None:
         raise UserError(f"vision.pretrained {RANDOM}: each process would draw its own weights; name a weights file")
 
 
-def with_workers(params: Params, data: Dataset, count: int) -> Make:
+def with_workers(params: Params, data: str, count: int) -> Make:
     """A way to make shards by `count` processes on this machine, which share its cores and GPUs.
 
     A worker that dies is named on stderr, and the others make its shard. Raises UserError when none is left; what a
@@ -181,7 +181,7 @@ def _serve(connection: Connection, job: Job) -> None:
         connection.send(fault)
 
 
-def with_ray(params: Params, data: Dataset) -> Make:
+def with_ray(params: Params, data: str) -> Make:
     """A way to make shards by tasks of a Ray cluster: RAY_ADDRESS, or one that is started on this machine.
 
     All nodes see the project folder under the same path. A task takes as many cores as torch has threads here, or

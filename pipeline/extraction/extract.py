@@ -23,19 +23,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline.config.params import DATASETS, Dataset, Params
+from pipeline.config import Params
 from pipeline.devices import hash_weights, pick_device
 from pipeline.encoders.vision import VisionEncoder
 from pipeline.errors import UserError
 from pipeline.llms.text import Texts
 from pipeline.media.decoding import Broken, Loaded, decoder_for, padded, say_once
 from pipeline.media.pictures import read
+from pipeline.runs import STORE, Run
 from pipeline.store import schema, versions
 from pipeline.store.donors import Donors
 from pipeline.store.dtypes import Columns, DoesNotFit, pack
 from pipeline.store.reader import usable_rows
 from pipeline.store.shards import (
-    STORE,
     Manifest,
     Shard,
     ShardFile,
@@ -73,7 +73,7 @@ class Clock:
 
 def extract_images(
     params: Params,
-    data: Dataset,
+    data: str,
     encoder: VisionEncoder,
     advance: Advance,
     repair: Manifest | None = None,
@@ -107,7 +107,7 @@ class ImageShards:
     Raises UserError when the data set has no usable picture.
     """
 
-    def __init__(self, params: Params, data: Dataset, encoder: VisionEncoder):
+    def __init__(self, params: Params, data: str, encoder: VisionEncoder):
         self.params, self.encoder, self.size = params, encoder, params.vision.batch
         place, decoders = pick_device(params.runtime.device), params.runtime.decode_threads
         self.decoder, device = decoder_for(params.vision.decoder, encoder.preprocess, place), place.type
@@ -310,7 +310,7 @@ def _read_picture(name: str, sha256: str) -> bytes:
 
 def extract_captions(
     params: Params,
-    data: Dataset,
+    data: str,
     tokenizer: Any,
     embedding: torch.nn.Module,
     advance: Advance,
@@ -346,28 +346,6 @@ def extract_captions(
     shards = _build_missing(parts, lambda paths, advance: {path: build(path, advance) for path in paths}, advance)
     manifest = Manifest("text", print_, shards)
     return Manifest("text", print_, shards, _embedding_table(manifest, embedding))
-
-
-def check_prompts(params: Params, tokenizer: Any, context: int | None) -> None:
-    """Write every prompt of the parameters into the LLM's chat template, before any long work.
-
-    Raises UserError when the template can't take one, or when the LLM's context has no room for it and the image
-    tokens as far as the adapters' parameters tell their number.
-    """
-    evaluate, texts = params.evaluate, Texts(tokenizer)
-    prompts = [evaluate.pretrained_prompt, evaluate.finetuned_prompt, evaluate.class_prompt]
-    for name in params.run.adapters:
-        own = params.adapters[name].architecture
-        prompts += [p for data in DATASETS for p in params.finetune_for(name, data).prompts]
-        image_tokens = int(own.get("queries", 128)) if name == "query" else int(own.get("pool", 1)) ** 2
-        for prompt in dict.fromkeys(prompts):
-            count = sum(map(len, texts.prompt(prompt, params.llm.system_prompt))) + image_tokens
-            if context is not None and count + 1 >= context:
-                raise UserError(
-                    f"the prompt {prompt[:60]!r} and {image_tokens} image tokens of {name} are {count} tokens, the "
-                    f"context of llm.model {params.llm.model} is {context}; shorten the prompt or "
-                    f"adapters.{name}.architecture, or take another llm.model"
-                )
 
 
 class Captions:
@@ -427,9 +405,9 @@ def _embedding_table(manifest: Manifest, embedding: torch.nn.Module) -> Shard:
     return shard
 
 
-def usable(params: Params, data: Dataset) -> pd.DataFrame:
+def usable(params: Params, data: str) -> pd.DataFrame:
     """The rows of a data set that have a usable picture; UserError when there is none."""
-    rows = usable_rows(Path("data") / params.profile, data)
+    rows = usable_rows(Run.of(params), data)
     if rows.empty:
         raise UserError(f"{data}: no usable picture; see the quarantine column of the prepared manifest")
     return rows
@@ -447,7 +425,7 @@ def _parts(kind: str, print_: str, params: Params, rows: pd.DataFrame, digests: 
     return parts
 
 
-def _check_repair(kind: str, data: Dataset, print_: str, parts: Parts, repair: Manifest | None) -> None:
+def _check_repair(kind: str, data: str, print_: str, parts: Parts, repair: Manifest | None) -> None:
     wanted = (print_, [path.name for path in parts])
     if repair is not None and wanted != (repair.fingerprint, [shard.name for shard in repair.shards]):
         raise UserError(f"{kind} of {data}: its manifest is of other parameters or pictures; run `dvc repro`")

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pipeline.config.params import LLM
+from pipeline.config import LLM
 from pipeline.encoders.weights import safetensors_table
 from pipeline.errors import UserError
 

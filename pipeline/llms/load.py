@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.config.params import LLM
+from pipeline.config import LLM
 from pipeline.devices import keep_freed_memory, pick_device, pick_dtype
 from pipeline.errors import UserError
 from pipeline.llms.files import (
@@ -26,12 +26,12 @@ from pipeline.llms.files import (
     local_folder,
     stateful_fault,
 )
+from pipeline.runs import MODELS
 
 # Before torch starts its threads: spinning OpenMP threads make a step many times slower beside another process.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # bitsandbytes decorates functions that are not used here with torch.compile, whose compiler takes seconds to import.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-MODELS = Path("data/models")
 
 
 @dataclass(frozen=True)

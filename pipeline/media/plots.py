@@ -1,12 +1,10 @@
-"""Looking at what was trained: food names, captions, principal components, convergence; and what these rooms share."""
+"""Plots: one look for all of them."""
 
 from __future__ import annotations
 
 import io
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from pipeline.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -15,13 +13,6 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette: told apart by colour-blind eyes, and by lightness in print.
 BLUE, RED, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#8c8c8c"
 INK = "#222222"
-
-
-def require(path: Path, stage: str) -> Path:
-    """`path`, or a UserError that names the stage of dvc.yaml which writes it."""
-    if not path.exists():
-        raise UserError(f"{path}: no such file; run `dvc repro {stage}`")
-    return path
 
 
 def canvas(title: str, x: str, y: str, size: tuple[float, float] = (8.2, 6.4)) -> tuple[Figure, Axes]:

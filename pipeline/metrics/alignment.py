@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.adapters.adapters import load_adapter
-from pipeline.config.params import AdapterName, Params
+from pipeline.config import Params
 from pipeline.devices import CPU, pick_device
 from pipeline.errors import UserError
 from pipeline.llms.load import load_embedding
-from pipeline.media.plots import BLUE, GREEN, GREY, INK, RED, canvas, require, save_png
+from pipeline.media.plots import BLUE, GREEN, GREY, INK, RED, canvas, save_png
+from pipeline.runs import Run, require
 from pipeline.store.reader import CaptionTokens, ImageTokens
 from pipeline.training.origin import check_llm, check_results
 
@@ -51,24 +52,28 @@ class Components:
         return {"k80": self.k80, "gap": self.gap, "explained": [float(ratio) for ratio in self.explained[:100]]}
 
 
-def pca(params: Params, adapter: AdapterName) -> Path:
+def pca(params: Params, adapter: str) -> Path:
     """Compute and draw the components of one adapter; returns the folder data/<profile>/pca/<adapter>.
 
     Writes metrics.json and six pictures. Raises UserError when an input is missing or tokens are not finite.
     """
-    base = Path("data") / params.profile
-    positions, image_store = _pictures(params, base)
-    text = text_tokens(CaptionTokens.open(base, "captions"), [image_store.ids[at] for at in positions])
+    run = Run.of(params)
+    data, recipe = params.pca.data, params.pca.recipe
+    positions, image_store = _pictures(params, run)
+    text = text_tokens(CaptionTokens.open(run, data), [image_store.ids[at] for at in positions])
     device = pick_device(params.runtime.device)
     device = CPU if device.type == "mps" else device  # which has no float64
     embedding = load_embedding(params.llm)
-    for folder in check_results(base, adapter, params.llm, ("captions",)):
+    for folder in check_results(run, adapter, params.llm, {recipe: params.finetune.recipes[recipe].data}):
         check_llm(folder, embedding)
-    images = {state: _image_tokens(base, adapter, state, image_store, positions, device) for state in STATES}
+    images = {
+        state: _image_tokens(folder, weights, image_store, positions, device)
+        for state, (folder, weights) in _weights(run, adapter, recipe).items()
+    }
     states = {state: fit(tokens, text, device) for state, tokens in images.items()}
     table = embedding.weight.detach()
     vocabulary = table[sample(len(table), params.pca.vocabulary, params.seed)].double().numpy()
-    folder = base / "pca" / adapter
+    folder = run.pca(adapter)
     folder.mkdir(parents=True, exist_ok=True)
     draw_states(folder, adapter, states, params.seed)
     draw_vocabulary(folder / "vocabulary.png", adapter, images["last"], text, vocabulary, params.seed, device)
@@ -78,11 +83,13 @@ def pca(params: Params, adapter: AdapterName) -> Path:
     return folder
 
 
-def _pictures(params: Params, base: Path) -> tuple[list[int], ImageTokens]:
-    store = ImageTokens.open(base, "captions")
+def _pictures(params: Params, run: Run) -> tuple[list[int], ImageTokens]:
+    store = ImageTokens.open(run, params.pca.data)
     positions = store.split("val")
     if not positions:
-        raise UserError(f"{base}/prepare/captions.parquet: no validation pictures; raise data.captions.count")
+        raise UserError(
+            f"{run.manifest(params.pca.data)}: no validation pictures; add pictures to the data set {params.pca.data}"
+        )
     return [positions[at] for at in sample(len(positions), params.pca.images, params.seed)], store
 
 
@@ -92,16 +99,19 @@ def text_tokens(store: CaptionTokens, ids: list[str]) -> Array:
     return np.asarray(store.embeddings(tokens).double().numpy())
 
 
-def _image_tokens(
-    base: Path, adapter: AdapterName, state: str, store: ImageTokens, positions: list[int], device: torch.device
-) -> Array:
-    task, file = (f"{adapter}-captions", "adapter") if state == "finetuned" else (adapter, "last")
-    stage = "finetune" if state == "finetuned" else "pretrain"
-    weights = "first" if state == "epoch1" else file
-    path = require(base / stage / task / f"{weights}.safetensors", f"{stage}@{task}")
-    network = load_adapter(path.parent, weights).to(device)
+def _weights(run: Run, adapter: str, recipe: str) -> dict[str, tuple[Path, str]]:
+    """The folder of each state of an adapter, and the name of its weights there."""
+    pretrained = run.pretrained(adapter)
+    states = (pretrained, "first"), (pretrained, "last"), (run.finetuned(adapter, recipe), "adapter")
+    return dict(zip(STATES, states, strict=True))
+
+
+def _image_tokens(folder: Path, weights: str, store: ImageTokens, positions: list[int], device: torch.device) -> Array:
+    path = require(folder / f"{weights}.safetensors")
+    network = load_adapter(folder, weights).to(device)
     tokens = adapted(network, lambda some: store.tokens(some, device), positions)
     if not np.isfinite(tokens).all():
+        stage = folder.parent.name
         raise UserError(f"{path}: its image tokens are not finite; lower the learning rate in {stage}")
     return tokens
 

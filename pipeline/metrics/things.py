@@ -1,4 +1,4 @@
-"""Captions of held-out pictures, before and after fine-tuning, and a count of those that name a right thing."""
+"""Captions that name a right thing."""
 
 from __future__ import annotations
 
@@ -6,19 +6,33 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-import torch
-
-from pipeline.store.reader import ImageTokens
+from pipeline.metrics.base import Figure, Metric, Tested, share_of
 
 COMMON = 0.1
 """A word in the captions of more than this share of pictures (a, on, background) is no thing of a picture."""
 
 
-def choose(images: ImageTokens, count: int, seed: int) -> list[int]:
-    """A seeded choice of test pictures."""
-    test = images.split("test")
-    order = torch.randperm(len(test), generator=torch.Generator().manual_seed(seed)).tolist()
-    return sorted(test[i] for i in order[:count])
+class NamedThings(Metric):
+    """right: the share of captions that name at least one thing that most of the picture's references name."""
+
+    tasks = ("caption",)
+
+    def figures(self, tested: Tested) -> list[Figure]:
+        rows = tested.predictions
+        references = list(rows["references"])
+        things = Things([list(texts) for texts in tested.images.rows["captions"]])
+
+        def right(texts: Sequence[str], of: Sequence[Sequence[str]]) -> list[bool]:
+            return list(map(things.names_one, texts, of))
+
+        others = [*references[1:], references[0]]
+        return [
+            share_of("right", right(rows["finetuned"], references), "captions that name a right thing"),
+            share_of("right_pretrained", right(rows["pretrained"], references), "the same before fine-tuning"),
+            # The same captions held against the next picture's references: what saying likely things would get.
+            share_of("right_shuffled", right(rows["finetuned"], others), "captions that name another picture's thing"),
+            Figure("captioned", len(rows), "captioned test pictures", kind="count"),
+        ]
 
 
 class Things:
@@ -36,10 +50,6 @@ class Things:
     def names_one(self, text: str, references: Sequence[str]) -> bool:
         """Whether a caption names at least one of them."""
         return not self.of(references).isdisjoint(words(text))
-
-    def share(self, texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-        """The share of captions that do."""
-        return sum(map(self.names_one, texts, references)) / len(texts)
 
 
 def words(text: str) -> set[str]:

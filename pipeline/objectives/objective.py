@@ -5,16 +5,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from copy import copy
-from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.config.params import Dataset, Objective, Params, Pretrain
+from pipeline.config import Params
+from pipeline.config.schema import Pretrain
 from pipeline.devices import exact_products, pick_device, to_device
 from pipeline.errors import UserError
+from pipeline.objectives.emd import EMDSettings
+from pipeline.runs import Run
+from pipeline.started import Started
 from pipeline.store.reader import CaptionTokens, ImageTokens
 from pipeline.store.webdataset import open_tars
 from pipeline.transport.emd import barycentric_weights, start_emd
@@ -26,7 +30,7 @@ CONTRASTED = 32  # images of a batch at most: the contrast costs their number sq
 class Pairs:
     """Cached image tokens and captions of the data sets of pretrain.data, and the objective between them.
 
-    Rows of all sets are numbered through; held-out figures are of `captions` alone.
+    Rows of all sets are numbered through; held-out figures are of the first alone.
     """
 
     def __init__(self, params: Params, settings: Pretrain):
@@ -48,12 +52,12 @@ class Pairs:
             worded = {i for i in range(len(images.ids)) if self.rows[start + i]}
             _name_wordless(settings.data[number], [row_id for i, row_id in enumerate(images.ids) if i not in worded])
             self.train += [start + i for i in images.split("train") if i in worded]
-            if settings.data[number] == "captions":
+            if number == 0:
                 self.val = [start + i for i in images.split("val") if i in worded][: settings.validation_images]
         if not self.train or not self.val:
             raise UserError(
-                f"captions: {len(self.train)} train and {len(self.val)} val pictures with words; both are needed: "
-                "add captioned pictures"
+                f"{settings.data[0]}: {len(self.train)} train and {len(self.val)} val pictures with words; both are "
+                "needed: add pictures with texts"
             )
         self._measure()
 
@@ -62,13 +66,18 @@ class Pairs:
         self.word_weights = self._weights_of_words()
         counts = self._document_frequencies(self.train).to(self.device)
         self.words, self.into_space = self.table, None
-        if self.settings.objective.space == "whitened":
+        if self.objective.space == "whitened":
             self.into_space = whitening(self.table, counts)
             with exact_products():
                 self.words = self.table @ self.into_space
         self.center = counts @ self.words / counts.sum()
 
-    def measured_by(self, objective: Objective) -> Pairs:
+    @property
+    def objective(self) -> EMDSettings:
+        """The objective's settings."""
+        return cast(EMDSettings, self.settings.objective)
+
+    def measured_by(self, objective: EMDSettings) -> Pairs:
         """The same data under another objective."""
         other = copy(self)
         other.settings = self.settings.model_copy(update={"objective": objective})
@@ -84,12 +93,12 @@ class Pairs:
         """The weight of each word in a caption's marginal, [T]: 1, or the (squared) inverse document frequency.
 
         Squared, as in a product of two tf-idf vectors (Salton & Buckley 1988), function words weigh next to nothing,
-        so no token is spent on them. Frequencies are those of `captions`: class names have no function words.
+        so no token is spent on them. Frequencies are those of the first data set: names have no function words.
         """
-        kind = self.settings.objective.word_weights
+        kind = self.objective.word_weights
         if kind == "uniform":
             return torch.ones(len(self.table))
-        captioned = [i for i in self.train if self.settings.data[self._places[i][0]] == "captions"]
+        captioned = [i for i in self.train if self._places[i][0] == 0]
         idf = torch.log((len(captioned) + 1) / (self._document_frequencies(captioned) + 1))
         return idf.square() if kind == "idf_squared" else idf
 
@@ -117,9 +126,9 @@ class Pairs:
         words = self.words[to_device(torch.tensor(flat), self.device)]
         return start_emd(
             tokens, words, offsets, image_index,
-            cost=self.settings.objective.cost, word_weights=self._weights(flat, captions),
-            center=self.center, unmatched=self.settings.objective.unmatched,
-            solver=self.settings.objective.solver, threads=self.threads, background=self.in_flight > 1,
+            cost=self.objective.cost, word_weights=self._weights(flat, captions),
+            center=self.center, unmatched=self.objective.unmatched,
+            solver=self.objective.solver, threads=self.threads, background=self.in_flight > 1,
         )  # fmt: skip
 
     def _in_space(self, tokens: Tensor) -> Tensor:
@@ -146,8 +155,8 @@ class Pairs:
         value, weights = barycentric_weights(
             self._in_space(tokens), self.words[rows],
             np.cumsum([0, *map(len, captions)]).tolist(), torch.bincount(image)[image].reciprocal(),
-            cost=self.settings.objective.cost, word_weights=self._weights(flat, captions), center=self.center,
-            unmatched=self.settings.objective.unmatched, solver=self.settings.objective.solver, threads=self.threads,
+            cost=self.objective.cost, word_weights=self._weights(flat, captions), center=self.center,
+            unmatched=self.objective.unmatched, solver=self.objective.solver, threads=self.threads,
         )  # fmt: skip
         with exact_products():
             return value, weights @ self.table[rows], weights.sum(1, keepdim=True)
@@ -177,14 +186,14 @@ class Pairs:
         return lambda: torch.zeros(len(positions), device=tokens.device).index_add(0, image, distances()) / count
 
 
-def _features(params: Params, data: Dataset) -> tuple[ImageTokens, CaptionTokens]:
+def _features(params: Params, data: str) -> tuple[ImageTokens, CaptionTokens]:
     if params.cache.reader == "webdataset":
         return open_tars(params, data)
-    base = Path("data") / params.profile
-    return ImageTokens.open(base, data), CaptionTokens.open(base, data)
+    run = Run.of(params)
+    return ImageTokens.open(run, data), CaptionTokens.open(run, data)
 
 
-def _name_wordless(data: Dataset, ids: list[str]) -> None:
+def _name_wordless(data: str, ids: list[str]) -> None:
     """Say on stderr which pictures have no word to align with, and so no part in pre-training."""
     if ids:
         names = f"{', '.join(ids[:3])}{', ...' if len(ids) > 3 else ''}"
@@ -216,17 +225,17 @@ def whitening(table: Tensor, counts: Tensor) -> Tensor:
     return ((axes * (scales * kept.sqrt())) @ axes.T).to(table)
 
 
-def start_loss(pairs: Pairs, tokens: Tensor, positions: list[int]) -> Callable[[], Tensor]:
+def start_loss(pairs: Pairs, tokens: Tensor, positions: list[int]) -> Started:
     """Start the loss of a batch, tokens [B, N, D] of the images at `positions`, and return what gives the scalar.
 
     It is the mean over the images of their EMD, and the contrast if the objective has one. All that is random is drawn
     at the start.
     """
-    distances, weight = pairs.start_per_image(tokens, positions), pairs.settings.objective.contrast
+    distances, weight = pairs.start_per_image(tokens, positions), pairs.objective.contrast
     if not weight:
-        return lambda: distances().mean()
+        return Started(lambda: distances().mean())
     contrasted = start_contrast(pairs, tokens, positions)
-    return lambda: distances().mean() + weight * contrasted()
+    return Started(lambda: distances().mean() + weight * contrasted())
 
 
 def start_contrast(pairs: Pairs, tokens: Tensor, positions: list[int]) -> Callable[[], Tensor]:
@@ -244,7 +253,7 @@ def start_contrast(pairs: Pairs, tokens: Tensor, positions: list[int]) -> Callab
     no_answer = to_device(torch.tensor(shared), tokens.device)
 
     def finish() -> Tensor:
-        logits = -distances().view(count, count) / pairs.settings.objective.temperature
+        logits = -distances().view(count, count) / pairs.objective.temperature
         logits = logits.masked_fill(no_answer, -torch.inf)
         own = torch.arange(count, device=logits.device)
         return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2

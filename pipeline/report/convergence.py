@@ -9,9 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from pipeline.config.params import AdapterName, Params
+from pipeline.config import Params
 from pipeline.errors import UserError
 from pipeline.media.plots import BLUE, GREEN, GREY, RED, canvas, require, save_png
+from pipeline.runs import Run
 
 COLUMNS = ["adapter", "start", "step", "val_loss"]
 WITH, WITHOUT = "with pre-training", "without pre-training"
@@ -23,7 +24,7 @@ def collect(params: Params) -> pd.DataFrame:
 
     Raises UserError naming a history that is missing or has no validation loss.
     """
-    base = Path("data") / params.profile
+    run = Run.of(params)
     parts = [
         _history(base / "finetune" / f"{name}-captions", f"finetune@{name}-captions", name, "emd")
         for name in params.run.adapters
@@ -35,7 +36,7 @@ def collect(params: Params) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def _history(folder: Path, stage: str, adapter: AdapterName, start: str) -> pd.DataFrame:
+def _history(folder: Path, stage: str, adapter: str, start: str) -> pd.DataFrame:
     rows = read_history(folder / "history.csv", stage, ["step", "val_loss"]).dropna(subset=["val_loss"])
     if rows.empty:
         raise UserError(f"{folder / 'history.csv'}: no validation loss in it; run `dvc repro --force {stage}`")
@@ -133,7 +134,7 @@ def _draw_others(table: pd.DataFrame, adapters: list[str], path: Path) -> Path:
 
 def draw_pretraining(params: Params, folder: Path) -> list[Path]:
     """pretraining-<adapter>.png per adapter: held-out EMD per epoch against its image-blind controls."""
-    base = Path("data") / params.profile
+    run = Run.of(params)
     paths = []
     for name in params.run.adapters:
         path, columns = base / "pretrain" / name / "history.csv", ["epoch", "val", "shuffled", "const_set"]

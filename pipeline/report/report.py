@@ -16,11 +16,12 @@ import pandas as pd
 import yaml
 from jinja2 import Environment, StrictUndefined
 
-from pipeline.config.params import DATASETS, AdapterName, Params
+from pipeline.config import Params
 from pipeline.errors import UserError
 from pipeline.media.pictures import decode, read
 from pipeline.media.plots import require
 from pipeline.report import convergence
+from pipeline.runs import Run
 
 PRETRAIN_KEYS = (
     *("val", "shuffled", "const_token", "const_set", "r1_raw", "r1_debiased"),
@@ -50,16 +51,16 @@ class Results:
 
     params: Params
     base: Path
-    pretrain: dict[AdapterName, dict[str, Any]]
-    evaluate: dict[AdapterName, dict[str, Any]]
-    pca: dict[AdapterName, dict[str, Any]]
-    finetune: dict[AdapterName, dict[str, Any]]
-    classes: dict[AdapterName, dict[str, Any]]
-    scratch: dict[AdapterName, dict[str, Any]]
+    pretrain: dict[str, dict[str, Any]]
+    evaluate: dict[str, dict[str, Any]]
+    pca: dict[str, dict[str, Any]]
+    finetune: dict[str, dict[str, Any]]
+    classes: dict[str, dict[str, Any]]
+    scratch: dict[str, dict[str, Any]]
     seconds: dict[str, float | None]  # None: the stage was restored from DVC's cache and never ran here
 
     @property
-    def best(self) -> AdapterName:
+    def best(self) -> str:
         """The adapter with the lowest validation loss on classes: the test part has no say in the choice."""
         return min(self.classes, key=lambda name: float(self.classes[name]["val_loss"]))
 
@@ -135,7 +136,7 @@ def render(context: dict[str, Any]) -> str:
 
 def read_results(params: Params) -> Results:
     """The metrics of every stage of a profile."""
-    base = Path("data") / params.profile
+    run = Run.of(params)
     names, scratch = params.run.adapters, params.run.scratch
     return Results(
         params,
@@ -338,7 +339,7 @@ def tiles(results: Results, table: pd.DataFrame) -> list[Tile]:
     ]
 
 
-def candidates_of(results: Results, adapter: AdapterName) -> int:
+def candidates_of(results: Results, adapter: str) -> int:
     """How many captions retrieval chose from: chance is one in so many."""
     return min(results.params.pretrain_for(adapter).candidates, int(results.pretrain[adapter]["held_out"]))
 
@@ -433,7 +434,7 @@ def confused(results: Results) -> list[dict[str, Any]]:
     ]
 
 
-def _pca_pictures(results: Results, adapter: AdapterName) -> list[tuple[str, str]]:
+def _pca_pictures(results: Results, adapter: str) -> list[tuple[str, str]]:
     """(data URI, what it shows) of every picture of a stage pca."""
     folder = results.base / "pca" / adapter
     return [(_png(require(folder / f"{name}.png", f"pca@{adapter}")), text) for name, text in PCA_PICTURES.items()]

@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from pipeline.sources.base import FolderSettings, Source
+from pipeline.sources.manifest import existing_folder
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
 import json
 import math
 import re
@@ -9,7 +19,7 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pipeline.errors import UserError
 from pipeline.sources.folders import LeftOut, unnamed
@@ -21,7 +31,23 @@ _NUMBER = re.compile(r"-?[0-9]{1,40}(\.[0-9]{1,40})?")
 _T = TypeVar("_T")
 
 
-def read(root: Path, captions: str, images: str, count: int | None) -> Found:
+class CocoSettings(FolderSettings):
+    captions: str = Field("captions.json", description="COCO captions JSON, relative to root")
+    images: str = Field("images", description="image folder, relative to root")
+
+
+class Coco(Source):
+    """A folder in the COCO captions layout."""
+
+    Settings, tasks = CocoSettings, ("caption",)
+    settings: CocoSettings
+
+    def read(self, progress: Progress) -> Found:
+        root = existing_folder(self.settings.root, f"{self.key}.root")
+        return read(root, self.settings.captions, self.settings.images, self.settings.count, self.key)
+
+
+def read(root: Path, captions: str, images: str, count: int | None, key: str = "data") -> Found:
     """One row per entry of "images" in root/captions, with all its captions; at most `count` of them.
 
     Left out are entries that lack a field or have one of a wrong type, annotations of unknown images, and files that no
@@ -30,7 +56,7 @@ def read(root: Path, captions: str, images: str, count: int | None) -> Found:
     entry that can be used.
     """
     path = root / captions
-    content = _load(path)
+    content = _load(path, key)
     left_out: list[LeftOut] = []
     files, ids = _image_files(path, content, root / images, left_out)
     texts = _captions_by_image(path, content, ids, left_out)
@@ -50,11 +76,11 @@ def _row(image_id: str, image: Path, captions: list[str]) -> Row:
     return Row(image_id, image, captions, label=None, split=split_of(image_id), quarantine=reason)
 
 
-def _load(path: Path) -> dict[str, Any]:
+def _load(path: Path, key: str) -> dict[str, Any]:
     try:
         content = parse_json(path.read_bytes())
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; set data.captions.root and data.captions.captions") from None
+        raise UserError(f"{path}: {error.strerror}; set {key}.root and {key}.captions") from None
     except json.JSONDecodeError as error:
         lines = "; it may be JSON Lines: write one object" if error.msg == "Extra data" and error.lineno > 1 else ""
         raise UserError(f"{path}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}{lines}") from None

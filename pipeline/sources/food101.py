@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from pipeline.sources.base import Carved, FolderSettings, Source
+from pipeline.sources.manifest import existing_folder
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
 from itertools import groupby
 from pathlib import Path, PurePosixPath
 
@@ -12,17 +22,32 @@ from pipeline.sources.manifest import Found, Row, below, order, share, warn
 from pipeline.sources.texts import by_reason
 
 
-def read(root: Path, validation: float, count: int | None) -> Found:
+class Food101Settings(FolderSettings):
+    validation: Carved = Field(0.1, description="share carved from train by hash")
+
+
+class Food101(Source):
+    """A folder in the Food-101 layout."""
+
+    Settings, tasks = Food101Settings, ("classify",)
+    settings: Food101Settings
+
+    def read(self, progress: Progress) -> Found:
+        root = existing_folder(self.settings.root, f"{self.key}.root")
+        return read(root, self.settings.validation, self.settings.count, self.key)
+
+
+def read(root: Path, validation: float, count: int | None, key: str = "data") -> Found:
     """One row per line of meta/train.txt and meta/test.txt; `validation` of train becomes val, by hash of the id.
 
     `count` keeps at most that many pictures of a class in each of the two files. Pictures that no line names are left
     out. Raises UserError, naming file and line, for a missing file, an unknown or repeated class, or a picture that is
     in both parts.
     """
-    labels = _labels(root / "meta")
+    labels = _labels(root / "meta", key)
     left_out: list[LeftOut] = []
-    train = _part(root, "train", labels, left_out)
-    test = _part(root, "test", labels, left_out)
+    train = _part(root, "train", labels, left_out, key)
+    test = _part(root, "test", labels, left_out, key)
     if both := sorted(train.keys() & test.keys()):
         raise UserError(f"{root / 'meta'}: {both[0]} is in both train.txt and test.txt ({len(both)} in all)")
     left_out += unnamed(root / "images", [*train.values(), *test.values()], "named by neither train.txt nor test.txt")
@@ -39,9 +64,9 @@ def _class_of(key: str) -> str:
     return key.split("/", 1)[0]
 
 
-def _labels(meta: Path) -> dict[str, str]:
+def _labels(meta: Path, section: str) -> dict[str, str]:
     """Class name -> display name: line i of labels.txt belongs to line i of classes.txt."""
-    classes, names = _lines(meta / "classes.txt"), [text for _, text in _lines(meta / "labels.txt")]
+    classes, names = _lines(meta / "classes.txt", section), [text for _, text in _lines(meta / "labels.txt", section)]
     if len(classes) != len(names) or not classes:
         raise UserError(f"{meta}: classes.txt has {len(classes)} lines, labels.txt {len(names)}; they belong together")
     labels: dict[str, str] = {}
@@ -56,11 +81,11 @@ def _labels(meta: Path) -> dict[str, str]:
     return labels
 
 
-def _part(root: Path, part: str, labels: dict[str, str], left_out: list[LeftOut]) -> dict[str, Path]:
+def _part(root: Path, part: str, labels: dict[str, str], left_out: list[LeftOut], section: str) -> dict[str, Path]:
     """Key `class/id` -> picture, for one of the two parts."""
     path = root / "meta" / f"{part}.txt"
     files: dict[str, Path] = {}
-    for number, line in _lines(path):
+    for number, line in _lines(path, section):
         key = line.replace("\\", "/") if "/" not in line else line
         if "/" not in key or _class_of(key) not in labels:
             absolute = "an absolute path, and " if PurePosixPath(key).is_absolute() else ""
@@ -90,12 +115,12 @@ def _cut(keys: dict[str, Path], count: int | None) -> list[str]:
     return [key for _, group in by_class for key in sorted(group, key=order)[:count]]
 
 
-def _lines(path: Path) -> list[tuple[int, str]]:
+def _lines(path: Path, section: str) -> list[tuple[int, str]]:
     """(number, text) of the lines that are not blank."""
     try:
         text = texts.decode(path.read_bytes())
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; data.classes.root must be in the Food-101 layout") from None
+        raise UserError(f"{path}: {error.strerror}; {section}.root must be in the Food-101 layout") from None
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")

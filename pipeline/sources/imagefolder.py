@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from pipeline.sources.base import Carved, FolderSettings, Source
+from pipeline.sources.manifest import existing_folder
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
 import sys
 from collections import defaultdict
 from collections.abc import Iterable
@@ -19,6 +29,21 @@ PARTS = {
     "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test",
     "testing": "test",
 }  # fmt: skip
+
+
+class ImageFolderSettings(FolderSettings):
+    validation: Carved = Field(0.1, description="share carved from train by hash")
+
+
+class ImageFolder(Source):
+    """A folder of class folders."""
+
+    Settings, tasks = ImageFolderSettings, ("classify",)
+    settings: ImageFolderSettings
+
+    def read(self, progress: Progress) -> Found:
+        root = existing_folder(self.settings.root, f"{self.key}.root")
+        return read(root, self.settings.validation, self.settings.count)
 
 
 def read(root: Path, validation: float, count: int | None) -> Found:
@@ -40,7 +65,9 @@ def read(root: Path, validation: float, count: int | None) -> Found:
         else:
             classes["/".join(folders[:depth])].append(key)
     if not classes and (depth == 2 or not any("/" not in folder for folder in tree.folders)):
-        raise UserError(f"{root}: no class folder in it; data.classes.root must hold one folder of pictures per class")
+        raise UserError(
+            f"{root}: no class folder in it; the root of a data set must hold one folder of pictures per class"
+        )
     _name_empty(tree, classes, depth)
     _name_joined(root, classes)
     given = {parts[folder.split("/")[0]] for folder in classes} if parts else set()

@@ -22,12 +22,16 @@ from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw
+from pydantic import Field
 from rich.progress import Progress
 
 from pipeline.errors import UserError
+from pipeline.runs import RAW
+from pipeline.sources import coco, food101
+from pipeline.sources.base import Carved, RenderedSettings, Source
+from pipeline.sources.manifest import Found
 
 GENERATOR_VERSION = 1  # raise it whenever a change below alters a picture or a caption
-RAW = Path("data/raw")
 SIDE = 224  # pixels
 CAPTIONS = 5  # per scene, as in MSCOCO
 TEST_SHARE = 1 / 6  # of the pictures of a food class
@@ -148,6 +152,42 @@ LAYOUTS: dict[int, tuple[Layout, ...]] = {
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
+
+
+class FoodSettings(RenderedSettings):
+    validation: Carved = Field(0.1, description="share carved from train by hash")
+
+
+class Scenes(Source):
+    """Captioned scenes of a few drawings each."""
+
+    Settings, tasks = RenderedSettings, ("caption",)
+    settings: RenderedSettings
+
+    def read(self, progress: Progress) -> Found:
+        return coco.read(self._folder(progress), "captions.json", "images", count=None)
+
+    def restore(self, progress: Progress) -> None:
+        self._folder(progress)
+
+    def _folder(self, progress: Progress) -> Path:
+        return render_scenes(self.seed, self.settings.count, self.workers, progress)
+
+
+class Food(Source):
+    """Dishes among clutter, by their names."""
+
+    Settings, tasks = FoodSettings, ("classify",)
+    settings: FoodSettings
+
+    def read(self, progress: Progress) -> Found:
+        return food101.read(self._folder(progress), self.settings.validation, count=None)
+
+    def restore(self, progress: Progress) -> None:
+        self._folder(progress)
+
+    def _folder(self, progress: Progress) -> Path:
+        return render_food(self.seed, self.settings.count, self.workers, progress)
 
 
 def render_scenes(seed: int, count: int, workers: int, progress: Progress) -> Path:

@@ -19,13 +19,16 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import fsspec
+from pydantic import Field, field_validator
 from rich.progress import Progress
 
-from pipeline.config.params import Dataset
+from pipeline.config.base import Name, Positive
+from pipeline.config.schema import DataSettings
 from pipeline.errors import UserError
 from pipeline.files import is_utf8
 from pipeline.media.pictures import part_of_tar
 from pipeline.sources import coco, imagefolder, texts
+from pipeline.sources.base import Carved, Source
 from pipeline.sources.folders import NOT_UTF8, SUFFIXES, LeftOut, begins_as_picture, is_hidden
 from pipeline.sources.manifest import Found, Row, order, warn
 from pipeline.sources.texts import by_reason
@@ -63,10 +66,39 @@ class _Sample:
         return self.image if "://" in self.shard else Path(self.image)
 
 
+SHARDS = "webdataset: tars, as a path, a glob, a range like shard-{0000..0009}.tar, or an fsspec URL"
 _ToRow = Callable[[_Sample, list[LeftOut]], Row]
 
 
-def read_captions(pattern: str, count: int | None, workers: int, progress: Progress) -> Found:
+class TarsSettings(DataSettings):
+    shards: Name = Field(None, validate_default=True, description=SHARDS)
+    count: Positive | None = Field(
+        None, description="at most this many pictures, of each class where there are classes"
+    )
+    validation: Carved = Field(0.1, description="share carved from train by hash; of classes alone")
+
+    @field_validator("shards", mode="before")
+    @classmethod
+    def _named(cls, value: object) -> object:
+        if value is None:
+            raise ValueError(f"needed here: {SHARDS}")
+        return value
+
+
+class Tars(Source):
+    """WebDataset tars, here or in object storage."""
+
+    Settings, tasks = TarsSettings, ("caption", "classify")
+    settings: TarsSettings
+
+    def read(self, progress: Progress) -> Found:
+        own = self.settings
+        if own.task == "caption":
+            return read_captions(own.shards, own.count, self.workers, progress, self.key)
+        return read_classes(own.shards, own.validation, own.count, self.workers, progress, self.key)
+
+
+def read_captions(pattern: str, count: int | None, workers: int, progress: Progress, key: str = "data") -> Found:
     """One row per picture of the shards, with the captions of its json ("captions", "caption") and its txt.
 
     Split and `count` as in the COCO layout, by hash of the key. Pictures without a caption are quarantined; members
@@ -74,36 +106,38 @@ def read_captions(pattern: str, count: int | None, workers: int, progress: Progr
     shard is missing or damaged, holds a link or a path that leads out of it, when two pictures have one key, or when no
     picture has a caption.
     """
-    found = _rows(pattern, "captions", _caption_row, workers, progress)
+    found = _rows(pattern, "caption", _caption_row, workers, progress, key)
     return Found(found.rows[:count], found.left_out)
 
 
-def read_classes(pattern: str, validation: float, count: int | None, workers: int, progress: Progress) -> Found:
+def read_classes(
+    pattern: str, validation: float, count: int | None, workers: int, progress: Progress, key: str = "data"
+) -> Found:
     """One row per picture of the shards, with the class of its cls or its json ("class_name", "class", "label").
 
     A class given as a number is the line of that number (from 0) of classes.txt beside the shards. Split as in plain
     folders, by hash of the key; `count` keeps at most that many pictures per class. Raises like read_captions.
     """
-    found = _rows(pattern, "classes", partial(_class_row, validation, {}), workers, progress)
+    found = _rows(pattern, "classify", partial(_class_row, validation, {}), workers, progress, key)
     kept: defaultdict[str | None, list[Row]] = defaultdict(list)
     for row in found.rows:
         kept[row.label].append(row)
     return Found([row for group in kept.values() for row in group[:count]], found.left_out)
 
 
-def look(pattern: str, data: Dataset) -> tuple[int, int]:
+def look(pattern: str, task: str, key: str) -> tuple[int, int]:
     """(shards, pictures in the first one), without reading more than that one. Raises UserError as reading does."""
-    shards = find_shards(pattern, f"data.{data}.shards")
-    to_row = _caption_row if data == "captions" else partial(_class_row, 0.1, {})
+    shards = find_shards(pattern, f"{key}.shards")
+    to_row = _caption_row if task == "caption" else partial(_class_row, 0.1, {})
     left_out: list[LeftOut] = []
     rows = [to_row(sample, left_out) for sample in _index(shards[0], left_out)]
-    _check_texts(Found(rows, left_out), shards[0], data)
+    _check_texts(Found(rows, left_out), shards[0], task)
     return len(shards), len(rows)
 
 
-def _rows(pattern: str, data: Dataset, to_row: _ToRow, workers: int, progress: Progress) -> Found:
+def _rows(pattern: str, task: str, to_row: _ToRow, workers: int, progress: Progress, key: str) -> Found:
     """A row for every picture of the shards, in the order in which `count` cuts."""
-    shards = find_shards(pattern, f"data.{data}.shards")
+    shards = find_shards(pattern, f"{key}.shards")
     found = Found([])
     shard_of: dict[str, str] = {}
 
@@ -122,11 +156,11 @@ def _rows(pattern: str, data: Dataset, to_row: _ToRow, workers: int, progress: P
                     )
             found.rows.extend(part.rows)
             found.left_out.extend(part.left_out)
-    _check_texts(found, pattern, data)
+    _check_texts(found, pattern, task)
     return Found(sorted(found.rows, key=lambda row: order(row.id)), found.left_out)
 
 
-def _check_texts(found: Found, name: str, data: Dataset) -> None:
+def _check_texts(found: Found, name: str, task: str) -> None:
     """Raises UserError when there is no picture, or not one of them has a text."""
     rows = found.rows
     if not rows:
@@ -137,11 +171,11 @@ def _check_texts(found: Found, name: str, data: Dataset) -> None:
         )
     if not any(row.captions for row in rows):
         texts = {
-            "captions": 'caption; each KEY.jpg needs KEY.txt, one caption, or KEY.json with "caption" or "captions"',
-            "classes": 'class; each KEY.jpg needs KEY.cls, or KEY.json with "class" or "label"',
+            "caption": 'caption; each KEY.jpg needs KEY.txt, one caption, or KEY.json with "caption" or "captions"',
+            "classify": 'class; each KEY.jpg needs KEY.cls, or KEY.json with "class" or "label"',
         }
         raise UserError(
-            f"{name}: none of {len(rows)} pictures ({rows[0].id}: {rows[0].quarantine}) has a {texts[data]}"
+            f"{name}: none of {len(rows)} pictures ({rows[0].id}: {rows[0].quarantine}) has a {texts[task]}"
         )
 
 

@@ -6,14 +6,12 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
-from pipeline.config.params import Dataset
 from pipeline.errors import UserError
-from pipeline.store.shards import STORE, Manifest, Shard, open_shard, read_record, sha256_of
+from pipeline.runs import EXTRACTED_BY, RESULTS, STORE, Run
+from pipeline.store.shards import Manifest, Shard, open_shard, read_record, sha256_of
 
-KINDS = {"images": "extract_images", "text": "extract_captions"}
-"""Kinds of features, and the stage that makes them."""
+KINDS = EXTRACTED_BY
 
 
 @dataclass(frozen=True)
@@ -21,7 +19,7 @@ class Use:
     """One manifest of a profile: data/<profile>/<kind>/<data>/manifest.json."""
 
     profile: str
-    data: Dataset
+    data: str
     manifest: Manifest
 
     def __str__(self) -> str:
@@ -53,9 +51,9 @@ class Folder:
 def manifests(profile: str = "*") -> list[Use]:
     """The manifests of a profile, or of all; UserError when one is unreadable."""
     return [
-        Use(path.parts[1], cast(Dataset, path.parts[3]), Manifest.read(path))
+        Use(path.parts[1], path.parts[3], Manifest.read(path))
         for kind in KINDS
-        for path in sorted(Path("data").glob(f"{profile}/{kind}/*/manifest.json"))
+        for path in sorted(RESULTS.glob(f"{profile}/{kind}/*/manifest.json"))
     ]
 
 
@@ -66,7 +64,7 @@ def verify(profile: str) -> list[Fault]:
     """
     uses = manifests(profile)
     if not uses:
-        raise UserError(f"data/{profile} has no feature manifest; run `dvc repro`")
+        raise UserError(f"{RESULTS / profile} has no feature manifest; run `dvc repro`")
     names = {shard.sha256: shard.name for use in manifests() for shard in use.manifest.files}
     faults: dict[Path, Fault] = {}
     for use in uses:
@@ -160,10 +158,10 @@ def unneeded() -> list[Path]:
 
 def unfinished() -> list[str]:
     """Extractions that have no manifest though their data set is prepared: what they did so far looks unneeded."""
-    prepared = sorted(Path("data").glob("*/prepare/*.parquet"))
+    prepared = sorted(RESULTS.glob("*/prepare/*.parquet"))
     return [
         f"{kind} of {path.stem}, profile {path.parts[1]}"
         for path in prepared
         for kind in KINDS
-        if not (path.parents[1] / kind / path.stem / "manifest.json").exists()
+        if not Run(path.parts[1]).features(kind, path.stem).exists()
     ]

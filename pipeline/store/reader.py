@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -11,19 +10,19 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from pipeline.config.params import Dataset
 from pipeline.devices import CPU
 from pipeline.errors import UserError
+from pipeline.runs import Run, remedy
 from pipeline.store.dtypes import Columns, unpack
 from pipeline.store.schema import dense
-from pipeline.store.shards import Manifest, manifest_path, open_shard
+from pipeline.store.shards import Manifest, open_shard
 
 
-def usable_rows(base: Path, data: Dataset) -> pd.DataFrame:
+def usable_rows(run: Run, data: str) -> pd.DataFrame:
     """The rows of a prepared manifest that are not in quarantine, sorted by id."""
-    path = base / "prepare" / f"{data}.parquet"
+    path = run.manifest(data)
     if not path.exists():
-        raise UserError(f"{path}: no such manifest; run `dvc repro prepare@{data}`")
+        raise UserError(f"{path}: no such manifest; {remedy(path)}")
     rows = pq.read_table(path).to_pandas()
     return rows[rows["quarantine"].isna()].sort_values("id", ignore_index=True)
 
@@ -40,19 +39,19 @@ class ImageTokens:
         self.ids: list[str] = list(rows["id"])
 
     @classmethod
-    def open(cls, base: Path, data: Dataset) -> ImageTokens:
+    def open(cls, run: Run, data: str) -> ImageTokens:
         """Map the shards that data/<profile>/images/<data>/manifest.json names.
 
         Raises UserError when a shard is gone or foreign, or a picture has no features.
         """
-        manifest = Manifest.read(manifest_path(base, "images", data))
+        manifest = Manifest.read(run.features("images", data))
         tables = [open_shard(manifest.folder / shard.name, manifest.fingerprint) for shard in manifest.shards]
         places = {
             row_id: (number, row)
             for number, table in enumerate(tables)
             for row, row_id in enumerate(table["id"].to_pylist())
         }
-        rows = usable_rows(base, data)
+        rows = usable_rows(run, data)
         missing = [row_id for row_id in rows["id"] if row_id not in places]
         if missing:
             raise UserError(
@@ -104,11 +103,11 @@ class CaptionTokens:
         self._row = {int(token): row for row, token in enumerate(token_ids)}
 
     @classmethod
-    def open(cls, base: Path, data: Dataset) -> CaptionTokens:
+    def open(cls, run: Run, data: str) -> CaptionTokens:
         """Map the shards and the embedding table that data/<profile>/text/<data>/manifest.json names."""
-        manifest = Manifest.read(manifest_path(base, "text", data))
+        manifest = Manifest.read(run.features("text", data))
         if manifest.embeddings is None:
-            raise UserError(f"{base}/text/{data}/manifest.json names no embedding table; run `dvc repro`")
+            raise UserError(f"{run.features('text', data)} names no embedding table; run `dvc repro`")
         captions: dict[str, list[list[int]]] = {}
         for shard in manifest.shards:
             table = open_shard(manifest.folder / shard.name, manifest.fingerprint)

@@ -13,8 +13,9 @@ from typing import Any
 import fsspec
 
 from pipeline.errors import UserError
+from pipeline.runs import STORE
 from pipeline.store.inventory import Use
-from pipeline.store.shards import STORE, Shard, atomically, in_use, sha256_of, write_record
+from pipeline.store.shards import Shard, atomically, in_use, sha256_of, write_record
 
 Advance = Callable[[int], None]
 BLOCK = 16 << 20  # bytes

@@ -22,9 +22,8 @@ import pyarrow as pa
 
 from pipeline.errors import UserError
 from pipeline.files import atomically as atomically  # as ever, also from here
+from pipeline.runs import STORE, Kind
 from pipeline.store import schema
-
-STORE = Path("data/store")
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Shard:
 class Manifest:
     """What DVC tracks of a feature set: its shards by name and SHA-256; for text also its embedding table."""
 
-    kind: str
+    kind: Kind
     fingerprint: str
     shards: list[Shard]
     embeddings: Shard | None = None
@@ -73,11 +72,6 @@ class Manifest:
             raise UserError(f"{path}: no such feature manifest; run `dvc repro`") from None
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: not a feature manifest ({error}); delete it and run `dvc repro`") from None
-
-
-def manifest_path(base: Path, kind: str, data: str) -> Path:
-    """The manifest of a data set's features; kind is images or text, base is data/<profile>."""
-    return base / kind / data / "manifest.json"
 
 
 def remove_temporary(folder: Path, process: int) -> None:

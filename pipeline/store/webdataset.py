@@ -26,12 +26,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from pipeline.config.params import Dataset, Params
+from pipeline.config import Params
 from pipeline.errors import UserError
+from pipeline.runs import Run
 from pipeline.store.dtypes import Columns
 from pipeline.store.reader import CaptionTokens, ImageTokens
 from pipeline.store.schema import shard_of
-from pipeline.store.shards import manifest_path, sha256_of
+from pipeline.store.shards import sha256_of
 
 FORMAT = "terraalign-webdataset/1"
 INDEX = pa.schema(
@@ -43,15 +44,15 @@ INDEX = pa.schema(
 """A row per picture; offset and size are those of <key>.tokens.npy in its tar, in bytes."""
 
 
-def identity(base: Path, data: Dataset) -> str:
+def identity(run: Run, data: str) -> str:
     """Hash of the manifests that say what the features of a data set are, and so what tars of them hold.
 
     Raises UserError when one of them is missing.
     """
     paths = [
-        manifest_path(base, "images", data),
-        manifest_path(base, "text", data),
-        base / "prepare" / f"{data}.parquet",
+        run.features("images", data),
+        run.features("text", data),
+        run.manifest(data),
     ]
     for path in paths:
         if not path.exists():
@@ -161,19 +162,19 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes, identity: str) -> dict
     return {"offset": tar.offset - blocks * tarfile.BLOCKSIZE, "size": len(content)}
 
 
-def open_tars(params: Params, data: Dataset) -> tuple[ImageTokens, CaptionTokens]:
+def open_tars(params: Params, data: str) -> tuple[ImageTokens, CaptionTokens]:
     """The features of a data set from the tars at cache.tars, local or remote, as the store would give them.
 
     They are those that the profile's manifests describe, which is checked; the store itself is not needed. Raises
     UserError when a file is missing, cut short or of another export.
     """
-    base = Path("data") / params.profile
-    folder = f"{params.cache.tars or base / 'webdataset'}/{data}"
+    run = Run.of(params)
+    folder = f"{f'{params.cache.tars}/{data}' if params.cache.tars else run.tars(data)}"
     if "://" in folder:
         mend = f"run `terraalign store export {data} FOLDER` where the store is, and copy it there"
     else:
         mend = f"delete {folder}, if it is there, and run `terraalign store export {data} {folder}`"
-    return read_tars(folder, identity(base, data), mend)
+    return read_tars(folder, identity(run, data), mend)
 
 
 def read_tars(folder: str, identity: str, mend: str) -> tuple[ImageTokens, CaptionTokens]:

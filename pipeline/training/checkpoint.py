@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from pipeline.files import atomically
+from pipeline.runs import Run
 from pipeline.training.code import digest_of
 
 
@@ -24,7 +25,7 @@ class Checkpoint:
     key: str
 
     @classmethod
-    def of(cls, base: Path, stage: str, decides: Sequence[object], files: Sequence[Path], code: str) -> Checkpoint:
+    def of(cls, run: Run, stage: str, decides: Sequence[object], files: Sequence[Path], code: str) -> Checkpoint:
         """The checkpoint of a stage below data/<profile>/checkpoints; outside DVC's outputs, which a rerun deletes.
 
         `decides` are values and `files` inputs that decide the run's course; `code` is the module that makes it, which
@@ -32,7 +33,7 @@ class Checkpoint:
         """
         digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
         text = json.dumps([*map(str, decides), *digests, digest_of(code)])
-        return cls(base / "checkpoints" / f"{stage}.pt", hashlib.sha256(text.encode()).hexdigest())
+        return cls(run.checkpoint(stage), hashlib.sha256(text.encode()).hexdigest())
 
     def save(self, state: dict[str, Any]) -> None:
         with atomically(self.path) as file:

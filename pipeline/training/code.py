@@ -11,9 +11,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 COMPONENT = re.compile(r"(pipeline(?:\.\w+)+):\w+")  # as the rooms' lists name their classes
-# What they do decides no bit of a result: what is said and shown, where files lie, how parameters are read (whose values
-# are seen themselves).
-EXCUSED = frozenset({"pipeline.errors", "pipeline.files", "pipeline.progress", "pipeline.runs", "pipeline.config"})
+# What they do decides no bit of a result: what is said and shown, where files lie and whether they are whole, how
+# parameters are read (whose values are seen themselves).
+EXCUSED = frozenset(
+    {
+        *("pipeline.errors", "pipeline.files", "pipeline.progress", "pipeline.needs", "pipeline.runs"),
+        *("pipeline.config", "pipeline.encoders.weights"),
+    }
+)
 
 
 @cache

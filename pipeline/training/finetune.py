@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import operator
 import sys
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,32 +13,36 @@ import torch
 from torch import Tensor
 
 from pipeline.adapters.adapters import Adapter, build_adapter, load_adapter
-from pipeline.config.params import AdapterName, Dataset, FinetuneTask, Params
+from pipeline.config import Params
+from pipeline.config.components import sources_of
+from pipeline.config.schema import Recipe
 from pipeline.devices import fast_products
 from pipeline.errors import UserError
 from pipeline.llms.load import load_llm
+from pipeline.runs import Run
+from pipeline.started import Started
 from pipeline.store.reader import ImageTokens
+from pipeline.tasks.base import Task
 from pipeline.training.checkpoint import Checkpoint
-from pipeline.training.loop import Trainer, total_steps, write_history
+from pipeline.training.loop import Trainer, batch_at, total_steps, write_history
 from pipeline.training.origin import Origin, Words, check_llm, check_tokens
 from pipeline.vlm import VLM, add_lora
 
 
 class Examples:
-    """Images with the prompts and answers of a task."""
+    """Images of a data set with the prompts and answers of its task."""
 
-    def __init__(self, images: ImageTokens, data: Dataset, settings: FinetuneTask, seed: int):
-        self.images, self.prompts = images, settings.prompts
-        column = images.rows["captions"] if data == "captions" else images.rows["label"].map(lambda label: [label])
-        self.answers: list[list[str]] = [[text for text in texts if text and text.strip()] for texts in column]
+    def __init__(self, images: ImageTokens, name: str, task: Task, settings: Recipe, seed: int):
+        self.name, self.images, self.task, self.prompts = name, images, task, settings.prompts[name]
+        self.answers = [[text for text in texts if text and text.strip()] for texts in task.answers(images.rows)]
         self.train, val = self._answered("train"), self._answered("val")
         unanswered = [images.ids[i] for i, texts in enumerate(self.answers) if not texts]
         if unanswered:
             names = f"{', '.join(unanswered[:3])}{', ...' if len(unanswered) > 3 else ''}"
-            print(f"{data}: {len(unanswered)} pictures have no words and are left out: {names}", file=sys.stderr)
+            print(f"{name}: {len(unanswered)} pictures have no words and are left out: {names}", file=sys.stderr)
         if not self.train or not val:
             raise UserError(
-                f"{data}: {len(self.train)} train and {len(val)} val pictures with words; both are needed: add pictures"
+                f"{name}: {len(self.train)} train and {len(val)} val pictures with words; both are needed: add pictures"
             )
         order = torch.randperm(len(val), generator=torch.Generator().manual_seed(seed)).tolist()
         self.val = [val[i] for i in order[: settings.validation_images]]
@@ -70,18 +75,57 @@ class Examples:
         answers = [self.answers[position][0] for position in positions]
         return self.images.tokens(positions), self.prompts[0], answers
 
+    @torch.no_grad()
+    def mean_loss(self, model: VLM, batch: int) -> float:
+        """The loss of the validation images, by parts of their answers."""
+        parts = [self.val[i : i + batch] for i in range(0, len(self.val), batch)]
+        sums = [self.task.loss(model, *self.fixed(part)) for part in parts]
+        return sum(total.item() for total, _ in sums) / sum(count for _, count in sums)
 
-def finetune(params: Params, name: AdapterName, data: Dataset, pretrained: Path | None, out: Path) -> None:
-    """Fine-tune an adapter with a fresh LoRA on one data set and write weights, history and metrics to `out`.
 
-    Starts from the pre-trained adapter in `pretrained`, or from scratch when that is None.
+class Mixture:
+    """Which of several data sets each batch of a run is of: as evenly as their shares allow, the same in every run.
+
+    A batch is of one data set, as it has one prompt.
     """
-    base = Path("data") / params.profile
-    settings = params.finetune_for(name, data)
+
+    def __init__(self, sets: Sequence[Examples], shares: Mapping[str, float] | None):
+        weights = [len(one.train) if shares is None else shares[one.name] for one in sets]
+        self.sets, self.shares = sets, [weight / sum(weights) for weight in weights]
+        self._turns: list[tuple[int, int]] = []  # of each batch: its data set, and how many of that came before
+        self._taken = [0] * len(sets)
+
+    @property
+    def size(self) -> int:
+        """Training images of all data sets."""
+        return sum(len(one.train) for one in self.sets)
+
+    def turn(self, number: int) -> tuple[Examples, int]:
+        """The data set of the number-th batch, and the how-manieth of its own that is: who is furthest behind."""
+        while len(self._turns) <= number:
+            due = [
+                share * (len(self._turns) + 1) - taken for share, taken in zip(self.shares, self._taken, strict=True)
+            ]
+            chosen = due.index(max(due))
+            self._turns.append((chosen, self._taken[chosen]))
+            self._taken[chosen] += 1
+        chosen, own = self._turns[number]
+        return self.sets[chosen], own
+
+
+def finetune(params: Params, name: str, recipe: str, scratch: bool = False) -> None:
+    """Fine-tune an adapter with a fresh LoRA by one recipe, and write weights, history and metrics.
+
+    Starts from the pre-trained adapter, or from a random one. Raises UserError when features or adapter are not there,
+    or of other models than the parameters name.
+    """
+    run, settings = Run.of(params), params.finetune_for(name, recipe)
+    pretrained, out = None if scratch else run.pretrained(name), run.finetuned(name, recipe, scratch)
     if pretrained:
-        check_tokens(pretrained, base, data)
-    images = ImageTokens.open(base, data)
-    examples = Examples(images, data, settings, params.seed)
+        for data in settings.data:
+            check_tokens(pretrained, run, data)
+    sets = [_examples(params, run, data, settings) for data in settings.data]
+    mixture, shape = Mixture(sets, settings.mixture), sets[0].images.shape
     torch.manual_seed(params.seed)
     fast_products()
     llm = load_llm(params.llm, params.runtime.device)
@@ -89,30 +133,43 @@ def finetune(params: Params, name: AdapterName, data: Dataset, pretrained: Path 
     if pretrained:
         check_llm(pretrained, embedding)
     lora = add_lora(llm, params.finetune.lora)
-    architecture = params.adapters[name].architecture
-    adapter = (
-        load_adapter(pretrained, "last")
-        if pretrained
-        else build_adapter(name, images.shape[1], llm.width, **architecture)
-    )
-    _check_fit(adapter, images.shape[1], llm.width)
+    section = params.adapter(name)
+    if pretrained:
+        adapter = load_adapter(pretrained, "last")
+    else:
+        adapter = build_adapter(params.kind_of(name), shape[1], llm.width, **section.architecture)
+    _check_fit(adapter, shape[1], llm.width)
     model = VLM(adapter, llm)
     if params.runtime.activations == "recompute":
         model.recompute_activations()
-    _leave_room(model, examples, name)
-    examples.warn_of_cuts(model)
-    files = [base / "images" / data / "manifest.json", base / "prepare" / f"{data}.parquet"]
-    files += [pretrained / "last.safetensors"] if pretrained else []
-    decides = [params.seed, settings.model_dump(), params.finetune.lora, params.llm, architecture]
-    checkpoint = Checkpoint.of(base, "-".join(out.parts[-2:]), decides, files, __name__)
-    trainer = _trainer(model, lora, examples, settings, params.seed, checkpoint)
-    trainer.name = f"{'fine-tune' if pretrained else 'from scratch'} {name} on {data}"
+    for examples in sets:
+        _leave_room(model, examples, name)
+    for examples in sets:
+        examples.warn_of_cuts(model)
+    start = pretrained / "last.safetensors" if pretrained else None
+    checkpoint = _checkpoint(params, name, recipe, scratch, [start] if start else [])
+    trainer = _trainer(model, lora, mixture, settings, params.seed, checkpoint)
+    trainer.name = f"{'from scratch' if scratch else 'fine-tune'} {name} on {recipe}"
     history = trainer.run()
     _write(out, adapter, lora, trainer)
-    start = pretrained / "last.safetensors" if pretrained else None
-    Origin.of(base, data, Words.of_module(embedding), params.llm, start).write(out)
+    Origin.of(run, settings.data[0], Words.of_module(embedding), params.llm, start).write(out)
     print(f"{trainer.name}: validation loss {history[0]['val_loss']:.3f} -> {history[-1]['val_loss']:.3f}")
     trainer.checkpoint.remove()
+
+
+def _examples(params: Params, run: Run, data: str, settings: Recipe) -> Examples:
+    task = Task.of(params.data_set(data).task, params.evaluate)
+    return Examples(ImageTokens.open(run, data), data, task, settings, params.seed)
+
+
+def _checkpoint(params: Params, name: str, recipe: str, scratch: bool, start: list[Path]) -> Checkpoint:
+    """A checkpoint that holds as long as all that decides this run is the same."""
+    run, settings, section = Run.of(params), params.finetune_for(name, recipe), params.adapter(name)
+    files = [path for data in settings.data for path in (run.features("images", data), run.manifest(data))]
+    parts = [("task", params.data_set(data).task) for data in settings.data] + [("adapter", params.kind_of(name))]
+    decides = [params.seed, settings.model_dump(), params.finetune.lora, params.llm, section.architecture, parts]
+    stage = f"{'finetune_scratch' if scratch else 'finetune'}-{name}-{recipe}"
+    return Checkpoint.of(run, stage, decides, [*files, *start, *sources_of(parts)], __name__)
 
 
 def _check_fit(adapter: Adapter, d_in: int, d_out: int) -> None:
@@ -124,7 +181,7 @@ def _check_fit(adapter: Adapter, d_in: int, d_out: int) -> None:
 
 
 @torch.no_grad()
-def _leave_room(model: VLM, examples: Examples, name: AdapterName) -> None:
+def _leave_room(model: VLM, examples: Examples, name: str) -> None:
     """Let answers be as long as the LLM's context allows after prompt and image tokens."""
     model.eval()  # dropout would draw random numbers, and so change the run
     count = model.adapter(examples.images.tokens(examples.train[:1]).to(model.device)).shape[1]
@@ -138,27 +195,29 @@ def _leave_room(model: VLM, examples: Examples, name: AdapterName) -> None:
     model.max_answer_tokens = min(model.max_answer_tokens, room)
 
 
-def _trainer(
-    model: VLM, lora: Any, examples: Examples, settings: FinetuneTask, seed: int, checkpoint: Checkpoint
-) -> Trainer:
-    def loss(batch: list[int]) -> Callable[[], Tensor]:
-        total, count = model.loss(*examples.draw(batch))
-        return lambda: total / count
+def _trainer(model: VLM, lora: Any, mixture: Mixture, settings: Recipe, seed: int, checkpoint: Checkpoint) -> Trainer:
+    def loss(number: int) -> Started:
+        examples, own = mixture.turn(number)
+        batch = batch_at(own, settings.batch, len(examples.train), seed)
+        total, count = examples.task.loss(model, *examples.draw(batch))
+        return Started(lambda: total / count)
 
     def validate(step: int) -> dict[str, float]:
         size = 2 * settings.batch  # no gradients are kept, so twice as many fit
-        parts = [examples.val[i : i + size] for i in range(0, len(examples.val), size)]
-        sums = [model.loss(*examples.fixed(part)) for part in parts]
-        return {"val_loss": sum(total.item() for total, _ in sums) / sum(count for _, count in sums)}
+        values = [examples.mean_loss(model, size) for examples in mixture.sets]
+        if len(values) == 1:
+            return {"val_loss": values[0]}
+        each = {f"val_loss/{examples.name}": value for examples, value in zip(mixture.sets, values, strict=True)}
+        return {"val_loss": sum(map(operator.mul, mixture.shares, values)), **each}
 
-    total = total_steps(settings, len(examples.train))
+    total = total_steps(settings, mixture.size)
     points = {max(1, round(total * i / settings.validations)) for i in range(1, settings.validations + 1)}
     groups = [
         {"params": list(model.adapter.parameters()), "lr": settings.adapter_lr},
         {"params": [p for p in lora.parameters() if p.requires_grad], "lr": settings.lr},
     ]
     return Trainer(
-        name="", model=model, groups=groups, settings=settings, examples=len(examples.train), seed=seed,
+        name="", model=model, groups=groups, settings=settings, examples=mixture.size, seed=seed,
         loss=loss, validate=validate, validate_at=points, checkpoint=checkpoint,
     )  # fmt: skip
 
@@ -171,7 +230,7 @@ def _write(out: Path, adapter: Adapter, lora: Any, trainer: Trainer) -> None:
     write_history(out / "history.csv", trainer.history)
     trained, everything = lora.get_nb_trainable_parameters()
     metrics = {
-        "val_loss": trainer.history[-1]["val_loss"],
+        **{key: value for key, value in trainer.history[-1].items() if key.startswith("val_loss")},
         "steps": int(trainer.history[-1]["step"]),
         "parameters_adapter": sum(p.numel() for p in adapter.parameters()),
         "parameters_lora": trained,

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.config.params import Optimisation
+from pipeline.config.schema import Optimisation
 from pipeline.errors import UserError
 from pipeline.progress import progress_bar
+from pipeline.started import NotFinite, Started
 from pipeline.training.checkpoint import Checkpoint
 
 CHECKPOINT_SECONDS = 120.0
@@ -28,8 +29,8 @@ History = list[dict[str, float]]
 class Trainer:
     """A run: what to train, on which batches, with which loss, and when to validate.
 
-    `groups` are AdamW's parameter groups; `loss` starts on a list of example indices, draws all that is random, and
-    returns what gives the scalar; `validate` gives a row of the history; `extras` is state that `validate` may fill and
+    `groups` are AdamW's parameter groups; `loss` starts on the number of a batch, draws all that is random, and gives
+    the scalar as its result; `validate` gives a row of the history; `extras` is state that `validate` may fill and
     that survives an interruption. `in_flight`: how many of a step's `accumulate` losses are under way at a time; it
     does not change the result.
     """
@@ -40,7 +41,7 @@ class Trainer:
     settings: Optimisation
     examples: int
     seed: int
-    loss: Callable[[list[int]], Callable[[], Tensor]]
+    loss: Callable[[int], Started]
     validate: Callable[[int], Mapping[str, float]]
     validate_at: set[int]
     checkpoint: Checkpoint
@@ -86,17 +87,16 @@ class Trainer:
     def _step(self, step: int, optimizer: torch.optim.Optimizer) -> float:
         self.model.train()
         accumulate, ahead = self.settings.accumulate, self.in_flight - 1
-        started: deque[Callable[[], Tensor]] = deque()
+        started: deque[Started] = deque()
         losses: list[Tensor] = []
         for micro in range(accumulate + ahead):
             try:
                 if micro < accumulate:
-                    number = step * accumulate + micro
-                    started.append(self.loss(batch_at(number, self.settings.batch, self.examples, self.seed)))
+                    started.append(self.loss(step * accumulate + micro))
                 if micro < ahead:
                     continue
-                loss = started.popleft()() / accumulate
-            except ValueError as error:
+                loss = started.popleft().result() / accumulate
+            except NotFinite as error:
                 raise UserError(f"{self.name}: step {step}: {error}; lower lr") from None
             loss.backward()
             losses.append(loss.detach())

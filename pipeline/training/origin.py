@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.config.params import LLM, Dataset
+from pipeline.config import LLM
 from pipeline.errors import UserError
-from pipeline.store.shards import Manifest, manifest_path
+from pipeline.runs import Run, remedy
+from pipeline.store.shards import Manifest
 
 FILE = "origin.json"
 # Not its dtype, nor how pictures are decoded: an adapter trained on a GPU answers on a CPU, too.
@@ -81,9 +82,9 @@ class Origin:
     start: str | None = None
 
     @classmethod
-    def of(cls, base: Path, data: Dataset, words: Words, llm: LLM | None = None, start: Path | None = None) -> Origin:
+    def of(cls, run: Run, data: str, words: Words, llm: LLM | None = None, start: Path | None = None) -> Origin:
         """Of an adapter that is being trained on the image tokens of a data set."""
-        manifest = Manifest.read(manifest_path(base, "images", data))
+        manifest = Manifest.read(run.features("images", data))
         encoder = {key: value for key, value in (manifest.encoder or {}).items() if key in ENCODER}
         named = None if llm is None else {key: getattr(llm, key) for key in LANGUAGE_MODEL}
         return cls(manifest.fingerprint, encoder, words, named, weights_of(start) if start else None)
@@ -99,14 +100,9 @@ class Origin:
             return cls(**values | {"words": Words(**values["words"])})
         except FileNotFoundError:
             why = "is of an earlier version" if folder.is_dir() else "is not there"
-            raise UserError(f"{folder}: this adapter {why}; {mend(folder)}") from None
+            raise UserError(f"{folder}: this adapter {why}; {remedy(folder)}") from None
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{folder / FILE}: cannot be read ({error}); {mend(folder)}") from None
-
-
-def mend(folder: Path) -> str:
-    """The command that makes data/<profile>/<stage>/<item> anew, with all that it needs."""
-    return f"run `dvc repro {folder.parent.name}@{folder.name}`"
+            raise UserError(f"{folder / FILE}: cannot be read ({error}); {remedy(folder)}") from None
 
 
 def weights_of(path: Path) -> str:
@@ -115,13 +111,13 @@ def weights_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_tokens(folder: Path, base: Path, data: Dataset) -> Origin:
+def check_tokens(folder: Path, run: Run, data: str) -> Origin:
     """The origin of an adapter that was trained on the image tokens that are there now; else UserError."""
-    origin, now = Origin.read(folder), Manifest.read(manifest_path(base, "images", data)).fingerprint
+    origin, now = Origin.read(folder), Manifest.read(run.features("images", data)).fingerprint
     if origin.tokens != now:
         raise UserError(
             f"{folder}: this adapter was trained on other image tokens (fingerprint {origin.tokens}) than those of "
-            f"{data} are now ({now}); {mend(folder)}"
+            f"{data} are now ({now}); {remedy(folder)}"
         )
     return origin
 
@@ -140,7 +136,7 @@ def check_encoder(folder: Path, identity: Mapping[str, str]) -> Origin:
             short = {"weights": 12}.get(key, 200)
             raise UserError(
                 f"{folder}: this adapter was trained on image tokens of another vision encoder ({key} "
-                f"{was[:short] or 'none'}) than params.yaml names now ({key} {now[:short] or 'none'}); {mend(folder)}"
+                f"{was[:short] or 'none'}) than params.yaml names now ({key} {now[:short] or 'none'}); {remedy(folder)}"
             )
     return origin
 
@@ -152,7 +148,7 @@ def check_llm_named(folder: Path, llm: LLM) -> None:
         if was != getattr(llm, key):
             raise UserError(
                 f"{folder}: this adapter was trained with llm.{key} {was!r}, params.yaml has {getattr(llm, key)!r}; "
-                f"{mend(folder)}"
+                f"{remedy(folder)}"
             )
 
 
@@ -160,26 +156,28 @@ def check_llm(folder: Path, embedding: torch.nn.Embedding) -> None:
     """UserError where an adapter was aligned with another LLM than the one whose input embeddings these are."""
     if not Origin.read(folder).words.are_of(embedding):
         raise UserError(
-            f"{folder}: this adapter was trained for another LLM than params.yaml names now; {mend(folder)}"
+            f"{folder}: this adapter was trained for another LLM than params.yaml names now; {remedy(folder)}"
         )
 
 
-def check_results(base: Path, adapter: str, llm: LLM, tasks: Sequence[Dataset] = ("captions", "classes")) -> list[Path]:
+def check_results(run: Run, adapter: str, llm: LLM, recipes: Mapping[str, Sequence[str]]) -> list[Path]:
     """The folders of an adapter, pre-trained and fine-tuned, that all are of the image tokens and the LLM of now.
 
-    Raises UserError naming the first that is not, or that began with other pre-trained weights.
+    `recipes` are those of the fine-tunings, with their data sets. Raises UserError naming the first folder that is
+    not, or that began with other pre-trained weights.
     """
-    pretrained = base / "pretrain" / adapter
-    check_tokens(pretrained, base, "captions")
-    start = weights_of(pretrained / "last.safetensors")
+    pretrained = run.pretrained(adapter)
+    start = weights_of(pretrained / "last.safetensors") if Origin.read(pretrained) else ""
     folders = [pretrained]
-    for data in tasks:
-        folder = base / "finetune" / f"{adapter}-{data}"
-        origin = check_tokens(folder, base, data)
+    for recipe, sets in recipes.items():
+        folder = run.finetuned(adapter, recipe)
+        for data in sets:
+            check_tokens(pretrained, run, data)
+            origin = check_tokens(folder, run, data)
         check_llm_named(folder, llm)
         if origin.start != start:
             raise UserError(
-                f"{folder}: this adapter was fine-tuned from other weights than {pretrained}; {mend(folder)}"
+                f"{folder}: this adapter was fine-tuned from other weights than {pretrained}; {remedy(folder)}"
             )
         folders.append(folder)
     return folders

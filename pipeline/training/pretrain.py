@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.adapters.adapters import Adapter, build_adapter
-from pipeline.config.params import AdapterName, Dataset, Objective, Params, Pretrain
+from pipeline.config import Params
+from pipeline.config.components import sources_of
+from pipeline.config.schema import Pretrain
 from pipeline.devices import fast_products, keep_freed_memory
 from pipeline.errors import UserError
+from pipeline.objectives.emd import EMDSettings
 from pipeline.objectives.objective import Pairs, start_loss
-from pipeline.store.shards import Manifest, manifest_path
+from pipeline.runs import EXTRACTED_BY, Kind, Run
+from pipeline.started import Started
+from pipeline.store.shards import Manifest
 from pipeline.training.checkpoint import Checkpoint
-from pipeline.training.loop import Trainer, steps_per_epoch, total_steps, write_history
+from pipeline.training.loop import Trainer, batch_at, steps_per_epoch, total_steps, write_history
 from pipeline.training.origin import Origin, Words
 
 SAMPLE, PART = 512, 128  # images that a constant set is fitted on, and how many at a time
 NEARNESS = 0.2  # of its start to words: the share of the way from their mean
 SETTLED = 2e-4  # a fit ends when its EMD falls by less than this share
-PLAIN = Objective.model_validate({"cost": "euclidean", "word_weights": "uniform", "start": "random"})
+PLAIN = EMDSettings.model_validate({"cost": "euclidean", "word_weights": "uniform", "start": "random"})
 
 
 def fit_constant_set(pairs: Pairs, count: int, seed: int) -> Tensor:
@@ -121,24 +125,26 @@ class HeldOut:
         return float(difference.mean()), float(low), float(high)
 
 
-def pretrain(params: Params, name: AdapterName, out: Path) -> None:
-    """Pre-train an adapter and write its weights of the first and last epoch, history and metrics to `out`."""
+def pretrain(params: Params, name: str) -> None:
+    """Pre-train an adapter and write its weights of the first and last epoch, history and metrics."""
     keep_freed_memory()
     fast_products()
     settings = params.pretrain_for(name)
     pairs = Pairs(params, settings)
-    base = Path("data") / params.profile
-    for kind in ("images", "text"):
-        _check_of_one_kind(base, kind, settings.data)
+    run = Run.of(params)
+    out = run.pretrained(name)
+    for kind in EXTRACTED_BY:
+        _check_of_one_kind(run, kind, settings.data)
     if pairs.device.type == "cuda":
         torch.set_num_threads(1)  # for the small sums left to the CPU, many threads would wait for one another
     torch.manual_seed(params.seed)
-    adapter = build_adapter(name, pairs.d_in, pairs.table.shape[1], **params.adapters[name].architecture).to(
+    section = params.adapter(name)
+    adapter = build_adapter(params.kind_of(name), pairs.d_in, pairs.table.shape[1], **section.architecture).to(
         pairs.device
     )
     count = adapter(pairs.tokens(pairs.val[:1])).shape[1]
     blind = _blind_baselines(params, pairs, count)
-    if settings.objective.start == "constant_set":
+    if pairs.objective.start == "constant_set":
         adapter.eval().start_at(blind.constant_set, pairs.tokens(pairs.train[: settings.batch]))
     trainer = _trainer(params, name, pairs, adapter, blind.metrics)
     history = trainer.run()
@@ -150,17 +156,17 @@ def pretrain(params: Params, name: AdapterName, out: Path) -> None:
     adapter.save(out, "first")
     write_history(out / "history.csv", history)
     (out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
-    Origin.of(base, "captions", Words.of(pairs.text.token_ids.tolist(), pairs.text.embeddings)).write(out)
+    Origin.of(run, settings.data[0], Words.of(pairs.text.token_ids.tolist(), pairs.text.embeddings)).write(out)
     trainer.checkpoint.remove()
 
 
-def _check_of_one_kind(base: Path, kind: str, sets: list[Dataset]) -> None:
+def _check_of_one_kind(run: Run, kind: Kind, sets: list[str]) -> None:
     """UserError where the features of some data sets are of different models."""
-    prints = {Manifest.read(manifest_path(base, kind, data)).fingerprint for data in sets}
+    prints = {Manifest.read(run.features(kind, data)).fingerprint for data in sets}
     if len(prints) > 1:
-        stage, model = ("extract_images", "encoders") if kind == "images" else ("extract_captions", "LLMs")
+        stage, model = EXTRACTED_BY[kind], "encoders" if kind == "images" else "LLMs"
         raise UserError(
-            f"{base / kind}: the features of {' and '.join(sets)} are of different {model}; run `dvc repro {stage}`"
+            f"{run.base / kind}: the features of {' and '.join(sets)} are of different {model}; run `dvc repro {stage}`"
         )
 
 
@@ -207,7 +213,7 @@ def _constant_set(params: Params, pairs: Pairs, count: int) -> Tensor:
         settings.data,
         settings.objective.model_dump(exclude={"start", "solver", "contrast", "temperature"}),
     ]
-    kept = _checkpoint(params, f"constant-set-{count}", settings, decides)
+    kept = _checkpoint(params, f"constant-set-{count}", settings, decides, None)
     state = kept.load()
     if state is None:
         state = {"tokens": fit_constant_set(pairs, count, params.seed)}
@@ -215,23 +221,29 @@ def _constant_set(params: Params, pairs: Pairs, count: int) -> Tensor:
     return state["tokens"].to(pairs.device)
 
 
-def _checkpoint(params: Params, name: str, settings: Pretrain, decides: Sequence[object]) -> Checkpoint:
-    """A checkpoint that holds as long as these values, the cached data and the code are the same."""
-    base = Path("data") / params.profile
-    files = [base / kind / data / "manifest.json" for kind in ("images", "text") for data in settings.data]
-    files += [base / "prepare" / f"{data}.parquet" for data in settings.data]
-    return Checkpoint.of(base, name, decides, files, __name__)
+def _checkpoint(
+    params: Params, name: str, settings: Pretrain, decides: Sequence[object], kind: str | None
+) -> Checkpoint:
+    """A checkpoint that holds as long as these values, the cached data and the code are the same.
+
+    `kind` is the adapter's, where there is one.
+    """
+    run = Run.of(params)
+    files = [run.features(features, data) for features in EXTRACTED_BY for data in settings.data]
+    files += [run.manifest(data) for data in settings.data]
+    parts = [("objective", settings.objective.name), *([("adapter", kind)] if kind else [])]
+    return Checkpoint.of(run, name, [*decides, parts], [*files, *sources_of(parts)], __name__)
 
 
-def _trainer(params: Params, name: AdapterName, pairs: Pairs, adapter: Adapter, blind: dict[str, float]) -> Trainer:
+def _trainer(params: Params, name: str, pairs: Pairs, adapter: Adapter, blind: dict[str, float]) -> Trainer:
     settings = pairs.settings
     epoch, total = steps_per_epoch(settings, len(pairs.train)), total_steps(settings, len(pairs.train))
     rng = np.random.default_rng(params.seed)
     candidates = rng.permutation(pairs.val)[: settings.candidates].tolist()
     extras: dict[str, dict[str, Tensor]] = {}
 
-    def loss(batch: list[int]) -> Callable[[], Tensor]:
-        positions = [pairs.train[i] for i in batch]
+    def loss(number: int) -> Started:
+        positions = [pairs.train[i] for i in batch_at(number, settings.batch, len(pairs.train), params.seed)]
         return start_loss(pairs, adapter(pairs.tokens(positions)), positions)
 
     def validate(step: int) -> dict[str, float]:
@@ -241,11 +253,12 @@ def _trainer(params: Params, name: AdapterName, pairs: Pairs, adapter: Adapter, 
         values = {"val": held_out.matched.mean().item(), "shuffled": held_out.shuffled.mean().item()}
         return {"epoch": step / epoch, **values, **blind, **retrieval(pairs, adapter, candidates, params.seed)}
 
-    decides = [params.seed, settings.model_dump(), params.adapters[name].architecture]
+    section = params.adapter(name)
+    decides = [params.seed, settings.model_dump(), section.architecture]
     return Trainer(
         name=f"pretrain {name}", model=adapter, groups=[{"params": list(adapter.parameters())}], settings=settings,
         examples=len(pairs.train), seed=params.seed, loss=loss, validate=validate,
         validate_at=set(range(epoch, total + 1, epoch)),
-        checkpoint=_checkpoint(params, f"pretrain@{name}", settings, decides), extras=extras,
+        checkpoint=_checkpoint(params, f"pretrain@{name}", settings, decides, params.kind_of(name)), extras=extras,
         in_flight=pairs.in_flight,
     )  # fmt: skip

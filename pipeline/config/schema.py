@@ -1,0 +1,441 @@
+"""Every parameter of every stage: one typed model per section of params.yaml; unknown keys are errors.
+
+The sections of exchangeable parts (a source, an encoder, ...) hold here what all parts of a kind share; what only one
+of them knows is in that part's own Settings, which derive from these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from importlib import resources
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SerializeAsAny,
+    StringConstraints,
+    ValidationError,
+    ValidationInfo,
+    create_model,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from pipeline.config import components
+from pipeline.config.base import (
+    AboveZero,
+    Name,
+    NotNegative,
+    Positive,
+    Prompt,
+    Rate,
+    Section,
+    Share,
+    Whole,
+    fault_at,
+)
+from pipeline.errors import UserError
+
+DEFAULTS: dict[str, Any] = yaml.safe_load(resources.files(__package__).joinpath("defaults.yaml").read_text("utf-8"))
+# Parts of the names of stages and folders, as in finetune@mlp-captions; without a hyphen, to be told apart.
+Key = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
+
+
+def default(key: str) -> Any:
+    """The default of a key, as defaults.yaml has it."""
+    value: Any = DEFAULTS
+    for part in key.split("."):
+        value = value[part]
+    return Field(value)
+
+
+def _distinct(names: list[str]) -> list[str]:
+    if len(set(names)) != len(names):
+        raise ValueError("each name once")
+    return names
+
+
+Keys = Annotated[list[Key], Field(min_length=1), AfterValidator(_distinct)]
+
+
+class Part(Section):
+    """What the parts of one kind share; the key NAMED names the part, whose own settings are then the section's."""
+
+    KIND: ClassVar[str]
+    NAMED: ClassVar[str]
+    PART: ClassVar[str | None] = None  # the part where none is named
+
+    @classmethod
+    def chosen(cls, values: object) -> type[Section]:
+        """The settings of the part that a section names; ValueError when it names none that there is."""
+        name = values.get(cls.NAMED, cls.PART) if isinstance(values, Mapping) else None
+        return components.settings_of(cls.KIND, name) if isinstance(name, str) else cls
+
+
+def _part(base: type[Part]) -> BeforeValidator:
+    """Has a section checked by the settings of the part that it names."""
+
+    def check(value: object) -> object:
+        if not isinstance(value, Mapping):
+            return value  # what is wrong with it, the section itself says
+        name = value.get(base.NAMED, base.PART)
+        if not isinstance(name, str):
+            missing = "missing" if name is None else PydanticCustomError("part", "a text is expected here")
+            raise _faults(base, missing, base.NAMED, value if name is None else name)
+        try:
+            settings = base.chosen(value)
+        except ValueError as error:
+            found = PydanticCustomError("part", "{message}", {"message": str(error)})
+            raise _faults(base, found, base.NAMED, name) from None
+        return settings.model_validate(value)
+
+    return BeforeValidator(check)
+
+
+def _faults(base: type[Section], what: Any, key: str, value: Any) -> ValidationError:
+    return ValidationError.from_exception_data(base.__name__, [InitErrorDetails(type=what, loc=(key,), input=value)])
+
+
+class DataSettings(Part):
+    """One data set: where its pictures come from, and what is asked of them."""
+
+    KIND, NAMED = "source", "source"
+
+    task: Name = Field(description="what its texts are: caption, classify, or an own package.module:Class")
+    source: Name = Field(description="the layout of its files")
+    max_broken: Share = default("data.max_broken")
+
+    @field_validator("task")
+    @classmethod
+    def _known_task(cls, value: str) -> str:
+        components.find("task", value)
+        return value
+
+    @field_validator("source")
+    @classmethod
+    def _holds_task(cls, value: str, info: ValidationInfo) -> str:
+        task, held = info.data.get("task"), components.find("source", value).tasks
+        if task is not None and task not in held:
+            raise ValueError(f"has no texts for task {task}, only for {', '.join(held)}; take another source or task")
+        return value
+
+
+class Vision(Part):
+    """The frozen vision encoder."""
+
+    KIND, NAMED = "encoder", "encoder"
+
+    encoder: Name
+    model: str | None = default("vision.model")
+    pretrained: str | None = default("vision.pretrained")
+    dtype: Literal["auto", "float32", "bfloat16"] = default("vision.dtype")  # auto: bfloat16 where it is computed in
+    # Who decodes plain JPEGs; auto: nvjpeg on a GPU, torchvision on a CPU. docs/store.md has the errors.
+    decoder: Literal["auto", "pil", "torchvision", "nvjpeg"] = default("vision.decoder")
+    batch: Positive = default("vision.batch")
+
+
+class LLM(Part):
+    """The frozen language model."""
+
+    KIND, NAMED = "loader", "loader"
+
+    loader: Name
+    model: Name = Field(description="hub id or folder; gguf: a file, or the name of an installed package holding one")
+    revision: Name | None = default("llm.revision")  # commit of the hub repository
+    quantization: Literal["none", "nf4"] = default("llm.quantization")
+    dtype: Literal["auto", "float32", "bfloat16"] = default("llm.dtype")
+    system_prompt: str | None = default("llm.system_prompt")  # null: what the chat template says on its own
+    max_caption_tokens: Positive = default("llm.max_caption_tokens")  # and never beyond the LLM's context
+
+
+class Cache(Section):
+    """The feature store."""
+
+    shards: Positive = default("cache.shards")
+    dtype: Literal["float16", "bfloat16", "float32", "int8"] = default("cache.dtype")  # int8: with a scale per token
+    reader: Literal["arrow", "webdataset"] = Field(
+        default="arrow", description="what pretrain reads: the store, or the tars of `terraalign store export`"
+    )
+    tars: Name | None = Field(
+        default=None,
+        description="where the exports, a folder per data set, are: a folder or an fsspec URL; "
+        "null: data/PROFILE/webdataset",
+    )
+
+
+class Optimisation(Section):
+    """What pre-training and fine-tuning share: AdamW, warm-up then cosine decay, clipping."""
+
+    epochs: Positive
+    batch: Positive
+    lr: Rate
+    max_steps: Positive | None = default("pretrain.max_steps")  # stop after this many optimiser steps
+    # Batches a step; pre-training on a GPU solves one while the next runs, which takes 2 or more.
+    accumulate: Positive = default("pretrain.accumulate")
+    weight_decay: NotNegative = default("pretrain.weight_decay")
+    warmup: Share = default("pretrain.warmup")  # share of the steps
+    clip: AboveZero = default("pretrain.clip")
+    validation_images: Positive = default("pretrain.validation_images")
+
+
+class ObjectiveSettings(Part):
+    """What pre-training minimises."""
+
+    KIND, NAMED, PART = "objective", "name", "emd"
+
+    name: Name = "emd"
+
+
+class Pretrain(Optimisation):
+    data: Keys = default("pretrain.data")  # data sets to learn from; the held-out figures are of the first
+    objective: Annotated[SerializeAsAny[ObjectiveSettings], _part(ObjectiveSettings)]
+    candidates: Positive = default("pretrain.candidates")  # captions to choose from in retrieval
+
+
+class LoRA(Section):
+    r: Positive = default("finetune.lora.r")
+    alpha: Positive = default("finetune.lora.alpha")
+    dropout: Share = default("finetune.lora.dropout")
+    modules: Annotated[list[Name], Field(min_length=1)] = default("finetune.lora.modules")
+
+
+class Recipe(Optimisation):
+    """One fine-tuning: on which data sets, in which mixture, with which prompts."""
+
+    data: Keys
+    mixture: dict[Key, AboveZero] | None = default("finetune.recipe.mixture")  # shares of the batches; null: by size
+    prompts: dict[Key, Annotated[list[Prompt], Field(min_length=1)]]
+    adapter_lr: Rate = Field(description="learning rate of the adapter; lr is LoRA's")
+    validations: Positive = default("finetune.recipe.validations")  # validation points over the run, besides the first
+    max_steps: Positive | None = default("finetune.recipe.max_steps")
+    accumulate: Positive = default("finetune.recipe.accumulate")
+    weight_decay: NotNegative = default("finetune.recipe.weight_decay")
+    warmup: Share = default("finetune.recipe.warmup")
+    clip: AboveZero = default("finetune.recipe.clip")
+    validation_images: Positive = default("finetune.recipe.validation_images")  # of each data set
+
+    @model_validator(mode="after")
+    def _of_its_data(self) -> Recipe:
+        for key, named in (("prompts", self.prompts), ("mixture", self.mixture)):
+            if named is not None and set(named) != set(self.data):
+                raise ValueError(f"{key} has to name exactly the data sets of data: {', '.join(self.data)}")
+        return self
+
+
+class Finetune(Section):
+    lora: LoRA
+    recipes: Annotated[dict[Key, Recipe], Field(min_length=1)]
+
+
+class MetricSettings(Part):
+    """A figure that is measured on the answers to test pictures."""
+
+    KIND, NAMED = "metric", "metric"
+
+    metric: Name
+
+
+def _by_name(value: object) -> object:
+    return {"metric": value} if isinstance(value, str) else value
+
+
+class Evaluate(Section):
+    """What all tasks share; the keys of each task are in its own Settings."""
+
+    batch: Positive = default("evaluate.batch")
+    metrics: list[Annotated[SerializeAsAny[MetricSettings], _part(MetricSettings), BeforeValidator(_by_name)]] = Field(
+        default_factory=lambda: [_metric(name) for name in DEFAULTS["evaluate"]["metrics"]],
+        description="a name, or {metric: name, its settings}",
+    )
+
+
+def _metric(name: str) -> MetricSettings:
+    return cast(MetricSettings, components.settings_of("metric", name).model_validate({"metric": name}))
+
+
+class PCA(Section):
+    data: Key  # the data set whose validation pictures and captions are looked at
+    recipe: Key  # the fine-tuning that is looked at
+    images: Positive = default("pca.images")
+    vocabulary: Positive = default("pca.vocabulary")  # rows of the vocabulary to draw
+
+
+class AdapterSection(Section):
+    """One adapter: its architecture and its own values of pretrain.* and finetune.recipes.<recipe>.*."""
+
+    architecture: dict[str, Any] = Field({}, description="kind, a name or an own package.module:Class, if not the key")
+    pretrain: dict[str, Any] = Field({})
+    finetune: dict[Key, dict[str, Any]] = Field({})
+
+
+class Run(Section):
+    """What the graph does: with which data sets, adapters and recipes, and what of it also without pre-training."""
+
+    data: Keys
+    adapters: Keys
+    recipes: Keys
+    scratch: Keys
+    scratch_recipes: Keys
+
+
+class Runtime(Section):
+    """What does not decide the result; DVC does not track it."""
+
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
+    engine: Literal["local", "ray"] = Field(
+        default="local", description="where images are extracted: here, or a Ray cluster"
+    )
+    decode_threads: Positive = Field(
+        default=2,
+        description="threads that read and decode pictures; in extraction on a CPU at least as many as torch has",
+    )
+    emd_threads: Positive = 2
+    activations: Literal["keep", "recompute"] = Field(
+        default="keep",
+        description="of the LLM in fine-tuning; recompute: a fraction of the memory, more time (checkpointing)",
+    )
+
+
+class Params(Section):
+    """The whole of params.yaml."""
+
+    profile: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+    seed: Annotated[Whole, Field(ge=0, lt=2**31)]
+    run: Run
+    data: Annotated[dict[Key, Annotated[SerializeAsAny[DataSettings], _part(DataSettings)]], Field(min_length=1)]
+    vision: Annotated[SerializeAsAny[Vision], _part(Vision)]
+    llm: Annotated[SerializeAsAny[LLM], _part(LLM)]
+    cache: Cache
+    adapters: dict[Key, AdapterSection]
+    pretrain: Pretrain
+    finetune: Finetune
+    evaluate: SerializeAsAny[Evaluate]
+    pca: PCA
+    runtime: Runtime = Runtime()
+
+    @field_validator("profile")
+    @classmethod
+    def _own_folder(cls, value: str) -> str:
+        if value in ("store", "raw", "models"):
+            raise ValueError("data/store, data/raw and data/models are shared by all profiles; take another name")
+        return value
+
+    @field_validator("evaluate", mode="before")
+    @classmethod
+    def _of_tasks(cls, value: object, info: ValidationInfo) -> object:
+        sets: dict[str, DataSettings] = info.data.get("data", {})
+        return evaluate_model(frozenset(entry.task for entry in sets.values())).model_validate(value)
+
+    @model_validator(mode="after")
+    def _names_fit(self) -> Params:
+        self._check_data()
+        for name in {**dict.fromkeys(self.run.adapters), **dict.fromkeys(self.run.scratch)}:
+            if name not in self.adapters:
+                raise fault_at(("run",), f"names the adapter {name}; add a section adapters.{name}")
+        _check_among("run.scratch", self.run.scratch, "run.adapters", self.run.adapters, "which {} does not train")
+        for name, section in self.adapters.items():
+            self._check_adapter(name, section)
+        return self
+
+    def _check_data(self) -> None:
+        """Every name of a data set or recipe is that of one that there is, and that the graph makes."""
+        run, recipes = self.run, self.finetune.recipes
+        _check_among("run.data", run.data, "data", self.data, "which {} does not have")
+        _check_among("run.recipes", run.recipes, "finetune.recipes", recipes, "which {} does not have")
+        _check_among("run.scratch_recipes", run.scratch_recipes, "run.recipes", run.recipes, "which {} does not have")
+        for name in run.recipes:
+            key = f"finetune.recipes.{name}.data"
+            _check_among(key, recipes[name].data, "run.data", run.data, "which {} does not have")
+        _check_among("pretrain.data", self.pretrain.data, "run.data", run.data, "which {} does not have")
+        _check_among("pca.data", [self.pca.data], "run.data", run.data, "which {} does not have")
+        _check_among("pca.recipe", [self.pca.recipe], "run.recipes", run.recipes, "which {} does not have")
+
+    def _check_adapter(self, name: str, section: AdapterSection) -> None:
+        where = ("adapters", name)
+        try:
+            settings = components.settings_of("adapter", self.kind_of(name))
+        except ValueError as error:
+            key = ("architecture", "kind") if "kind" in section.architecture else ()
+            raise fault_at((*where, *key), str(error), self.kind_of(name)) from None
+        _validated(settings, section.architecture, (*where, "architecture"))
+        self.pretrain_for(name)
+        _check_among(
+            f"adapters.{name}.finetune",
+            section.finetune,
+            "finetune.recipes",
+            self.finetune.recipes,
+            "which {} does not have",
+        )
+        for recipe in section.finetune:
+            self.finetune_for(name, recipe)
+
+    def data_set(self, name: str) -> DataSettings:
+        """A data set by its name; UserError when there is none."""
+        if name not in self.data:
+            raise UserError(f"params.yaml has no data set {name}; it has {', '.join(self.data)}")
+        return self.data[name]
+
+    def adapter(self, name: str) -> AdapterSection:
+        """The section of an adapter; UserError when there is none."""
+        if name not in self.adapters:
+            raise UserError(f"params.yaml has no section adapters.{name}; add one, and the adapter to run.adapters")
+        return self.adapters[name]
+
+    def kind_of(self, adapter: str) -> str:
+        """The architecture of an adapter: its own name, if it names no other."""
+        return str(self.adapter(adapter).architecture.get("kind", adapter))
+
+    def pretrain_for(self, adapter: str) -> Pretrain:
+        """The pretrain section with this adapter's overrides; UserError when there is no such adapter."""
+        return _override(self.pretrain, self.adapter(adapter).pretrain, ("adapters", adapter, "pretrain"))
+
+    def finetune_for(self, adapter: str, recipe: str) -> Recipe:
+        """A recipe with this adapter's overrides; UserError when there is no such adapter or recipe."""
+        if recipe not in self.finetune.recipes:
+            names = ", ".join(self.finetune.recipes)
+            raise UserError(f"params.yaml has no recipe {recipe} under finetune.recipes; it has {names}")
+        overrides = self.adapter(adapter).finetune.get(recipe, {})
+        return _override(self.finetune.recipes[recipe], overrides, ("adapters", adapter, "finetune", recipe))
+
+
+@cache
+def evaluate_model(tasks: frozenset[str]) -> type[Evaluate]:
+    """The section evaluate: its own keys, and those of our tasks and of some more."""
+    own = [components.settings_of("task", name) for name in dict.fromkeys([*components.known("task"), *sorted(tasks)])]
+    return cast(type[Evaluate], create_model("Evaluate", __base__=cast(Any, (Evaluate, *own))))
+
+
+def _check_among(key: str, names: Any, owner: str, known: Any, otherwise: str) -> None:
+    for name in names:
+        if name not in known:
+            raise fault_at(tuple(key.split(".")), f"names {name}, {otherwise.format(owner)}: {', '.join(known)}")
+
+
+_S = TypeVar("_S", bound=Section)
+
+
+def _override(section: _S, changes: dict[str, Any], where: tuple[str, ...]) -> _S:
+    return _validated(type(section), merged(section.model_dump(), changes), where) if changes else section
+
+
+def _validated(settings: type[_S], values: dict[str, Any], where: tuple[str, ...]) -> _S:
+    """The values as `settings` has them; the first fault is told at its key below `where`."""
+    from pipeline.config.faults import message_of
+
+    try:
+        return settings.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = tuple(str(part) for part in first["loc"])
+        raise fault_at((*where, *key), message_of(dict(first), settings, values), first["input"]) from None
+
+
+def merged(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with `changes`, section by section."""
+    nested = {key: merged(values[key], new) for key, new in changes.items() if isinstance(new, dict) and key in values}
+    return {**values, **changes, **nested}

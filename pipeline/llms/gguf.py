@@ -1,0 +1,7 @@
+"""GGUF."""
+
+from pipeline.llms.base import Loader
+
+
+class GGUF(Loader):
+    """GGUF."""

@@ -1,0 +1,7 @@
+"""HuggingFace."""
+
+from pipeline.llms.base import Loader
+
+
+class HuggingFace(Loader):
+    """HuggingFace."""

@@ -1,0 +1,79 @@
+"""The figures of a fine-tuned adapter, by the tasks and metrics that the parameters name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from pipeline.config import Params, components
+from pipeline.llms.load import LanguageModel, load_llm
+from pipeline.metrics.base import Figure, Metric, Tested
+from pipeline.runs import Run
+from pipeline.store.reader import ImageTokens
+from pipeline.tasks.base import Task
+from pipeline.training.origin import check_results
+from pipeline.vlm import VLM, tuned
+
+FIGURES = "figures.json"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A fine-tuned adapter and the pre-trained one that it came from, in one LLM that is loaded once."""
+
+    llm: LanguageModel
+    run: Run
+    adapter: str
+    recipe: str
+
+    @contextmanager
+    def pretrained(self) -> Iterator[VLM]:
+        with tuned(self.llm, self.run.pretrained(self.adapter), "last") as model:
+            yield model
+
+    @contextmanager
+    def finetuned(self) -> Iterator[VLM]:
+        with tuned(self.llm, self.run.finetuned(self.adapter, self.recipe), "adapter") as model:
+            yield model
+
+
+def evaluate(params: Params, adapter: str, recipe: str) -> None:
+    """Answers to the test pictures of each data set of a recipe, and their figures, into evaluate/<adapter>-<recipe>.
+
+    Raises UserError when an adapter is not there, or is of other models or weights than those of now.
+    """
+    run, sets = Run.of(params), params.finetune.recipes[recipe].data
+    images = {data: ImageTokens.open(run, data) for data in sets}
+    check_results(run, adapter, params.llm, {recipe: sets})
+    candidate = Candidate(load_llm(params.llm, params.runtime.device), run, adapter, recipe)
+    for data in sets:
+        name = params.data[data].task
+        task, folder = Task.of(name, params.evaluate), run.evaluated(adapter, recipe) / data
+        folder.mkdir(parents=True, exist_ok=True)
+        predictions = task.predict(candidate, images[data], params.evaluate.batch, params.seed)
+        task.write(predictions, folder)
+        tested = Tested(run, data, images[data], predictions)
+        figures = [figure for metric in metrics_of(params, name) for figure in metric.figures(tested)]
+        text = json.dumps([figure.as_json() for figure in figures], indent=1)
+        (folder / FIGURES).write_text(text + "\n", encoding="utf-8")
+
+
+def metrics_of(params: Params, task: str) -> list[Metric]:
+    """The metrics of evaluate.metrics that measure a task, in their order."""
+    chosen = [(components.find("metric", settings.metric), settings) for settings in params.evaluate.metrics]
+    return [metric(settings) for metric, settings in chosen if task in metric.tasks]
+
+
+def read_figures(run: Run, adapter: str, recipe: str, data: str) -> list[Figure]:
+    """The figures that `evaluate` wrote. Raises UserError naming the file that is missing or is no list of them."""
+    from pipeline.errors import UserError
+    from pipeline.runs import remedy, require
+
+    folder = run.evaluated(adapter, recipe)
+    path = require(folder / data / FIGURES)
+    try:
+        return [Figure.from_json(values) for values in json.loads(path.read_text(encoding="utf-8"))]
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not what `evaluate` writes ({error}); {remedy(folder, force=True)}") from None

@@ -1,0 +1,40 @@
+"""A data set of any layout, read into one manifest."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+from rich.progress import Progress
+
+from pipeline.config import Params, components
+from pipeline.files import check_writable
+from pipeline.runs import Run
+from pipeline.sources import manifest
+from pipeline.sources.base import Source
+
+
+def source_of(params: Params, data: str) -> Source:
+    """The source of a data set; UserError when there is no data set of that name."""
+    settings = params.data_set(data)
+    source: type[Source] = components.find("source", settings.source)
+    return source(data, settings, params.seed, params.runtime.decode_threads)
+
+
+def prepare(params: Params, data: str, progress: Progress | None = None) -> pa.Table:
+    """The manifest of a data set (columns: manifest.SCHEMA, sorted by id), every picture checked by decoding it.
+
+    Renders the pictures first where the source is a rendered one. Broken pictures are quarantined; these and whatever
+    else is not used are counted and named on stderr, and Run.quarantine lists all of it. Raises UserError for a fault
+    in the data set, more broken pictures than max_broken allows, or a folder in data/ that can't be written to.
+    """
+    run, source = Run.of(params), source_of(params, data)
+    progress = progress or Progress(disable=True)
+    listing = run.quarantine(data)
+    for path in (run.manifest(data), listing):
+        check_writable(path.parent)
+    found = source.read(progress)
+    return manifest.build(found, data, source.settings.max_broken, params.runtime.decode_threads, progress, listing)
+
+
+def restore_pictures(params: Params, data: str, progress: Progress | None = None) -> None:
+    """Render the pictures of a rendered source if they are not there, e.g. after a manifest came from DVC's cache."""
+    source_of(params, data).restore(progress or Progress(disable=True))

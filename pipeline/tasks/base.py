@@ -1,0 +1,84 @@
+"""What every task is: the answers to learn, the loss, and the answers to test pictures."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from pipeline.config import components
+from pipeline.config.base import Section
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch import Tensor
+
+    from pipeline.config.schema import Evaluate
+    from pipeline.store.reader import ImageTokens
+    from pipeline.vlm import VLM
+
+
+class Models(Protocol):
+    """The models that a task may ask; each is loaded when it is entered, and gone afterwards."""
+
+    def pretrained(self) -> AbstractContextManager[VLM]:
+        """The pre-trained adapter and the frozen LLM."""
+
+    def finetuned(self) -> AbstractContextManager[VLM]:
+        """The fine-tuned adapter and the LLM with its LoRA."""
+
+
+class Task(ABC):
+    """One kind of question about pictures.
+
+    Settings are its own keys of the section evaluate.
+    """
+
+    Settings: ClassVar[type[Section]]
+
+    def __init__(self, settings: Any):
+        self.settings = settings
+
+    @staticmethod
+    def of(name: str, evaluate: Evaluate) -> Task:
+        """The task that data.<name>.task names, with its keys of the section evaluate."""
+        task: type[Task] = components.find("task", name)
+        keys = task.Settings.model_fields
+        return task(task.Settings.model_validate({key: getattr(evaluate, key) for key in keys}))
+
+    @property
+    @abstractmethod
+    def prompt(self) -> str:
+        """What a fine-tuned model is asked of a picture."""
+
+    @property
+    def prompts(self) -> list[str]:
+        """All that it asks in evaluation."""
+        return [self.prompt]
+
+    @property
+    @abstractmethod
+    def max_tokens(self) -> int:
+        """How long an answer may be."""
+
+    @abstractmethod
+    def answers(self, rows: pd.DataFrame) -> list[list[str]]:
+        """The right answers to each picture of a manifest; one without words is no answer."""
+
+    def loss(self, model: VLM, tokens: Tensor, prompt: str, answers: list[str]) -> tuple[Tensor, int]:
+        """What fine-tuning minimises: a sum over parts of answers, and their number. Here next-token cross-entropy."""
+        return model.loss(tokens, prompt, answers)
+
+    @abstractmethod
+    def predict(self, models: Models, images: ImageTokens, batch: int, seed: int) -> pd.DataFrame:
+        """Answers to test pictures: a row each, with the columns id, image, and what the task's metrics need."""
+
+    @abstractmethod
+    def write(self, predictions: pd.DataFrame, folder: Path) -> None:
+        """Keep them as files for people and for the report."""
+
+    @classmethod
+    @abstractmethod
+    def read(cls, folder: Path) -> pd.DataFrame:
+        """What `write` wrote. Raises UserError naming the file that is missing or is not what was written."""

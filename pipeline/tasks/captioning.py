@@ -1,0 +1,95 @@
+"""Captions of pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from pipeline.config.base import AboveZero, Positive, Prompt, Section
+from pipeline.errors import UserError
+from pipeline.runs import remedy, require
+from pipeline.tasks.base import Models, Task
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from pipeline.store.reader import ImageTokens
+
+
+class CaptioningSettings(Section):
+    caption_tokens: Positive = 40
+    captions: Positive = Field(48, description="test pictures to caption")
+    pretrained_prompt: Prompt
+    pretrained_prefix: str = Field("", description="first words of a caption before fine-tuning; the LLM goes on")
+    pretrained_repetition_penalty: AboveZero = Field(1.0, ge=1, description="1: none")
+    finetuned_prompt: Prompt
+
+
+class Captioning(Task):
+    """What is to be seen in a picture, in a sentence."""
+
+    Settings = CaptioningSettings
+    settings: CaptioningSettings
+
+    @property
+    def prompt(self) -> str:
+        return self.settings.finetuned_prompt
+
+    @property
+    def prompts(self) -> list[str]:
+        return [self.settings.pretrained_prompt, self.prompt]
+
+    @property
+    def max_tokens(self) -> int:
+        return self.settings.caption_tokens
+
+    def answers(self, rows: pd.DataFrame) -> list[list[str]]:
+        return [list(texts) for texts in rows["captions"]]
+
+    def predict(self, models: Models, images: ImageTokens, batch: int, seed: int) -> pd.DataFrame:
+        """A seeded choice of test pictures: id, image, references, and the captions pretrained and finetuned."""
+        settings = self.settings
+        positions = choose(images, settings.captions, seed)
+        table = images.rows.iloc[positions][["id", "image"]].reset_index(drop=True)
+        table["references"] = [list(texts) for texts in images.rows["captions"].iloc[positions]]
+        with models.pretrained() as model:
+            before = model.answers(
+                images, positions, settings.pretrained_prompt, self.max_tokens, batch,
+                prefix=settings.pretrained_prefix, repetition_penalty=settings.pretrained_repetition_penalty,
+            )  # fmt: skip
+        with models.finetuned() as model:
+            after = model.answers(images, positions, self.prompt, self.max_tokens, batch)
+        for column, answers in (("pretrained", before), ("finetuned", after)):
+            table[column] = [answer.split("\n")[0] for answer in answers]  # a caption is one line
+        return table
+
+    def write(self, predictions: pd.DataFrame, folder: Path) -> None:
+        records = predictions.to_dict("records")
+        text = json.dumps(records, indent=1, ensure_ascii=False) + "\n"
+        (folder / "captions.json").write_text(text, encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> pd.DataFrame:
+        import pandas as pd
+
+        path = require(folder / "captions.json")
+        try:
+            table = pd.DataFrame(json.loads(path.read_text(encoding="utf-8")))
+        except ValueError:
+            raise UserError(f"{path}: not valid JSON; {remedy(folder, force=True)}") from None
+        missing = [key for key in ("id", "image", "references", "pretrained", "finetuned") if key not in table]
+        if missing:
+            raise UserError(f"{path}: no {', '.join(missing)} in it; {remedy(folder, force=True)}")
+        return table
+
+
+def choose(images: ImageTokens, count: int, seed: int) -> list[int]:
+    """Positions of a seeded choice of test pictures."""
+    import torch
+
+    test = images.split("test")
+    order = torch.randperm(len(test), generator=torch.Generator().manual_seed(seed)).tolist()
+    return sorted(test[i] for i in order[:count])
