@@ -18,6 +18,7 @@ from pipeline.errors import UserError
 from pipeline.store.reader import CaptionTokens, ImageTokens
 from pipeline.store.webdataset import open_tars
 from pipeline.transport.emd import barycentric_weights, start_emd
+from pipeline.transport.started import Started
 
 WHITENING_RIDGE = 0.1  # of the mean variance
 CONTRASTED = 32  # images of a batch at most: the contrast costs their number squared
@@ -105,11 +106,9 @@ class Pairs:
 
     def distance(self, tokens: Tensor, captions: list[list[int]], image_index: list[int] | None) -> Tensor:
         """EMD in the objective's own cost and marginal, [P], as in `emd`; tokens [B, N, D] on the device."""
-        return self.start_distance(tokens, captions, image_index)()
+        return self.start_distance(tokens, captions, image_index).result()
 
-    def start_distance(
-        self, tokens: Tensor, captions: list[list[int]], image_index: list[int] | None
-    ) -> Callable[[], Tensor]:
+    def start_distance(self, tokens: Tensor, captions: list[list[int]], image_index: list[int] | None) -> Started:
         """The same, started."""
         flat = [row for caption in captions for row in caption]
         offsets = np.cumsum([0, *map(len, captions)]).tolist()
@@ -167,14 +166,15 @@ class Pairs:
 
         tokens [B, N, D] may be of other images, or [1, N, D] the same for all.
         """
-        return self.start_per_image(tokens, positions)()
+        return self.start_per_image(tokens, positions).result()
 
-    def start_per_image(self, tokens: Tensor, positions: list[int]) -> Callable[[], Tensor]:
+    def start_per_image(self, tokens: Tensor, positions: list[int]) -> Started:
         """The same, started."""
         captions, index = self.captions_of(positions)
         distances = self.start_distance(tokens, captions, index if len(tokens) > 1 else [0] * len(index))
         image, count = (to_device(t, tokens.device) for t in (torch.tensor(index), torch.bincount(torch.tensor(index))))
-        return lambda: torch.zeros(len(positions), device=tokens.device).index_add(0, image, distances()) / count
+        sums = torch.zeros(len(positions), device=tokens.device)
+        return distances.then(lambda values: sums.index_add(0, image, values) / count)
 
 
 def _features(params: Params, data: Dataset) -> tuple[ImageTokens, CaptionTokens]:
@@ -224,9 +224,9 @@ def start_loss(pairs: Pairs, tokens: Tensor, positions: list[int]) -> Callable[[
     """
     distances, weight = pairs.start_per_image(tokens, positions), pairs.settings.objective.contrast
     if not weight:
-        return lambda: distances().mean()
+        return distances.then(torch.mean).result
     contrasted = start_contrast(pairs, tokens, positions)
-    return lambda: distances().mean() + weight * contrasted()
+    return lambda: distances.result().mean() + weight * contrasted()
 
 
 def start_contrast(pairs: Pairs, tokens: Tensor, positions: list[int]) -> Callable[[], Tensor]:
@@ -244,7 +244,7 @@ def start_contrast(pairs: Pairs, tokens: Tensor, positions: list[int]) -> Callab
     no_answer = to_device(torch.tensor(shared), tokens.device)
 
     def finish() -> Tensor:
-        logits = -distances().view(count, count) / pairs.settings.objective.temperature
+        logits = -distances.result().view(count, count) / pairs.settings.objective.temperature
         logits = logits.masked_fill(no_answer, -torch.inf)
         own = torch.arange(count, device=logits.device)
         return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
