@@ -97,7 +97,9 @@ class Repo:
         folder.mkdir()
         outputs.write_text(json.dumps(self.all))
         self.log.touch()
-        (folder / "terraalign").write_text(FAKE.format(python=sys.executable, log=self.log, outputs=outputs, project=PROJECT))
+        (folder / "terraalign").write_text(
+            FAKE.format(python=sys.executable, log=self.log, outputs=outputs, project=PROJECT)
+        )
         (folder / "terraalign").chmod(0o755)
 
     def run(self, *command: str) -> str:
