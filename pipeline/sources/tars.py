@@ -6,11 +6,12 @@ picture is read again, at any time, by its offset in the tar.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, field_validator
@@ -21,7 +22,7 @@ from pipeline.errors import UserError
 from pipeline.files import foreign_faults
 from pipeline.needs import Need
 from pipeline.sources.base import Carved, Source
-from pipeline.sources.folders import LeftOut
+from pipeline.sources.folders import SUFFIXES, LeftOut
 from pipeline.sources.rows import Found, Row, order
 from pipeline.sources.texts import by_reason
 
@@ -84,37 +85,23 @@ class Tars(Source):
             found = f"{shards}: remote, looked at by `terraalign prepare {self.name}` only"
             return Need(self.title, True, found)
         try:
-            count, pictures = self._first()
+            count, pictures = _look(self.settings, self.key)
         except UserError as error:
             found, _, remedy = str(error).partition("; ")
             return Need(self.title, False, found, remedy)
         return Need(self.title, True, f"{shards}: {count} tars, {pictures} pictures in the first")
 
     def pictures(self) -> int | None:
-        """As if every tar held as many pictures as the first."""
-        if "://" in self.settings.shards:
-            return None
-        try:
-            count, pictures = self._first()
-        except UserError:
-            return None
-        found = count * pictures
-        return min(found, self.settings.count or found) if self.settings.task == "caption" else found
+        """As if every tar held as many pictures as the first; None for remote ones."""
+        return None if "://" in self.settings.shards else _pictures(self.settings, self.key)
 
     def settings_for_use(self, missing: bool) -> list[str]:
         return [f"{self.key}.source=webdataset", f"{self.key}.shards={self.settings.shards}"]
 
-    def _first(self) -> tuple[int, int]:
-        """(shards, pictures in the first one), without reading more than that one. Raises UserError as `read`."""
-        shards = find_shards(self.settings.shards, f"{self.key}.shards")
-        found = _rows_of(self._to_row(), shards[0])
-        self._check_texts(found, shards[0])
-        return len(shards), len(found.rows)
-
     def _rows(self, progress: Progress) -> Found:
         """A row for every picture of the shards, in the order in which `count` cuts."""
         shards = find_shards(self.settings.shards, f"{self.key}.shards")
-        found, to_row = Found([]), self._to_row()
+        found, to_row = Found([]), _to_row(self.settings)
         shard_of: dict[str, str] = {}
         with ThreadPoolExecutor(self.workers) as pool:
             parts = pool.map(partial(_rows_of, to_row), shards)
@@ -127,34 +114,52 @@ class Tars(Source):
                         )
                 found.rows.extend(part.rows)
                 found.left_out.extend(part.left_out)
-        self._check_texts(found, self.settings.shards)
+        _check_texts(found, self.settings.shards, self.settings.task)
         return Found(sorted(found.rows, key=lambda row: order(row.id)), found.left_out)
 
-    def _to_row(self) -> _ToRow:
-        from pipeline.sources.tar_rows import caption_row, class_row
 
-        return caption_row if self.settings.task == "caption" else partial(class_row, self.settings.validation, {})
+@cache
+def _pictures(settings: TarsSettings, key: str) -> int | None:
+    """Cached, as it is asked many times a run."""
+    try:
+        found = math.prod(_look(settings, key))
+    except UserError:
+        return None
+    return min(found, settings.count or found) if settings.task == "caption" else found
 
-    def _check_texts(self, found: Found, name: str) -> None:
-        """Raises UserError when there is no picture, or not one of them has a text."""
-        rows = found.rows
-        if not rows:
-            from pipeline.sources.tar_index import PICTURES
 
-            there = by_reason((one.name, one.reason) for one in found.left_out)
-            raise UserError(
-                f"{name}: no picture in it; members are named KEY.jpg (or {', '.join(sorted(PICTURES))})"
-                + (f"; it has: {there}" if there else "")
-            )
-        if not any(row.captions for row in rows):
-            texts = {
-                "caption": 'caption; each KEY.jpg needs KEY.txt, one caption, or KEY.json with "caption" or "captions"',
-                "classify": 'class; each KEY.jpg needs KEY.cls, or KEY.json with "class" or "label"',
-            }
-            raise UserError(
-                f"{name}: none of {len(rows)} pictures ({rows[0].id}: {rows[0].quarantine}) has a "
-                f"{texts[self.settings.task]}"
-            )
+def _look(settings: TarsSettings, key: str) -> tuple[int, int]:
+    """(shards, pictures in the first one), without reading more than that one. Raises UserError as `read`."""
+    shards = find_shards(settings.shards, f"{key}.shards")
+    found = _rows_of(_to_row(settings), shards[0])
+    _check_texts(found, shards[0], settings.task)
+    return len(shards), len(found.rows)
+
+
+def _check_texts(found: Found, name: str, task: str) -> None:
+    """Raises UserError when there is no picture, or not one of them has a text."""
+    rows = found.rows
+    if not rows:
+        there = by_reason((one.name, one.reason) for one in found.left_out)
+        names = ", ".join(sorted(suffix.removeprefix(".") for suffix in SUFFIXES))
+        raise UserError(
+            f"{name}: no picture in it; members are named KEY.jpg (or {names})"
+            + (f"; it has: {there}" if there else "")
+        )
+    if not any(row.captions for row in rows):
+        texts = {
+            "caption": 'caption; each KEY.jpg needs KEY.txt, one caption, or KEY.json with "caption" or "captions"',
+            "classify": 'class; each KEY.jpg needs KEY.cls, or KEY.json with "class" or "label"',
+        }
+        raise UserError(
+            f"{name}: none of {len(rows)} pictures ({rows[0].id}: {rows[0].quarantine}) has a {texts[task]}"
+        )
+
+
+def _to_row(settings: TarsSettings) -> _ToRow:
+    from pipeline.sources.tar_rows import caption_row, class_row
+
+    return caption_row if settings.task == "caption" else partial(class_row, settings.validation, {})
 
 
 def _rows_of(to_row: _ToRow, shard: str) -> Found:
