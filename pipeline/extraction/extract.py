@@ -28,6 +28,7 @@ from pipeline.config import Params
 from pipeline.devices import hash_weights, pick_device
 from pipeline.encoders.vision import VisionEncoder
 from pipeline.errors import UserError
+from pipeline.files import atomically
 from pipeline.llms.text import Texts
 from pipeline.media.decoding import Broken, Loaded, decoder_for, padded, say_once
 from pipeline.media.pictures import read
@@ -40,7 +41,6 @@ from pipeline.store.shards import (
     Manifest,
     Shard,
     ShardFile,
-    atomically,
     open_shard,
     recorded,
     write_record,

@@ -19,18 +19,14 @@ from typing import Any, BinaryIO
 from pipeline.config import LLM
 from pipeline.encoders.weights import safetensors_table
 from pipeline.errors import UserError
+from pipeline.files import Damaged, refuse_pointer
 
-POINTER = b"version https://git-lfs"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "sentencepiece.bpe.model", "vocab.txt")
 BESIDE = ("special_tokens_map.json", "added_tokens.json", "generation_config.json", "chat_template.jinja")
 PICKLES = ("*.bin", "*.pt", "*.pth")
 GGUF_VERSIONS = (2, 3)
 # Bytes of GGUF's metadata values by type; 8 is a string, 9 an array.
 GGUF_WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-
-
-class Damaged(Exception):
-    """A file is not what its name says; the text says what it is instead."""
 
 
 @dataclass(frozen=True)
@@ -241,16 +237,6 @@ def _architectures() -> tuple[set[str], set[str], set[str]]:
         and "_is_stateful = True" in source.read_text(encoding="utf-8")
     }
     return set(re.findall(r'\("([^"]+)", ', known)) | causal, causal, stateful
-
-
-def refuse_pointer(path: Path) -> None:
-    """Raises Damaged when a file is empty, or only the pointer that Git LFS leaves in place of its content."""
-    with path.open("rb") as file:
-        start = file.read(len(POINTER))
-    if start == POINTER:
-        raise Damaged(f"{path.name}: a Git LFS pointer, not the file itself")
-    if not start:
-        raise Damaged(f"{path.name}: empty")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import json
 import os
-import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pipeline.config import LLM
 from pipeline.devices import keep_freed_memory, pick_device, pick_dtype
 from pipeline.errors import UserError
+from pipeline.files import atomic_folder
 from pipeline.llms.files import (
     check_gguf,
     download_command,
@@ -276,13 +277,9 @@ def _fits_dense(network: nn.Module, place: torch.device, dtype: torch.dtype) -> 
 
 def _save_whole(folder: Path, *parts: Any) -> None:
     """Save a model and its tokenizer under a name that appears when all is written."""
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    for part in parts:
-        part.save_pretrained(temporary)
-    try:
-        temporary.rename(folder)
-    except OSError:  # another process was faster; its folder is the same
-        shutil.rmtree(temporary)
+    with suppress(FileExistsError), atomic_folder(folder) as temporary:  # of a faster process: the same files
+        for part in parts:
+            part.save_pretrained(temporary)
 
 
 def _keep_gradients(network: nn.Module) -> None:
