@@ -23,7 +23,8 @@ import torch
 
 from pipeline.config import Params
 from pipeline.devices import pick_device
-from pipeline.encoders.vision import RANDOM, load_vision_encoder
+from pipeline.encoders.base import RANDOM
+from pipeline.encoders.vision import load_vision_encoder
 from pipeline.errors import UserError
 from pipeline.extraction.extract import Advance, ImageShards, Make
 from pipeline.store.shards import Shard, remove_temporary
