@@ -27,7 +27,7 @@ from pipeline.doctor.doctor import doctor
 from pipeline.errors import UserError
 from pipeline.extraction.extract import extract_images
 from pipeline.media import pictures
-from pipeline.report.report import thumbnail
+from pipeline.report.sections import thumbnail
 from pipeline.sources import coco
 from pipeline.store.reader import ImageTokens
 from stages import cli
