@@ -75,7 +75,7 @@ def test_use_changes_values_and_keeps_comments(folder: Path) -> None:
     written = (folder / "params.yaml").read_text()
     assert "# the thesis names no" in written and "system_prompt: null" in written
     params = load_params()
-    assert params.data.captions.root == Path("/coco") and params.pretrain.lr == 5e-4
+    assert params.data["captions"].root == Path("/coco") and params.pretrain.lr == 5e-4
     assert params.adapters["mlp"].architecture == {"hidden": 64}
 
 
@@ -131,7 +131,7 @@ def test_use_reads_a_value_by_the_type_of_its_key(folder: Path) -> None:
     settings = {
         "llm.revision": "1234567", "llm.system_prompt": "null", "pretrain.lr": "1e-3", "pretrain.max_steps": "1e4",
         "adapters.mlp.pretrain.lr": "5e-4", "adapters.mlp.architecture.hidden": "64", "data.captions.root": "My Set #2",
-        "adapters.mlp.finetune.classes.prompts": '["no", "a: #b"]',
+        "adapters.mlp.finetune.classes.prompts.classes": '["no", "a: #b"]', "data.captions.source": "coco",
     }  # fmt: skip
     options = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
     code, output = terraalign("profile", "use", "demo", *options)
@@ -139,8 +139,8 @@ def test_use_reads_a_value_by_the_type_of_its_key(folder: Path) -> None:
     params = load_params()
     assert (params.llm.revision, params.llm.system_prompt) == ("1234567", None)
     assert (params.pretrain.lr, params.pretrain.max_steps, params.pretrain_for("mlp").lr) == (1e-3, 10_000, 5e-4)
-    assert params.data.captions.root == Path("My Set #2") and params.adapters["mlp"].architecture["hidden"] == 64
-    assert params.finetune_for("mlp", "classes").prompts == ["no", "a: #b"]
+    assert params.data["captions"].root == Path("My Set #2") and params.adapters["mlp"].architecture["hidden"] == 64
+    assert params.finetune_for("mlp", "classes").prompts == {"classes": ["no", "a: #b"]}
 
 
 def test_what_cannot_be_written_is_refused_and_leaves_the_old_file_alone(folder: Path) -> None:
