@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 from pipeline.config import Params
 from pipeline.errors import UserError
-from pipeline.extraction.extract import extract_images
+from pipeline.extraction.images import extract_images
 from pipeline.media import pictures
 from pipeline.needs import Need
 from pipeline.report.sections import thumbnail
