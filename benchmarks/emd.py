@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.adapters.adapters import build_adapter
+from pipeline.adapters.module import build_adapter
 from pipeline.config import LLM
 from pipeline.config.schema import Pretrain
 from pipeline.devices import keep_freed_memory, to_device

@@ -266,7 +266,7 @@ class Bench:
 
     def language_model(self) -> None:
         """Fine-tuning steps, then cross-entropy through the frozen LLM."""
-        from pipeline.adapters.adapters import build_adapter
+        from pipeline.adapters.module import build_adapter
         from pipeline.config.schema import LoRA
         from pipeline.devices import fast_products
         from pipeline.llms.load import load_llm

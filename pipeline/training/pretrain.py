@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.adapters.adapters import Adapter, build_adapter
+from pipeline.adapters.module import Adapter, build_adapter
 from pipeline.config import Params
 from pipeline.config.components import sources_of
 from pipeline.config.schema import Pretrain
