@@ -73,8 +73,8 @@ def tiny_params(tiny_mistral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     values["cache"]["shards"] = 3
     values["vision"] |= {"encoder": "timm", "model": "resnet10t", "pretrained": "random"}
     values["pretrain"] |= {"epochs": 2, "candidates": 5}
-    for task in ("captions", "classes"):
-        values["finetune"][task] |= {"max_steps": 3, "batch": 4, "validations": 2, "validation_images": 4}
+    for recipe in values["finetune"]["recipes"].values():
+        recipe |= {"max_steps": 3, "batch": 4, "validations": 2, "validation_images": 4}
     values["evaluate"] |= {"captions": 3, "caption_tokens": 4, "class_tokens": 3}
     values["pca"] |= {"images": 4, "vocabulary": 50}
     values["run"]["scratch"] = ["mlp"]

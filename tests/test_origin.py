@@ -12,13 +12,16 @@ from torch import nn
 
 from pipeline.config import Params, load_params
 from pipeline.errors import UserError
-from pipeline.store.shards import Manifest, manifest_path
+from pipeline.runs import Run
+from pipeline.store.shards import Manifest
 from pipeline.training.origin import FILE, Origin, Words, check_encoder, check_llm, check_results, check_tokens
 from pipeline.training.pretrain import _check_of_one_kind
 from stages.answer import _best_adapter, _finetuned
 
 IDENTITY = {"encoder": "timm", "model": "resnet10t", "weights": "a" * 64, "preprocess": "crop", "dtype": "float32"}
-BASE = Path("data/demo")
+RUN = Run("demo")
+BASE = RUN.base
+BOTH = {"captions": ["captions"], "classes": ["classes"]}
 
 
 @pytest.fixture
@@ -32,16 +35,16 @@ def trained(project: Path, embedding: nn.Embedding) -> Params:
     params = load_params(Path(__file__).parents[1] / "profiles/demo.yaml")
     for data in ("captions", "classes"):
         manifest = Manifest("images", "print", [], encoder=IDENTITY)
-        manifest.write(manifest_path(BASE, "images", data))
+        manifest.write(RUN.features("images", data))
     words, start = Words.of_module(embedding), BASE / "pretrain/mlp/last.safetensors"
     start.parent.mkdir(parents=True)
     start.write_bytes(b"weights")
-    Origin.of(BASE, "captions", words).write(start.parent)
+    Origin.of(RUN, "captions", words).write(start.parent)
     for name, loss in (("mlp-captions", 2.0), ("mlp-classes", 1.0), ("query-captions", 1.0)):
         folder = BASE / "finetune" / name
         folder.mkdir(parents=True)
         (folder / "metrics.json").write_text(json.dumps({"val_loss": loss}))
-        Origin.of(BASE, "captions", words, params.llm, start).write(folder)
+        Origin.of(RUN, "captions", words, params.llm, start).write(folder)
     return params
 
 
@@ -50,7 +53,7 @@ def changed(folder: Path, **values: object) -> None:
 
 
 def test_what_fits_is_taken_and_read_back_equal(trained: Params, embedding: nn.Embedding) -> None:
-    folders = check_results(BASE, "mlp", trained.llm)
+    folders = check_results(RUN, "mlp", trained.llm, BOTH)
     assert [folder.name for folder in folders] == ["mlp", "mlp-captions", "mlp-classes"]
     for folder in folders:
         check_llm(folder, embedding)
@@ -58,12 +61,12 @@ def test_what_fits_is_taken_and_read_back_equal(trained: Params, embedding: nn.E
 
 
 def test_tokens_of_another_extraction(trained: Params) -> None:
-    Manifest("images", "other", [], encoder=IDENTITY).write(manifest_path(BASE, "images", "classes"))
-    check_results(BASE, "mlp", trained.llm, ("captions",))
+    Manifest("images", "other", [], encoder=IDENTITY).write(RUN.features("images", "classes"))
+    check_results(RUN, "mlp", trained.llm, {"captions": ["captions"]})
     with pytest.raises(UserError, match=r"mlp-classes: .*other image tokens.*run `dvc repro finetune@mlp-classes`"):
-        check_results(BASE, "mlp", trained.llm)
+        check_results(RUN, "mlp", trained.llm, BOTH)
     with pytest.raises(UserError, match="run `dvc repro pretrain@mlp`"):
-        check_tokens(BASE / "pretrain/mlp", BASE, "classes")
+        check_tokens(BASE / "pretrain/mlp", RUN, "classes")
 
 
 @pytest.mark.parametrize(
@@ -80,7 +83,7 @@ def test_another_llm_by_name_and_by_its_words(trained: Params, embedding: nn.Emb
     folder = BASE / "finetune/mlp-captions"
     other = trained.llm.model_copy(update={"system_prompt": "Be brief."})
     with pytest.raises(UserError, match=r"llm\.system_prompt '', params\.yaml has 'Be brief\.'; run `dvc repro"):
-        check_results(BASE, "mlp", other)
+        check_results(RUN, "mlp", other, BOTH)
     rounded = nn.Embedding(500, 32, dtype=torch.bfloat16)
     rounded.weight.data = embedding.weight.data.bfloat16()
     check_llm(folder, rounded)
@@ -92,22 +95,22 @@ def test_another_llm_by_name_and_by_its_words(trained: Params, embedding: nn.Emb
 def test_another_start(trained: Params) -> None:
     (BASE / "pretrain/mlp/last.safetensors").write_bytes(b"other weights")
     with pytest.raises(UserError, match="fine-tuned from other weights"):
-        check_results(BASE, "mlp", trained.llm)
+        check_results(RUN, "mlp", trained.llm, BOTH)
 
 
 def test_adapters_of_earlier_versions_and_none(trained: Params) -> None:
     (BASE / "finetune/mlp-captions" / FILE).unlink()
     with pytest.raises(UserError, match="of an earlier version; run `dvc repro finetune@mlp-captions`"):
-        check_results(BASE, "mlp", trained.llm)
+        check_results(RUN, "mlp", trained.llm, BOTH)
     with pytest.raises(UserError, match="is not there; run `dvc repro pretrain@linear`"):
-        check_results(BASE, "linear", trained.llm)
+        check_results(RUN, "linear", trained.llm, BOTH)
     (BASE / "finetune/query-captions" / FILE).write_text("{")
     with pytest.raises(UserError, match=r"origin\.json: cannot be read"):
         Origin.read(BASE / "finetune/query-captions")
 
 
 def test_answers_come_from_the_best_adapter_that_fits(trained: Params, capsys: pytest.CaptureFixture[str]) -> None:
-    losses = _finetuned(trained, "captions")
+    losses = _finetuned(trained, "caption")
     assert _best_adapter(trained, losses, IDENTITY).name == "query-captions"
     changed(BASE / "finetune/query-captions", encoder=IDENTITY | {"model": "resnet18"})
     assert _best_adapter(trained, losses, IDENTITY).name == "mlp-captions"
@@ -117,10 +120,10 @@ def test_answers_come_from_the_best_adapter_that_fits(trained: Params, capsys: p
 
 
 def test_features_of_two_models_are_not_mixed(trained: Params) -> None:
-    _check_of_one_kind(BASE, "images", ["captions", "classes"])
-    Manifest("images", "other", [], encoder=IDENTITY).write(manifest_path(BASE, "images", "classes"))
+    _check_of_one_kind(RUN, "images", ["captions", "classes"])
+    Manifest("images", "other", [], encoder=IDENTITY).write(RUN.features("images", "classes"))
     with pytest.raises(
         UserError, match="captions and classes are of different encoders; run `dvc repro extract_images`"
     ):
-        _check_of_one_kind(BASE, "images", ["captions", "classes"])
-    _check_of_one_kind(BASE, "images", ["captions"])
+        _check_of_one_kind(RUN, "images", ["captions", "classes"])
+    _check_of_one_kind(RUN, "images", ["captions"])

@@ -66,7 +66,7 @@ def test_an_adapter_overrides_the_common_values() -> None:
     assert (
         params.finetune_for("mlp", "classes").batch == 3
         and params.finetune_for("mlp", "captions").batch
-        == load_params(PROJECT / "profiles/demo.yaml").finetune.captions.batch
+        == load_params(PROJECT / "profiles/demo.yaml").finetune.recipes["captions"].batch
     )
 
 
@@ -84,8 +84,18 @@ BAD = {
     "not a number": ("  lr: 0.001", "  lr: .nan", "pretrain.lr is .nan", "finite"),
     "too large": ("    dropout: 0.1", "    dropout: 1.5", "finetune.lora.dropout is 1.5", "less than 1"),
     "choice": ("cost: euclidean", "cost: manhattan", "pretrain.objective.cost is manhattan", "'cosine'"),
-    "empty prompt": ('["What type of food is that?"]', '[""]', "finetune.classes.prompts.0 is ''", "at least 1"),
-    "no prompts": ('["What type of food is that?"]', "[]", "finetune.classes.prompts is []", "at least 1"),
+    "empty prompt": (
+        '["What type of food is that?"]',
+        '[""]',
+        "finetune.recipes.classes.prompts.classes.0 is ''",
+        "at least 1",
+    ),
+    "no prompts": (
+        '["What type of food is that?"]',
+        "[]",
+        "finetune.recipes.classes.prompts.classes is []",
+        "at least 1",
+    ),
     "unknown adapter": ("  linear:\n", "  lineal:\n", "adapters.lineal", "'linear'"),
     "adapter without section": ("  query:\n    arch", "  linear2:\n    arch", "adapters.linear2", "'query'"),
     "scratch not trained": ("scratch: [self_attention]", "scratch: [linear]", "run.scratch", "run.adapters"),
@@ -131,9 +141,15 @@ def test_every_fault_is_reported_on_its_own_line() -> None:
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"source": "webdataset"}, "needed here: webdataset: tars"),
-        ({"source": "webdataset", "shards": "a.tar", "root": "set"}, "leave root out"),
-        ({"source": "coco", "root": "set", "shards": "a.tar"}, "for source webdataset, not coco"),
+        ({"task": "caption", "source": "webdataset"}, "needed here: webdataset: tars"),
+        (
+            {"task": "caption", "source": "webdataset", "shards": "a.tar", "root": "set"},
+            "unknown key; known here: count,",
+        ),
+        ({"task": "caption", "source": "coco", "root": "set", "shards": "a.tar"}, "known here: captions,"),
+        ({"task": "classify", "source": "coco", "root": "set"}, "no texts for task classify, only for caption"),
+        ({"task": "count", "source": "coco", "root": "set"}, "should be 'caption' or 'classify'"),
+        ({"task": "caption", "source": "cocoa", "root": "set"}, "should be 'coco', 'food101'"),
     ],
 )
 def test_parameters_that_do_not_fit_together(section: dict[str, str], message: str) -> None:
@@ -141,6 +157,59 @@ def test_parameters_that_do_not_fit_together(section: dict[str, str], message: s
     values["data"]["captions"] = section
     found = fault_in(yaml.safe_dump(values))
     assert message in found and "data.captions." in found and "\n" not in found
+
+
+def test_names_of_data_sets_and_recipes_fit_together() -> None:
+    for old, new, message in (
+        (
+            "  data: [captions, classes]\n  adapters",
+            "  data: [captions, food]\n  adapters",
+            "run.data: names food, which",
+        ),
+        ("  recipes: [captions, classes]", "  recipes: [captions, all]", "run.recipes: names all, which finetune.rec"),
+        ("  scratch_recipes: [captions]", "  scratch_recipes: [all]", "run.scratch_recipes: names all, which run.rec"),
+        (
+            "      data: [captions]",
+            "      data: [classes]",
+            "prompts has to name exactly the data sets of data: classes",
+        ),
+        ("  data: captions", "  data: caption", "pca.data: names caption, which run.data does not have"),
+        ("  data: [captions, classes]\n  epochs", "  data: [words]\n  epochs", "pretrain.data: names words"),
+    ):
+        assert old in DEMO
+        assert message in fault_in(DEMO.replace(old, new, 1))
+
+
+def test_a_recipe_may_mix_data_sets() -> None:
+    values = yaml.safe_load(DEMO)
+    both = {"captions": ["What is this?"], "classes": ["Which food?"]}
+    recipe = {**values["finetune"]["recipes"]["captions"], "data": list(both), "prompts": both}
+    values["finetune"]["recipes"]["both"] = {**recipe, "mixture": {"captions": 3, "classes": 1}}
+    values["run"]["recipes"].append("both")
+    params = parse_params(yaml.safe_dump(values), "params.yaml")
+    assert params.finetune_for("mlp", "both").mixture == {"captions": 3, "classes": 1}
+    values["finetune"]["recipes"]["both"]["mixture"] = {"captions": 3}
+    assert "mixture has to name exactly the data sets" in fault_in(yaml.safe_dump(values))
+
+
+def test_keys_of_earlier_files_say_where_they_went() -> None:
+    values = yaml.safe_load(DEMO)
+    values["finetune"] |= values["finetune"].pop("recipes")
+    del values["run"]["data"], values["run"]["recipes"], values["data"]["captions"]["task"]
+    faults = fault_in(yaml.safe_dump(values, sort_keys=False)).splitlines()
+    for name in ("captions", "classes"):
+        assert any(f"finetune.{name}: moved to finetune.recipes.{name}," in fault for fault in faults)
+    for key in ("run.data", "run.recipes", "data.captions.task", "finetune.recipes"):
+        assert any(f"{key}: this key is missing" in fault for fault in faults)
+    assert len(faults) == 6
+
+
+def test_a_default_is_read_from_the_file_that_dvc_watches() -> None:
+    defaults = yaml.safe_load((PROJECT / "pipeline/config/defaults.yaml").read_text())
+    params = parse_params(DEMO, "params.yaml")
+    assert params.pretrain.weight_decay == defaults["pretrain"]["weight_decay"]
+    assert params.finetune_for("mlp", "captions").clip == defaults["finetune"]["recipe"]["clip"]
+    assert params.llm.max_caption_tokens == defaults["llm"]["max_caption_tokens"]
 
 
 def test_unmatched_mass_needs_an_exact_solver() -> None:
@@ -242,9 +311,7 @@ def test_what_is_no_mapping_of_plain_values_is_named_with_its_line(case: str, pr
 
 
 def test_aliases_and_merges_are_plain_values() -> None:
-    text = DEMO.replace("  mlp:\n", "  mlp: &mlp\n", 1).replace("  query:\n", "  linear2:\n", 1)
-    text = text.replace("  linear:\n    architecture: {pool: 3}\n    pretrain: {}\n    finetune: {}", "  linear: {}")
-    text = text.replace("  linear2:\n", "  query:\n    <<: *mlp\n")
+    text = DEMO.replace("  mlp:\n", "  mlp: &mlp\n", 1).replace("  query:\n", "  query:\n    <<: *mlp\n", 1)
     assert parse_params(text, "demo").adapters["query"].architecture["queries"] == 9  # its own goes before the merged
     wrong = text.replace("  mlp: &mlp\n    architecture: {pool: 3", "  mlp: &mlp\n    architecture: {pol: 3")
     assert f"params.yaml:{line_of(wrong, 'pol: 3')}: adapters.mlp.architecture.pol" in fault_in(wrong)

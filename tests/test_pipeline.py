@@ -11,9 +11,10 @@ import yaml
 from typer.testing import CliRunner
 
 from pipeline.adapters.adapters import load_adapter
-from pipeline.metrics.accuracy import confusions, find_class, per_class
 from pipeline.metrics.things import Things
+from pipeline.runs import Run
 from pipeline.store.reader import ImageTokens
+from pipeline.tasks.naming import confusions, find_class, per_class
 from stages.cli import app
 
 BLOCKED = """
@@ -44,6 +45,7 @@ def test_every_stage_of_the_graph(tiny_params, tiny_mistral):
         terraalign("prepare", data)
         terraalign("extract-images", data)
         terraalign("extract-captions", data)
+    terraalign("inputs")
     terraalign("pretrain", "mlp")
     base = Path("data/tiny")
     history = pd.read_csv(base / "pretrain/mlp/history.csv")
@@ -76,14 +78,15 @@ def test_every_stage_of_the_graph(tiny_params, tiny_mistral):
     for name in ("mlp", "self_attention", "query"):
         for data in ("captions", "classes"):
             terraalign("finetune", name, data)
-        terraalign("evaluate", name)
+            terraalign("evaluate", name, data)
         terraalign("pca", name)
-    terraalign("finetune-scratch", "mlp")
+    terraalign("finetune-scratch", "mlp", "captions")
     terraalign("report")
     assert "<html" in (base / "report/index.html").read_text()
     figures = json.loads((base / "metrics.json").read_text())
-    assert {"emd/mlp/val", "retrieval/query/r1_debiased", "acc/mlp", "acc_strict/mlp", "acc/probe", "acc/chance",
-            "ft/mlp/emd/val_loss", "ft/mlp/scratch/val_loss", "pca/mlp/epoch1/k80", "pca/mlp/finetuned/k80",
+    assert {"emd/mlp/val", "retrieval/query/r1_debiased", "classes/mlp/classes/acc", "classes/probe", "classes/chance",
+            "classes/mlp/classes/acc_strict", "captions/mlp/captions/right", "captions/mlp/captions/right_shuffled",
+            "captions/mlp/captions/val_loss", "captions/mlp/captions/scratch_val_loss", "pca/mlp/epoch1/k80", "pca/mlp/finetuned/k80",
             "seconds/pretrain@mlp"} <= figures.keys()  # fmt: skip
     _check_answers()
 
@@ -102,7 +105,7 @@ def test_the_thesis_set_up_runs_through_the_same_code(tiny_params):
     terraalign("pretrain", "query")
     terraalign("finetune", "query", "captions")
     base = Path("data/tiny")
-    assert ImageTokens.open(base, "captions").shape == (255, 512)
+    assert ImageTokens.open(Run("tiny"), "captions").shape == (255, 512)
     assert load_adapter(base / "finetune/query-captions", "adapter").body.queries.shape == (128, 512)
     photo = next(Path("data/raw").glob("openmoji_scenes*/images/*"))
     assert f"{photo}: " in terraalign("caption", photo).output
@@ -163,4 +166,3 @@ def test_right_things_are_the_pictures_own():
     assert things.of(captions[0]) == {"dog"}
     assert things.names_one("Two dogs.", captions[0])
     assert not things.names_one("a cat on blue", captions[0])
-    assert things.share(["a dog", "a dog"], captions[:2]) == 0.5

@@ -7,8 +7,10 @@ from torch import nn
 
 from pipeline.config.schema import Optimisation
 from pipeline.errors import UserError
-from pipeline.training.loop import Checkpoint, Trainer, batch_at, total_steps
-from pipeline.training.loop import loop as training
+from pipeline.started import NotFinite, Started
+from pipeline.training import loop as training
+from pipeline.training.checkpoint import Checkpoint
+from pipeline.training.loop import Trainer, batch_at, total_steps
 
 SETTINGS = Optimisation(epochs=3, batch=4, lr=0.05, accumulate=2)
 DATA = torch.randn(22, 5, generator=torch.Generator().manual_seed(1))
@@ -19,13 +21,14 @@ def trainer(folder, key="k", breaks_at=None):
     model = nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.5), nn.Linear(8, 1))
     calls = 0
 
-    def loss(batch):
+    def loss(number):
         nonlocal calls
         calls += 1
         if calls == breaks_at:
             raise KeyboardInterrupt
+        batch = batch_at(number, SETTINGS.batch, len(DATA), 7)
         predicted = model(DATA[batch]).squeeze(1)  # with its random draws
-        return lambda: (predicted - DATA[batch].sum(1)).square().mean()
+        return Started(lambda: (predicted - DATA[batch].sum(1)).square().mean())
 
     def validate(step):
         return {"val": loss_of_all(model)}
@@ -84,7 +87,7 @@ def test_an_epoch_visits_every_example_once():
 
 def test_a_loss_that_is_not_finite_stops_with_the_step(tmp_path):
     run = trainer(tmp_path)
-    run.loss = lambda batch: lambda: run.model(DATA[batch]).sum() * float("nan")
+    run.loss = lambda number: Started(lambda: run.model(DATA[:4]).sum() * float("nan"))
     with pytest.raises(UserError, match="the loss is nan at step 0; lower lr"):
         run.run()
 
@@ -102,9 +105,9 @@ def test_losses_start_and_finish_in_order_as_many_at_a_time_as_asked(tmp_path, i
 
         def finished():
             events.append(("finish", number))
-            return finish()
+            return finish.result()
 
-        return finished
+        return Started(finished)
 
     run.loss = watched
     run.run()
@@ -119,9 +122,9 @@ def test_what_fails_at_the_finish_names_the_step(tmp_path):
     run = trainer(tmp_path)
 
     def fails():
-        raise ValueError("EMD of pair 3 (image 1): a ground cost is not finite")
+        raise NotFinite("EMD of pair 3 (image 1): a ground cost is not finite")
 
-    run.loss, run.in_flight = lambda batch: fails, 2
+    run.loss, run.in_flight = lambda number: Started(fails), 2
     with pytest.raises(
         UserError, match=r"test: step 0: EMD of pair 3 .image 1.: a ground cost is not finite; lower lr"
     ):

@@ -16,13 +16,13 @@ def _not_empty(path: object) -> object:
     return path
 
 
-def _whole(value: object) -> object:
+def whole(value: object) -> object:
     """4e3 is as good a count as 4000: YAML knows no whole number in that notation."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 # A number in quotes is a text to every key, so that what one of them takes, all do, and DVC sees the same.
-Whole = Annotated[int, BeforeValidator(_whole), Field(strict=True)]
+Whole = Annotated[int, BeforeValidator(whole), Field(strict=True)]
 Number = Annotated[float, Field(strict=True)]
 Positive = Annotated[Whole, Field(gt=0)]
 NotNegative = Annotated[Number, Field(ge=0)]

@@ -38,6 +38,7 @@ from pipeline.config.base import (
     Share,
     Whole,
     fault_at,
+    whole,
 )
 from pipeline.errors import UserError
 
@@ -268,7 +269,9 @@ class PCA(Section):
 class AdapterSection(Section):
     """One adapter: its architecture and its own values of pretrain.* and finetune.recipes.<recipe>.*."""
 
-    architecture: dict[str, Any] = Field({}, description="kind, a name or an own package.module:Class, if not the key")
+    architecture: dict[str, Annotated[Any, BeforeValidator(whole)]] = Field(
+        {}, description="kind, a name or an own package.module:Class, if not the key"
+    )
     pretrain: dict[str, Any] = Field({})
     finetune: dict[Key, dict[str, Any]] = Field({})
 
@@ -334,12 +337,12 @@ class Params(Section):
     @model_validator(mode="after")
     def _names_fit(self) -> Params:
         self._check_data()
+        for name, section in self.adapters.items():
+            self._check_adapter(name, section)
         for name in {**dict.fromkeys(self.run.adapters), **dict.fromkeys(self.run.scratch)}:
             if name not in self.adapters:
                 raise fault_at(("run",), f"names the adapter {name}; add a section adapters.{name}")
         _check_among("run.scratch", self.run.scratch, "run.adapters", self.run.adapters, "which {} does not train")
-        for name, section in self.adapters.items():
-            self._check_adapter(name, section)
         return self
 
     def _check_data(self) -> None:

@@ -172,8 +172,8 @@ def check_results(run: Run, adapter: str, llm: LLM, recipes: Mapping[str, Sequen
     for recipe, sets in recipes.items():
         folder = run.finetuned(adapter, recipe)
         for data in sets:
-            check_tokens(pretrained, run, data)
             origin = check_tokens(folder, run, data)
+            check_tokens(pretrained, run, data)
         check_llm_named(folder, llm)
         if origin.start != start:
             raise UserError(
