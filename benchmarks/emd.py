@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +29,13 @@ from pipeline.llms.load import load_llm
 from pipeline.objectives.emd import EMDSettings
 from pipeline.objectives.objective import Pairs, start_loss
 from pipeline.training.loop import Checkpoint, Trainer
-from pipeline.transport.emd import cost_matrix, emd, solve
+from pipeline.transport.costs import cost_matrix, ground_costs
+from pipeline.transport.emd import emd
+from pipeline.transport.gradient import cost_of_plans
+from pipeline.transport.layout import Layout
+from pipeline.transport.plan import Plan
+from pipeline.transport.sinkhorn import sinkhorn
+from pipeline.transport.solve import solve
 from pipeline.vlm import VLM
 
 Batch = tuple[Tensor, Tensor, list[int], list[int]]
@@ -63,14 +70,17 @@ def report(what: str, ours: float, other: float, unit: float = 1e3, name: str = 
     )
 
 
-def costs_of(data: Batch) -> np.ndarray:
-    """Squared costs [B, N, L] of a batch whose images have as many columns as the widest needs."""
+def costs_of(data: Batch) -> tuple[np.ndarray, Layout]:
+    """Squared costs [B, N, L] of a batch, and where its captions stand in them."""
     x, y, offsets, index = data
-    spans = [(offsets[index.index(i)], offsets[len(index) - index[::-1].index(i)]) for i in range(len(x))]
-    word_at = torch.full((len(x), max(end - start for start, end in spans)), -1)
-    for i, (start, end) in enumerate(spans):
-        word_at[i, : end - start] = torch.arange(start, end)
-    return cost_matrix(x, y, word_at, "sqeuclidean").numpy()
+    layout = Layout(offsets, index, len(x))
+    return cost_matrix(x, y, torch.from_numpy(layout.word_at()), "sqeuclidean").numpy(), layout
+
+
+def plans(costs: np.ndarray, data: Batch, **options: Any) -> Plan:
+    """With all that it takes to have them when there are costs: also to find where captions stand in these."""
+    _, _, offsets, index = data
+    return solve(costs, Layout(offsets, index, len(costs)), **options)
 
 
 def against_core(quick: bool, rank: int | None) -> None:
@@ -78,23 +88,22 @@ def against_core(quick: bool, rank: int | None) -> None:
     from ot.lp.emd_wrap import emd_c
 
     data = batch(8 if quick else 40, 255, 5, (8, 20), 64, rank)
-    costs, (_, _, offsets, index) = costs_of(data), data
+    costs, layout = costs_of(data)
     ready = []
-    for pair, image in enumerate(index):
-        first = offsets[pair] - offsets[index.index(image)]
-        matrix = costs[image, :, first : first + offsets[pair + 1] - offsets[pair]].astype(np.float64)
+    for image, first, words in zip(layout.image, layout.column, layout.length, strict=True):
+        matrix = costs[image, :, first : first + words].astype(np.float64)
         ready.append((*(np.full(side, 1 / side) for side in matrix.shape), np.ascontiguousarray(matrix)))
-    ours, core = best(5, lambda: solve(costs, offsets, index), lambda: [emd_c(*r, 10**6, 1, None, None) for r in ready])
-    report(f"(a) N=255, {data_kind(rank)}: emd_c a pair", ours / len(index), core / len(index), 1e6, "us")
+    ours, core = best(5, lambda: plans(costs, data), lambda: [emd_c(*r, 10**6, 1, None, None) for r in ready])
+    report(f"(a) N=255, {data_kind(rank)}: emd_c a pair", ours / len(ready), core / len(ready), 1e6, "us")
 
 
 def against_path(quick: bool, rank: int | None) -> None:
     """(b) Many small problems: solver pot is the same front end with emd_c called pair by pair."""
     data = batch(32, 9, 5, (3, 12), 64, rank)
-    costs, (x, _, offsets, index) = costs_of(data), data
-    x.requires_grad_()
+    costs, _ = costs_of(data)
+    data[0].requires_grad_()
     turns = 5 if quick else 20
-    ours, pot = best(turns, lambda: solve(costs, offsets, index), lambda: solve(costs, offsets, index, solver="pot"))
+    ours, pot = best(turns, lambda: plans(costs, data), lambda: plans(costs, data, solver="pot"))
     report(f"(b) N=9, {data_kind(rank)}: emd_c path, plans of 160 pairs", ours, pot)
     ours, pot = best(
         turns,
@@ -173,22 +182,28 @@ def step_against_free(name: str, images: int, turns: int, threads: int) -> None:
     report(f"(e) step, {name}: free loss", ours, free)
 
 
-def sinkhorn(quick: bool, threads: int) -> None:
+def sinkhorn_errors(quick: bool, threads: int) -> None:
     """(f) Sinkhorn's error: values relative to the exact ones, gradients relative in the 2-norm."""
     data = batch(2 if quick else 8, 255, 5, (8, 20), 64)
-    x = data[0].requires_grad_()
+    x, y, offsets, index = data
+    x.requires_grad_()
 
-    def run(**options: object) -> tuple[Tensor, Tensor, float]:
+    def entropic(regularisation: float) -> Tensor:
+        layout = Layout(offsets, index, len(x))
+        ground = ground_costs(x, y, layout, "sqeuclidean", None)
+        return cost_of_plans(ground, sinkhorn(ground.costs, layout, None, regularisation), len(index))
+
+    def run(value_of: Callable[[], Tensor]) -> tuple[Tensor, Tensor, float]:
         x.grad = None
         began = time.perf_counter()
-        value = emd(x, *data[1:], cost="sqeuclidean", threads=threads, **options)
+        value = value_of()
         value.sum().backward()
         return value.detach(), x.grad, time.perf_counter() - began
 
-    run()
-    exact, gradient, seconds = run()
+    run(lambda: emd(*data, cost="sqeuclidean", threads=threads))
+    exact, gradient, seconds = run(lambda: emd(*data, cost="sqeuclidean", threads=threads))
     for regularisation in (0.1, 0.05, 0.02, 0.01, 0.005):
-        value, other, longer = run(solver="sinkhorn", regularisation=regularisation)
+        value, other, longer = run(lambda r=regularisation: entropic(r))
         error = ((value - exact).abs() / exact).mean()
         wrong = (other - gradient).norm() / gradient.norm()
         print(
@@ -330,7 +345,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()  # as pre-training does
     print(f"{os.cpu_count()} cores, {arguments.threads} threads used, torch {torch.__version__}, POT {version('POT')}")
-    parts = {"a": solver, "c": forward_backward, "d": whole_step, "e": free_loss, "f": sinkhorn}
+    parts = {"a": solver, "c": forward_backward, "d": whole_step, "e": free_loss, "f": sinkhorn_errors}
     parts |= {"g": against_language_model, "h": lambda *few: in_flight(*few, arguments.device)}
     for letter in arguments.only:
         parts[letter](arguments.quick, arguments.threads)

@@ -198,23 +198,20 @@ class Bench:
         return manifest_path(self.base, kind, data)
 
     def solver(self) -> None:
-        """Plans alone, thesis's shapes, as the background thread of pre-training calls it."""
-        from benchmarks.emd import batch, costs_of
-        from pipeline.transport.emd import solve
+        """Plans alone, thesis's shapes, on as many threads as pre-training may have them found on."""
+        from benchmarks.emd import batch, costs_of, plans
 
         data = batch(4 if self.tiny else 64, 255, 5, (8, 20), 64)
-        costs, (_, _, offsets, index) = costs_of(data), data
+        (costs, _), pairs = costs_of(data), len(data[3])
         one = 0.0
         for threads in (1, 8, 16):
-            solve(costs, offsets, index, threads=threads)
-            spent = min(
-                timed(lambda t=threads: solve(costs, offsets, index, threads=t)) for _ in range(2 if self.tiny else 12)
-            )
+            plans(costs, data, threads=threads)
+            spent = min(timed(lambda t=threads: plans(costs, data, threads=t)) for _ in range(2 if self.tiny else 12))
             one = one or spent
             before = {1: "13,470", 8: "27,930", 16: "17,619"}[threads]
             line(
-                f"solver, {len(index)} pairs a batch, {threads} threads",
-                f"{len(index) / spent:,.0f} pairs/s, {one / spent:.1f} x one",
+                f"solver, {pairs} pairs a batch, {threads} threads",
+                f"{pairs / spent:,.0f} pairs/s, {one / spent:.1f} x one",
                 before,
             )
 

@@ -1,9 +1,8 @@
-"""Values that are being computed."""
+"""Values that are on their way while the caller goes on."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -12,8 +11,19 @@ class NotFinite(ValueError):
     """A distance that is no number: what is being trained has left all bounds."""
 
 
-@dataclass(frozen=True)
 class Started:
-    """A computation under way, perhaps in another thread; `result` waits for it and gives the values."""
+    """A tensor whose work has begun elsewhere, or is put off until somebody asks."""
 
-    result: Callable[[], Tensor]
+    def __init__(self, finish: Callable[[], Tensor]):
+        self._finish = finish
+
+    def result(self) -> Tensor:
+        """Wait for what is still to come, and give the tensor, in the graph; raises what went wrong meanwhile.
+
+        To be asked once: another time does again what is done here.
+        """
+        return self._finish()
+
+    def then(self, function: Callable[[Tensor], Tensor]) -> Started:
+        """A function of the result, called when that is asked for."""
+        return Started(lambda: function(self.result()))

@@ -114,11 +114,9 @@ class Pairs:
 
     def distance(self, tokens: Tensor, captions: list[list[int]], image_index: list[int] | None) -> Tensor:
         """EMD in the objective's own cost and marginal, [P], as in `emd`; tokens [B, N, D] on the device."""
-        return self.start_distance(tokens, captions, image_index)()
+        return self.start_distance(tokens, captions, image_index).result()
 
-    def start_distance(
-        self, tokens: Tensor, captions: list[list[int]], image_index: list[int] | None
-    ) -> Callable[[], Tensor]:
+    def start_distance(self, tokens: Tensor, captions: list[list[int]], image_index: list[int] | None) -> Started:
         """The same, started."""
         flat = [row for caption in captions for row in caption]
         offsets = np.cumsum([0, *map(len, captions)]).tolist()
@@ -176,14 +174,15 @@ class Pairs:
 
         tokens [B, N, D] may be of other images, or [1, N, D] the same for all.
         """
-        return self.start_per_image(tokens, positions)()
+        return self.start_per_image(tokens, positions).result()
 
-    def start_per_image(self, tokens: Tensor, positions: list[int]) -> Callable[[], Tensor]:
+    def start_per_image(self, tokens: Tensor, positions: list[int]) -> Started:
         """The same, started."""
         captions, index = self.captions_of(positions)
         distances = self.start_distance(tokens, captions, index if len(tokens) > 1 else [0] * len(index))
         image, count = (to_device(t, tokens.device) for t in (torch.tensor(index), torch.bincount(torch.tensor(index))))
-        return lambda: torch.zeros(len(positions), device=tokens.device).index_add(0, image, distances()) / count
+        sums = torch.zeros(len(positions), device=tokens.device)
+        return distances.then(lambda values: sums.index_add(0, image, values) / count)
 
 
 def _features(params: Params, data: str) -> tuple[ImageTokens, CaptionTokens]:
@@ -233,9 +232,9 @@ def start_loss(pairs: Pairs, tokens: Tensor, positions: list[int]) -> Started:
     """
     distances, weight = pairs.start_per_image(tokens, positions), pairs.objective.contrast
     if not weight:
-        return Started(lambda: distances().mean())
+        return distances.then(torch.mean)
     contrasted = start_contrast(pairs, tokens, positions)
-    return Started(lambda: distances().mean() + weight * contrasted())
+    return Started(lambda: distances.result().mean() + weight * contrasted())
 
 
 def start_contrast(pairs: Pairs, tokens: Tensor, positions: list[int]) -> Callable[[], Tensor]:
@@ -253,7 +252,7 @@ def start_contrast(pairs: Pairs, tokens: Tensor, positions: list[int]) -> Callab
     no_answer = to_device(torch.tensor(shared), tokens.device)
 
     def finish() -> Tensor:
-        logits = -distances().view(count, count) / pairs.objective.temperature
+        logits = -distances.result().view(count, count) / pairs.objective.temperature
         logits = logits.masked_fill(no_answer, -torch.inf)
         own = torch.arange(count, device=logits.device)
         return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2

@@ -1,6 +1,6 @@
 """Exact optimal transport between many points and few, compiled with numba; docs/emd.md explains the algorithm.
 
-Importing numba takes most of a second, so pipeline/emd.py imports this module when it first solves something.
+Importing numba takes most of a second, so solve.py imports this module when it first solves something.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FAINT, FLAT = 1e-14, 1e-300  # least value of its kernel, about exp(-32); regret
 ZERO, ONE = np.uint64(0), np.uint64(1)  # indices are unsigned: no wrap-around to check, so loops vectorise
 
 
-def _can_keep() -> bool:
+def can_keep_compiled() -> bool:
     """Whether numba finds a folder for compiled code: NUMBA_CACHE_DIR, beside this file, ~/.cache, else data/numba."""
     for folder in (config.CACHE_DIR, str(Path("data/numba").resolve())):
         config.CACHE_DIR = folder
@@ -38,7 +38,7 @@ def _can_keep() -> bool:
     return False
 
 
-_keep = _can_keep()
+_keep = can_keep_compiled()
 compiled = njit(cache=_keep, nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 entry = njit(cache=_keep, nogil=True, error_model="numpy")
 
@@ -378,16 +378,14 @@ def _write(s, n, m, total, at, turned, first, real, token, word, mass):
 
 
 @entry
-def solve_pairs(
-    start, stop, costs, image, column, offsets, token_weights, word_weights, dummies, at, pair, token, word, mass, dual
-):
+def solve_pairs(start, stop, costs, image, column, offsets, word_weights, dummies, at, pair, token, word, mass):
     """Solve the pairs from `start` to before `stop`; returns (where their plans end, the pair that failed, why).
 
     costs [B, N, L]: pair p is image[p], columns column[p] and on, one for each of words offsets[p] to offsets[p + 1].
-    token_weights [B * N] and word_weights [T], any sum. If `dummies` is 1 and not 0, each caption's words are followed
-    by one that costs nothing, has a place of its own in word_weights [T + P], and is not in the plan. The plans go one
-    after the other to `at` and on of pair, token, word (index into the T words) and mass, with room for N + m - 1
-    entries each, a dummy counted; dual [T]: words' potentials.
+    Tokens weigh alike, words by word_weights [T], any sum in a caption. If `dummies` is 1 and not 0, each caption's
+    words are followed by one that costs nothing, has a place of its own in word_weights [T + P], and is not in the
+    plan. The plans go one after the other to `at` and on of pair, token, word (index into the T words) and mass, with
+    room for N + m - 1 entries each, a dummy counted.
     """
     tokens, widest = costs.shape[1], 0
     for p in range(start, stop):
@@ -403,7 +401,7 @@ def solve_pairs(
             return at, p, NOT_FINITE
         total = np.int64(np.floor(UNITS / (n * m))) * n * m  # so that equal weights are whole units
         of_tokens, of_words = (b, a) if turned else (a, b)
-        _units(token_weights, image[p] * tokens, tokens, total, of_tokens)
+        of_tokens[:tokens] = total // tokens
         _units(word_weights, offsets[p] + dummies * p, words, total, of_words)
         _start(s, a, b, n, m)
         if not _balance(s, n, m, HOP * largest):
@@ -415,6 +413,4 @@ def solve_pairs(
             return at, p, NO_OPTIMUM
         pair[at:end] = p
         at = end
-        for j in range(real):
-            dual[offsets[p] + j] = s.key[j] if turned else s.price[j]
     return at, -1, SOLVED
