@@ -12,10 +12,10 @@ import torch
 import yaml
 from torch import Tensor
 
-from pipeline import sources
 from pipeline.config import Params
 from pipeline.encoders.vision import load_vision_encoder
 from pipeline.media.pictures import decode
+from pipeline.sources.prepare import prepare
 from pipeline.store.dtypes import pack, unpack
 
 PROFILE = Path(__file__).parents[1] / "profiles" / "demo.yaml"
@@ -26,7 +26,7 @@ def image_tokens(scenes: int) -> Tensor:
     values = yaml.safe_load(PROFILE.read_text())
     values["data"]["captions"]["count"], values["data"]["classes"]["count"] = scenes, 2
     params = Params.model_validate(values)
-    rows = [row for data in ("captions", "classes") for row in sources.prepare(params, data).to_pylist()]
+    rows = [row for data in ("captions", "classes") for row in prepare(params, data).to_pylist()]
     rows = rows[: scenes + 100]
     encoder = load_vision_encoder(params.vision)
     parts = []

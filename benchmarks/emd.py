@@ -30,7 +30,7 @@ from pipeline.objectives.base import Means, Objective
 from pipeline.objectives.emd import EMD, EMDSettings
 from pipeline.objectives.pairs import Pairs
 from pipeline.started import Started
-from pipeline.training.loop import Checkpoint, Trainer
+from pipeline.training.loop import Checkpoint, Trainer, batch_at
 from pipeline.transport.costs import cost_matrix, ground_costs
 from pipeline.transport.emd import emd
 from pipeline.transport.gradient import cost_of_plans
@@ -301,8 +301,9 @@ class Flight:
         )  # fmt: skip
         self.optimizer = torch.optim.AdamW(self.adapter.parameters(), lr=1e-4, fused=True)
 
-    def start(self, batch: list[int]) -> Started:
+    def start(self, number: int) -> Started:
         """The loss of a batch. From the end of all work given to the device until new work comes, it is idle."""
+        batch = batch_at(number, self.trainer.settings.batch, self.trainer.examples, 0)
         self.objective.in_flight = self.trainer.in_flight
         loss = self.objective.start(self.adapter(self.objective.pairs.tokens(batch)), batch)
 

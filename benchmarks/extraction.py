@@ -38,7 +38,6 @@ import torch
 import yaml
 from PIL import Image
 
-from pipeline import sources
 from pipeline.config import Params
 from pipeline.devices import pick_device
 from pipeline.encoders.vision import VisionEncoder, load_vision_encoder
@@ -46,8 +45,10 @@ from pipeline.errors import UserError
 from pipeline.extraction.extract import ImageShards, extract_images, one_thread_each
 from pipeline.media.decoding import Decoder, decoder_for, padded
 from pipeline.media.pictures import decode
+from pipeline.runs import STORE, Run
+from pipeline.sources import manifest as manifest_table
+from pipeline.sources.prepare import prepare
 from pipeline.store.inventory import timings
-from pipeline.store.shards import STORE
 
 SHARDS = 2
 AFTER, BESIDE = "bare passes one after the other, all threads", "bare passes side by side, one thread each"
@@ -270,10 +271,12 @@ def peak_of_extraction(rows: int) -> None:
 def measure_memory() -> None:
     params, peaks = parameters(VISION["lite0"], 8, 2), []
     write_pictures(Path("pictures"), 100)
-    table = sources.prepare(params, "classes").to_pylist()
+    table = prepare(params, "classes").to_pylist()
     for rows in (2_000, 20_000):
         repeated = [{**table[i % 100], "id": f"{i:06}"} for i in range(rows)]
-        sources.write(pa.Table.from_pylist(repeated, schema=sources.SCHEMA), sources.manifest_path(params, "classes"))
+        manifest_table.write(
+            pa.Table.from_pylist(repeated, schema=manifest_table.SCHEMA), Run.of(params).manifest("classes")
+        )
         shutil.rmtree(STORE, ignore_errors=True)
         command = [sys.executable, __file__, "--peak", str(rows)]
         peaks.append(float(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
@@ -309,7 +312,7 @@ def main() -> None:
             write_pictures(Path("pictures"), options.pictures)
         else:
             copy_pictures(folder_of, options.pictures)
-        sources.write(sources.prepare(params, "classes"), sources.manifest_path(params, "classes"))
+        manifest_table.write(prepare(params, "classes"), Run.of(params).manifest("classes"))
         torch.manual_seed(0)
         encoder = load_vision_encoder(params.vision)
         if options.decoders:

@@ -23,11 +23,12 @@ import torch
 import yaml
 from PIL import Image
 
-from pipeline import sources
 from pipeline.config import Params
 from pipeline.encoders.vision import load_vision_encoder
 from pipeline.extraction.extract import extract_images
-from pipeline.store.shards import STORE
+from pipeline.runs import STORE, Run
+from pipeline.sources import manifest as manifest_table
+from pipeline.sources.prepare import prepare
 
 PROFILE = Path(__file__).parents[1] / "profiles" / "demo.yaml"
 
@@ -65,7 +66,7 @@ def data(pictures: int, shards: int) -> Params:
     values["vision"] |= {"encoder": "timm", "model": "resnet10t", "pretrained": "random", "dtype": "float32"}
     values["cache"]["shards"] = shards
     params = Params.model_validate(values)
-    sources.write(sources.prepare(params, "classes"), sources.manifest_path(params, "classes"))
+    manifest_table.write(prepare(params, "classes"), Run.of(params).manifest("classes"))
     return params
 
 

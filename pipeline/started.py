@@ -7,8 +7,8 @@ from collections.abc import Callable
 from torch import Tensor
 
 
-class NotFinite(ValueError):
-    """A distance that is no number: what is being trained has left all bounds."""
+class NoPlan(ValueError):
+    """Distances that are no numbers, or so large that no optimum is found: what is being trained has diverged."""
 
 
 class Started:

@@ -21,18 +21,22 @@ from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from pipeline import sources
 from pipeline.config import Params
 from pipeline.encoders.vision import load_vision_encoder
 from pipeline.errors import UserError
 from pipeline.extraction import distribute
 from pipeline.extraction.extract import ImageShards, extract_images
+from pipeline.runs import STORE, Run
+from pipeline.sources import manifest as manifest_table
+from pipeline.sources.prepare import prepare
 from pipeline.store import schema
 from pipeline.store.dtypes import pack
-from pipeline.store.shards import STORE, ShardFile, atomically, manifest_path, sha256_of, write_shard
+from pipeline.store.shards import ShardFile, atomically, sha256_of, write_shard
 from stages.cli import app
 
-MANIFEST = manifest_path(Path("data/tiny"), "images", "classes")
+RUN = Run("tiny")
+
+MANIFEST = RUN.features("images", "classes")
 SHARDS = 5
 
 
@@ -59,7 +63,7 @@ def params(tiny_params: Params, weights: Path) -> Params:
     values["cache"]["shards"] = SHARDS
     Path("params.yaml").write_text(yaml.safe_dump(values))
     params = Params.model_validate(values)
-    sources.write(sources.prepare(params, "classes"), sources.manifest_path(params, "classes"))
+    manifest_table.write(prepare(params, "classes"), Run.of(params).manifest("classes"))
     return params
 
 

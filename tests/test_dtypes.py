@@ -14,8 +14,11 @@ import yaml
 from test_pipeline import terraalign
 
 from pipeline.config.schema import Cache
+from pipeline.runs import Run
 from pipeline.store.dtypes import DoesNotFit, pack, unpack
 from pipeline.store.reader import ImageTokens
+
+RUN = Run("tiny")
 
 DTYPES = ("float16", "bfloat16", "float32", "int8")
 
@@ -100,7 +103,7 @@ def test_each_type_trains(tiny_params, monkeypatch):
         for command in (("extract-images", "captions"), ("extract-captions", "captions"), ("pretrain", "linear")):
             torch.manual_seed(0)  # the encoder's weights are random
             terraalign(*command)
-        images = ImageTokens.open(Path("data/tiny"), "captions")
+        images = ImageTokens.open(RUN, "captions")
         read[dtype] = images.tokens([0, 3])
         losses[dtype] = pd.read_csv("data/tiny/pretrain/linear/history.csv")["val"].iloc[-1]
     assert list(losses.values()) == pytest.approx([losses["float32"]] * 4, rel=1e-3)

@@ -13,7 +13,7 @@ import torch
 from scipy.optimize import linprog
 from sklearn.metrics import pairwise_distances
 
-from pipeline.started import NotFinite, Started
+from pipeline.started import Started
 from pipeline.transport import emd as module
 from pipeline.transport.costs import cost_matrix, ground_costs
 from pipeline.transport.emd import emd, start_emd
@@ -305,7 +305,7 @@ def test_words_of_no_weight_do_not_count(solver):
 def test_a_cost_that_is_not_finite_names_the_pair(bad, solver):
     x, words, offsets, index = problem(1)
     x[1, 0, 0] = bad
-    with pytest.raises(NotFinite, match=r"pair 2 .image 1.: a ground cost is not finite"):
+    with pytest.raises(ValueError, match=r"pair 2 .image 1.: a ground cost is not finite"):
         emd(x, words, offsets, index, cost="sqeuclidean", solver=solver)
 
 
@@ -417,7 +417,7 @@ def test_what_fails_in_the_background_is_raised_at_the_finish():
     x, words, offsets, index = problem(1)
     x[1, 0, 0] = float("nan")
     started = start_emd(x, words, offsets, index, cost="cosine", background=True)
-    with pytest.raises(NotFinite, match=r"pair 2 .image 1.: a ground cost is not finite"):
+    with pytest.raises(ValueError, match=r"pair 2 .image 1.: a ground cost is not finite"):
         started.result()
 
 

@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from pipeline import sources
 from pipeline.config import Params, Vision
 from pipeline.encoders.vision import load_vision_encoder
 from pipeline.errors import UserError
@@ -20,11 +19,16 @@ from pipeline.extraction.extract import ImageShards, _Part, extract_captions, ex
 from pipeline.llms.load import load_embedding, load_tokenizer
 from pipeline.media import decoding
 from pipeline.media.pictures import decode
+from pipeline.runs import STORE, Run
+from pipeline.sources import manifest as manifest_table
+from pipeline.sources.prepare import prepare
 from pipeline.store import versions
 from pipeline.store.dtypes import pack
 from pipeline.store.reader import CaptionTokens, ImageTokens
 from pipeline.store.schema import fingerprint, shard_key, shard_of
-from pipeline.store.shards import STORE, Manifest, ShardFile, open_shard
+from pipeline.store.shards import Manifest, ShardFile, open_shard
+
+RUN = Run("tiny")
 
 
 class Counting:
@@ -46,7 +50,7 @@ class Counting:
 
 @pytest.fixture
 def prepared(tiny_params):
-    sources.write(sources.prepare(tiny_params, "captions"), sources.manifest_path(tiny_params, "captions"))
+    manifest_table.write(prepare(tiny_params, "captions"), Run.of(tiny_params).manifest("captions"))
     return tiny_params
 
 
@@ -188,7 +192,7 @@ def mixed(tiny_params):
     values = tiny_params.model_dump(mode="json")
     values["data"]["classes"] |= {"source": "imagefolder", "root": "pictures", "count": None}
     params = Params.model_validate(values)
-    sources.write(sources.prepare(params, "classes"), sources.manifest_path(params, "classes"))
+    manifest_table.write(prepare(params, "classes"), Run.of(params).manifest("classes"))
     return params
 
 
@@ -300,7 +304,7 @@ def test_tokens_that_do_not_fit_are_explained(prepared, number, advice, on_gpu):
 def test_reader_gives_what_the_encoder_gave(prepared):
     encoder = Counting()
     run(prepared, encoder)
-    images = ImageTokens.open(Path("data/tiny"), "captions")
+    images = ImageTokens.open(RUN, "captions")
     positions = [5, 0, 17]
     tokens = images.tokens(positions)
     for row, position in enumerate(positions):
@@ -312,7 +316,7 @@ def test_reader_gives_what_the_encoder_gave(prepared):
 
 def test_torch_loads_batches_of_rows(prepared):
     run(prepared, Counting())
-    images = ImageTokens.open(Path("data/tiny"), "captions")
+    images = ImageTokens.open(RUN, "captions")
     order = list(range(len(images)))[::-1]
     loader = DataLoader(images, batch_size=16, sampler=order, collate_fn=lambda tokens: tokens)
     assert torch.equal(torch.cat(list(loader)), images.tokens(order)) and len(order) == 40
@@ -322,8 +326,8 @@ def test_caption_tokens_and_embeddings(prepared):
     tokenizer, embedding = load_tokenizer(prepared.llm), load_embedding(prepared.llm)
     manifest = extract_captions(prepared, "captions", tokenizer, embedding, lambda n: None)
     manifest.write(Path("data/tiny/text/captions/manifest.json"))
-    words = CaptionTokens.open(Path("data/tiny"), "captions")
-    rows = sources.prepare(prepared, "captions").to_pylist()
+    words = CaptionTokens.open(RUN, "captions")
+    rows = prepare(prepared, "captions").to_pylist()
     for row in rows[:5]:
         assert [tokenizer.decode(ids) for ids in words.captions(row["id"])] == row["captions"]
     ids = words.captions(rows[0]["id"])[0]
@@ -337,7 +341,7 @@ def test_embeddings_are_exact_in_half_the_space_where_the_model_is_bfloat16(prep
     manifest.write(Path("data/tiny/text/captions/manifest.json"))
     table = open_shard(manifest.folder / manifest.embeddings.name, manifest.fingerprint)
     assert table.schema.field("embedding").type.value_type == kept
-    words = CaptionTokens.open(Path("data/tiny"), "captions")
+    words = CaptionTokens.open(RUN, "captions")
     assert torch.equal(words.table, embedding(torch.tensor(words.token_ids)))
 
 
@@ -348,10 +352,10 @@ def test_damaged_shards_are_named(prepared):
     content = first.read_bytes()
     first.unlink()
     with pytest.raises(UserError, match=f"{first.name}: this shard is gone; `terraalign store verify --repair`"):
-        ImageTokens.open(Path("data/tiny"), "captions")
+        ImageTokens.open(RUN, "captions")
     first.write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match=f"{first.name}: not a whole Arrow file"):
-        ImageTokens.open(Path("data/tiny"), "captions")
+        ImageTokens.open(RUN, "captions")
     first.write_bytes(content)
     with pytest.raises(UserError, match="made by another extraction"):
         open_shard(first, "another")

@@ -15,7 +15,7 @@ from pipeline.objectives.contrast import start_contrast
 from pipeline.objectives.emd import EMD, EMDSettings
 from pipeline.objectives.ground import whitening
 from pipeline.objectives.pairs import Pairs
-from pipeline.training.loop import Checkpoint, Trainer
+from pipeline.training.loop import Checkpoint, Trainer, batch_at
 from pipeline.training.pretrain import HeldOut, held_out_figures, nearest_words, retrieval
 
 IMAGES = 12
@@ -204,9 +204,13 @@ def test_weights_do_not_depend_on_how_many_batches_are_in_flight(tmp_path):
             nn.Linear(1, 9), nn.Dropout(0.3), nn.Linear(9, 2 * IMAGES), nn.Unflatten(-1, (2, IMAGES))
         )
         settings = Pretrain(epochs=3, batch=3, accumulate=3, lr=0.1, objective=objective.settings)
+
+        def loss(number):
+            batch = batch_at(number, 3, IMAGES, 5)
+            return objective.start(adapter(pairs.tokens(batch)).flatten(1, 2), batch)
+
         trainer = Trainer(
-            "test", adapter, [{"params": list(adapter.parameters())}], settings, IMAGES, 5,
-            lambda batch: objective.start(adapter(pairs.tokens(batch)).flatten(1, 2), batch),
+            "test", adapter, [{"params": list(adapter.parameters())}], settings, IMAGES, 5, loss,
             lambda step: {}, set(), Checkpoint(tmp_path / f"{in_flight}.pt", ""), in_flight=in_flight,
         )  # fmt: skip
         return trainer.run(), list(adapter.parameters())

@@ -18,17 +18,20 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
-from pipeline import sources
 from pipeline.config import Params
 from pipeline.encoders.vision import load_vision_encoder
 from pipeline.errors import UserError
 from pipeline.extraction.extract import extract_captions, extract_images
+from pipeline.runs import STORE, Run
+from pipeline.sources import manifest as manifest_table
+from pipeline.sources.prepare import prepare as read_pictures
 from pipeline.store.inventory import folders, timings, verify
 from pipeline.store.reader import ImageTokens
-from pipeline.store.shards import STORE, Manifest, in_use, manifest_path, read_record
+from pipeline.store.shards import Manifest, in_use, read_record
 from stages.cli import app
 
-BASE = Path("data/tiny")
+RUN = Run("tiny")
+BASE = RUN.base
 
 
 class Counting:
@@ -61,13 +64,13 @@ def pictures(tiny_params: Params) -> Params:
 
 
 def prepare(params: Params) -> Params:
-    sources.write(sources.prepare(params, "classes"), sources.manifest_path(params, "classes"))
+    manifest_table.write(read_pictures(params, "classes"), Run.of(params).manifest("classes"))
     return params
 
 
 def extract(params: Params, encoder) -> Manifest:
     manifest = extract_images(params, "classes", encoder, lambda n: None)
-    manifest.write(manifest_path(BASE, "images", "classes"))
+    manifest.write(RUN.features("images", "classes"))
     return manifest
 
 
@@ -167,14 +170,16 @@ def test_back_to_an_earlier_encoder_costs_nothing(pictures):
 
 
 def test_a_changed_caption_makes_its_shard_alone(tiny_params, tiny_llm):
-    path = sources.manifest_path(tiny_params, "captions")
-    table = sources.prepare(tiny_params, "captions")
-    sources.write(table, path)
+    path = Run.of(tiny_params).manifest("captions")
+    table = read_pictures(tiny_params, "captions")
+    manifest_table.write(table, path)
     before = extract_captions(tiny_params, "captions", *tiny_llm, lambda n: None)
     kept = {shard.name: (before.folder / shard.name).stat().st_mtime_ns for shard in before.shards}
     captions = table["captions"].to_pylist()
     captions[3][0] = "something else altogether"
-    sources.write(table.set_column(table.column_names.index("captions"), table.field("captions"), [captions]), path)
+    manifest_table.write(
+        table.set_column(table.column_names.index("captions"), table.field("captions"), [captions]), path
+    )
     after = extract_captions(tiny_params, "captions", *tiny_llm, lambda n: None)
     assert len({shard.name for shard in after.shards} - set(kept)) == 1
     assert sum((after.folder / name).stat().st_mtime_ns == time for name, time in kept.items()) == 3
@@ -299,7 +304,7 @@ def test_readers_refuse_another_schema(active):
             writer.write_table(other)
         path.with_suffix(".new").replace(path)
         with pytest.raises(UserError, match=message):
-            ImageTokens.open(BASE, "classes")
+            ImageTokens.open(RUN, "classes")
 
 
 def test_ls_and_stats_say_what_is_there(active, pictures):
@@ -341,7 +346,7 @@ def test_prune_removes_what_no_manifest_names(active, pictures):
 def test_prune_waits_for_extractions_and_warns_of_interrupted_ones(active):
     with in_use():
         assert "an extraction is at work" in run("prune", "--yes", code=2)
-    manifest_path(BASE, "images", "classes").unlink()
+    RUN.features("images", "classes").unlink()
     assert "note: images of classes, profile tiny, has no manifest" in run("prune")
 
 
@@ -403,7 +408,7 @@ def test_transfers_refuse_what_cannot_be_right(active):
     flip(manifest.folder / manifest.shards[0].name, -1000)
     assert "not what its manifest names" in run("push", "memory://damaged", code=2)
     assert "nosuch" in run("push", "nosuch://x", code=2)
-    manifest_path(BASE, "images", "classes").unlink()
+    RUN.features("images", "classes").unlink()
     assert "no feature manifest" in run("pull", "memory://damaged", code=2)
 
 
@@ -426,4 +431,4 @@ def test_the_documented_way_to_read_works(active):
     found = {}
     code = code.replace("data/demo/images/captions", "data/tiny/images/classes")
     exec(code, {"print": lambda row_id, shape, dtype: found.update({row_id: (shape, dtype.name)})})
-    assert found == dict.fromkeys(ImageTokens.open(BASE, "classes").ids, ((64, 3), "float16"))
+    assert found == dict.fromkeys(ImageTokens.open(RUN, "classes").ids, ((64, 3), "float16"))

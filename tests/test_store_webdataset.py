@@ -21,17 +21,19 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
-from pipeline import sources
 from pipeline.config import Params
 from pipeline.errors import UserError
 from pipeline.extraction.extract import extract_captions, extract_images
+from pipeline.runs import STORE, Run
+from pipeline.sources import manifest as manifest_table
+from pipeline.sources.prepare import prepare
 from pipeline.store.reader import CaptionTokens, ImageTokens
-from pipeline.store.shards import STORE, manifest_path
 from pipeline.store.webdataset import export, identity, key_of, open_tars, read_tars
 from stages.cli import app
 
 PROJECT = Path(__file__).parents[1]
-BASE = Path("data/demo")
+RUN = Run("demo")
+BASE = RUN.base
 
 
 class Pixels:
@@ -77,19 +79,19 @@ def params(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Params:
             noise = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
             Image.fromarray(noise).save(tmp_path / "set" / label / f"{number:02d}.small.PNG")
     values = yaml.safe_load((PROJECT / "profiles" / "demo.yaml").read_text(encoding="utf-8"))
-    values["data"]["classes"] = {"source": "imagefolder", "root": "set", "validation": 0.2}
+    values["data"]["classes"] = {"task": "classify", "source": "imagefolder", "root": "set", "validation": 0.2}
     params = Params.model_validate(values)
-    sources.write(sources.prepare(params, "classes"), sources.manifest_path(params, "classes"))
+    manifest_table.write(prepare(params, "classes"), Run.of(params).manifest("classes"))
     return params
 
 
-def extract(params: Params, encoder: Any, data: Dataset = "classes") -> tuple[ImageTokens, CaptionTokens]:
-    base = Path("data") / params.profile
-    extract_images(params, data, encoder, lambda n: None).write(manifest_path(base, "images", data))
+def extract(params: Params, encoder: Any, data: str = "classes") -> tuple[ImageTokens, CaptionTokens]:
+    run = Run.of(params)
+    extract_images(params, data, encoder, lambda n: None).write(run.features("images", data))
     torch.manual_seed(0)
     words = extract_captions(params, data, Letters(), torch.nn.Embedding(128, 6), lambda n: None)
-    words.write(manifest_path(base, "text", data))
-    return ImageTokens.open(base, data), CaptionTokens.open(base, data)
+    words.write(run.features("text", data))
+    return ImageTokens.open(run, data), CaptionTokens.open(run, data)
 
 
 def test_the_library_reads_back_what_the_store_holds(params: Params) -> None:
@@ -220,7 +222,7 @@ def test_tars_give_what_the_store_gives(params: Params, bucket: str, dtype: str,
     """The same bits, from a folder and from a URL, and without the store."""
     params = with_cache(params, dtype=dtype)
     images, captions = extract(params, Pixels() if dtype == "float16" else Noise())
-    tars = export(images, captions, identity(BASE, "classes"), BASE / "webdataset/classes", 13, lambda n: None)
+    tars = export(images, captions, identity(RUN, "classes"), BASE / "webdataset/classes", 13, lambda n: None)
     with tarfile.open(tars[0]) as tar:
         assert f"'descr': '{kept}'".encode() in (tar.extractfile(tar.getnames()[0]) or io.BytesIO()).read(128)
     fsspec.filesystem("memory").put(str(BASE / "webdataset"), "/bucket", recursive=True)
@@ -238,8 +240,8 @@ def test_tars_give_what_the_store_gives(params: Params, bucket: str, dtype: str,
 
 def test_pretraining_has_the_same_losses_from_tars(tiny_params: Params) -> None:
     values = tiny_params.model_dump(mode="json")
-    for data in DATASETS:
-        sources.write(sources.prepare(tiny_params, data), sources.manifest_path(tiny_params, data))
+    for data in tiny_params.run.data:
+        manifest_table.write(prepare(tiny_params, data), Run.of(tiny_params).manifest(data))
         extract(tiny_params, Pixels(), data)
         run("store", "export", data, f"data/tiny/webdataset/{data}", "--per-shard", "7")
     out, kept = Path("data/tiny/pretrain/mlp"), ("history.csv", "metrics.json", "last.safetensors", "first.safetensors")
@@ -317,7 +319,7 @@ def no_table(folder: Path) -> None:
 def test_missing_cut_and_foreign_tars_are_named(params: Params, damage: Any, message: str) -> None:
     features, folder = extract(params, Pixels()), BASE / "webdataset/classes"
     export(*features, "another", Path("other"), 10, lambda n: None)
-    export(*features, identity(BASE, "classes"), folder, 10, lambda n: None)
+    export(*features, identity(RUN, "classes"), folder, 10, lambda n: None)
     damage(folder)
     with pytest.raises(
         UserError, match=rf"^{folder}/{message}.*; delete {folder}, .* `terraalign store export classes"

@@ -7,7 +7,7 @@ from torch import nn
 
 from pipeline.config.schema import Optimisation
 from pipeline.errors import UserError
-from pipeline.started import NotFinite, Started
+from pipeline.started import NoPlan, Started
 from pipeline.training import loop as training
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.loop import Trainer, batch_at, total_steps
@@ -122,7 +122,7 @@ def test_what_fails_at_the_finish_names_the_step(tmp_path):
     run = trainer(tmp_path)
 
     def fails():
-        raise NotFinite("EMD of pair 3 (image 1): a ground cost is not finite")
+        raise NoPlan("EMD of pair 3 (image 1): a ground cost is not finite")
 
     run.loss, run.in_flight = lambda number: Started(fails), 2
     with pytest.raises(

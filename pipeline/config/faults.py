@@ -96,8 +96,10 @@ def reads_text(key: Sequence[str], values: Mapping[str, Any]) -> bool | None:
     `values` are those of the file: which keys there are depends on the parts that it names.
     """
     model: type[Section] = Params
-    if key[:1] == ["adapters"] and len(key) > 3:
-        model, key, values = (Pretrain, key[3:], {}) if key[2] == "pretrain" else (Recipe, key[4:], {})
+    if key[:1] == ["adapters"] and len(key) > 3 and key[2] == "pretrain":
+        model, key, values = Pretrain, key[3:], {}
+    elif key[:1] == ["adapters"] and len(key) > 4 and key[2] == "finetune":
+        model, key, values = Recipe, key[4:], {}
     section = _model_at(model, key[:-1], values)
     field = section.model_fields.get(key[-1]) if section else None
     if field is None:

@@ -321,6 +321,10 @@ class Params(Section):
     pca: PCA
     runtime: Runtime = Runtime()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled by value, for processes that share the work: the sections of some parts are classes made here."""
+        return Params.model_validate, (self.model_dump(),)
+
     @field_validator("profile")
     @classmethod
     def _own_folder(cls, value: str) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pipeline.config.schema import Optimisation
 from pipeline.errors import UserError
 from pipeline.progress import progress_bar
-from pipeline.started import NotFinite, Started
+from pipeline.started import NoPlan, Started
 from pipeline.training.checkpoint import Checkpoint
 
 CHECKPOINT_SECONDS = 120.0
@@ -96,7 +96,7 @@ class Trainer:
                 if micro < ahead:
                     continue
                 loss = started.popleft().result() / accumulate
-            except NotFinite as error:
+            except NoPlan as error:
                 raise UserError(f"{self.name}: step {step}: {error}; lower lr") from None
             loss.backward()
             losses.append(loss.detach())

@@ -19,13 +19,13 @@ from pipeline.errors import UserError
 from pipeline.objectives.base import Keep, Means, Objective
 from pipeline.objectives.emd import EMD, EMDSettings
 from pipeline.objectives.pairs import Pairs
+from pipeline.origin import Origin, Words
 from pipeline.runs import EXTRACTED_BY, Kind, Run
 from pipeline.started import Started
 from pipeline.store.shards import Manifest
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.code import digest_of
 from pipeline.training.loop import Trainer, batch_at, steps_per_epoch, total_steps, write_history
-from pipeline.training.origin import Origin, Words
 
 PLAIN = EMDSettings.model_validate({"cost": "euclidean", "word_weights": "uniform", "start": "random"})
 LLM_CODE = "pipeline.llms.load"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pipeline.started import NotFinite
+from pipeline.started import NoPlan
 from pipeline.transport.plan import Plan
 
 
@@ -64,7 +64,7 @@ class Layout:
         least, sums = np.minimum.reduceat(mass, self.offsets[:-1]), np.add.reduceat(mass, self.offsets[:-1])
         bad = ~((least >= 0) & (sums > 0) & (sums < np.inf))
         if bad.any():
-            raise self.error(int(bad.argmax()), "weights have to be finite, not negative, and not all zero")
+            raise self.error(int(bad.argmax()), "weights have to be finite, not negative, and not all zero", ValueError)
         if not unmatched:
             return mass
         with_dummies = np.full(len(mass) + len(self.length), unmatched)
@@ -81,10 +81,6 @@ class Layout:
         ends = np.unique(np.minimum(ends + 1, len(work)))
         return list(zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True))
 
-    def error(self, pair: int, why: str) -> ValueError:
+    def error(self, pair: int, why: str, kind: type[ValueError] = NoPlan) -> ValueError:
         """What is raised when a pair has no plan."""
-        return ValueError(f"EMD of pair {pair} (image {self.image[pair]}): {why}")
-
-    def not_finite(self, pair: int) -> NotFinite:
-        """What is raised when a pair's costs are no numbers."""
-        return NotFinite(self.error(pair, "a ground cost is not finite"))
+        return kind(f"EMD of pair {pair} (image {self.image[pair]}): {why}")

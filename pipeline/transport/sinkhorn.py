@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pipeline.transport.layout import Layout
 from pipeline.transport.plan import Entries
+from pipeline.transport.solve import NOT_FINITE
 
 ITERATIONS = 200
 REGULARISATION = 0.01  # the temperature, times the mean cost of a pair
@@ -30,7 +31,7 @@ def sinkhorn(
     cost = costs.view(-1)[place]
     finite = cost.isfinite().flatten(1).all(1)
     if not finite.all():
-        raise layout.not_finite(int(finite.logical_not().nonzero()[0]))
+        raise layout.error(int(finite.logical_not().nonzero()[0]), NOT_FINITE)
     a, b = torch.ones_like(cost[..., 0]), torch.zeros_like(cost[:, 0])
     b[real] = torch.from_numpy(layout.word_mass(word_weights, 0.0)).to(cost)
     log_a, log_b = ((side / side.sum(1, keepdim=True)).log() for side in (a, b))

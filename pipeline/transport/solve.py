@@ -14,6 +14,7 @@ from pipeline.transport.plan import Plan
 ExactSolver = Literal["exact", "pot"]
 SMALL = 20_000  # costs of a batch: below, waking another thread takes longer than solving
 POT_ITERATIONS, POT_OPTIMAL = 1_000_000, 1
+NOT_FINITE = "a ground cost is not finite"
 
 
 def solve(
@@ -65,7 +66,7 @@ def _exact(
     places = layout.image, layout.column, layout.offsets
     end, pair, status = exact.solve_pairs(*span, costs, *places, mass, dummies, at, *room)
     if status == exact.NOT_FINITE:
-        raise layout.not_finite(pair)
+        raise layout.error(pair, NOT_FINITE)
     if status == exact.NO_OPTIMUM:
         raise layout.error(pair, "the solver found no optimum")
     return int(end)
@@ -84,7 +85,7 @@ def _pot(
         matrix = np.zeros((tokens, words + dummies))
         matrix[:, :words] = costs[layout.image[pair], :, column : column + words]
         if not np.isfinite(matrix).all():
-            raise layout.not_finite(pair)
+            raise layout.error(pair, NOT_FINITE)
         b = mass[first + dummies * pair :][: words + dummies]
         flow, _, _, _, code = emd_c(a, b * (a.sum() / b.sum()), matrix, POT_ITERATIONS, 1, None, None)
         if code != POT_OPTIMAL:
