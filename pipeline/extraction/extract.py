@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pipeline import versions
 from pipeline.config import Params
 from pipeline.devices import hash_weights, pick_device
 from pipeline.encoders.vision import VisionEncoder
@@ -31,7 +32,7 @@ from pipeline.llms.text import Texts
 from pipeline.media.decoding import Broken, Loaded, decoder_for, padded, say_once
 from pipeline.media.pictures import read
 from pipeline.runs import STORE, Run
-from pipeline.store import schema, versions
+from pipeline.store import schema
 from pipeline.store.donors import Donors
 from pipeline.store.dtypes import Columns, DoesNotFit, pack
 from pipeline.store.reader import usable_rows
