@@ -1,22 +1,32 @@
 """The figures of pre-training, on a problem small enough to know the answers."""
 
+import contextlib
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import ot
+import pandas as pd
 import pytest
 import torch
+import yaml
 from torch import nn
+from typer.testing import CliRunner
 
+from pipeline.config import load_params
 from pipeline.config.schema import Pretrain
+from pipeline.errors import UserError
 from pipeline.objectives.base import Means
 from pipeline.objectives.constant_set import fit_constant_set
 from pipeline.objectives.contrast import start_contrast
 from pipeline.objectives.emd import EMD, EMDSettings
 from pipeline.objectives.ground import whitening
 from pipeline.objectives.pairs import Pairs
+from pipeline.runs import Run
 from pipeline.training.loop import Checkpoint, Trainer, batch_at
-from pipeline.training.pretrain import HeldOut, held_out_figures, nearest_words, retrieval
+from pipeline.training.pretrain import HeldOut, held_out_figures, nearest_words, pretrain, retrieval
+from stages import cli
 
 IMAGES = 12
 PLAIN = {"cost": "sqeuclidean", "word_weights": "uniform", "start": "random"}
@@ -56,6 +66,13 @@ def test_words_of_every_caption_weigh_nothing(kind, rare):
     assert (weights[9:] > rare).all()  # in no caption: the rarest
     captions = [[0, 1], [0, 0], [2, 0, 2]]  # the second has nothing but the word of no weight
     assert ground.words_of(captions).weights.tolist() == pytest.approx([0, rare, 1, 1, rare, 0, rare])
+
+
+def test_the_weight_of_a_word_of_every_caption_is_never_negative():
+    """torch divides by multiplying with the reciprocal: of 46 captions the quotient is a little less than 1."""
+    pairs = pairs_of([[[0, i]] for i in range(46)], table=torch.randn(46, 5))
+    assert emd(pairs, word_weights="idf").ground.word_weights[0] == 0
+    assert emd(pairs, word_weights="idf").start(torch.randn(1, 2, 5), [3]).result() > 0
 
 
 def test_whitened_words_spread_alike():
@@ -219,3 +236,107 @@ def test_weights_do_not_depend_on_how_many_batches_are_in_flight(tmp_path):
     for other, found in others:
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
         assert other[-1]["train_loss"] == history[-1]["train_loss"]
+
+
+OWN_OBJECTIVES = """
+import torch
+import torch.nn.functional as F
+
+from pipeline.config.base import AboveZero
+from pipeline.config.schema import ObjectiveSettings
+from pipeline.objectives.base import Objective
+
+
+class Settings(ObjectiveSettings):
+    power: AboveZero = 1.0
+
+
+class BetweenMeans(Objective):
+    Settings = Settings
+
+    def distances(self, tokens, captions, image):
+        words = torch.stack([self.pairs.table[caption].mean(0) for caption in captions])
+        return (tokens.mean(1)[image] - words).norm(dim=1) ** self.settings.power
+
+
+class CrossEntropy(Objective):
+    needs_llm = True
+
+    def distances(self, tokens, captions, image):
+        found = []
+        for caption, i in zip(captions, image):
+            inputs = torch.cat([tokens[i], self.pairs.table[caption]])[None]
+            logits = self.llm.network(inputs_embeds=inputs).logits[0, tokens.shape[1] - 1 : -1]
+            words = torch.tensor([self.pairs.token_ids[row] for row in caption])
+            found.append(F.cross_entropy(logits, words))
+        return torch.stack(found)
+"""
+
+
+@pytest.fixture(scope="session")
+def features(tmp_path_factory, tiny_mistral):
+    """A folder with features of a few pictures, and what its params.yaml is made of."""
+    folder = tmp_path_factory.mktemp("features")
+    with contextlib.chdir(folder):
+        values = yaml.safe_load((Path(__file__).parent.parent / "profiles/demo.yaml").read_text())
+        values["run"] |= {"data": ["captions"], "adapters": ["mlp"], "recipes": ["captions"], "scratch": ["mlp"]}
+        values["data"] = {"captions": values["data"]["captions"] | {"count": 40}}
+        values["finetune"]["recipes"].pop("classes")
+        values["llm"] |= {
+            "loader": "huggingface",
+            "model": str(tiny_mistral),
+            "system_prompt": None,
+            "dtype": "float32",
+        }
+        values["vision"] |= {"encoder": "timm", "model": "resnet10t", "pretrained": "random"}
+        values["pretrain"] |= {"data": ["captions"], "epochs": 2, "batch": 8, "candidates": 4}
+        Path("params.yaml").write_text(yaml.safe_dump(values))
+        Path("own_objectives.py").write_text(OWN_OBJECTIVES)
+        for command in ("prepare", "extract-images", "extract-captions"):
+            done = CliRunner().invoke(cli.app, [command, "captions"], catch_exceptions=False)
+            assert done.exit_code == 0, done.output
+    return folder, values
+
+
+def pretrained_by(objective, features, monkeypatch):
+    """The metrics and the history of an adapter that was pre-trained with an objective."""
+    folder, values = features
+    monkeypatch.chdir(folder)
+    Path("params.yaml").write_text(yaml.safe_dump(values | {"pretrain": values["pretrain"] | {"objective": objective}}))
+    params = load_params()
+    pretrain(params, "mlp")
+    out = Run.of(params).pretrained("mlp")
+    return json.loads((out / "metrics.json").read_text()), pd.read_csv(out / "history.csv")
+
+
+def test_an_own_objective_is_a_class_of_settings_and_distances(features, monkeypatch):
+    own = {"name": "own_objectives:BetweenMeans", "power": 2.0}
+    metrics, history = pretrained_by(own, features, monkeypatch)
+    assert history["val"].iloc[-1] < 0.9 * history["val"].iloc[0]
+    assert metrics["image_gain"] == pytest.approx(metrics["shuffled"] - metrics["val"], rel=1e-4)
+    assert metrics["plain_val"] != pytest.approx(metrics["val"], rel=0.01)
+    assert not [key for key in [*metrics, *history] if key.startswith("const")]
+    with pytest.raises(UserError, match=r"pretrain\.objective\.power is 0"):
+        pretrained_by(own | {"power": 0}, features, monkeypatch)
+
+
+def test_an_objective_that_needs_the_llm_gets_it(features, monkeypatch):
+    _, history = pretrained_by({"name": "own_objectives:CrossEntropy"}, features, monkeypatch)
+    assert history["val"].iloc[-1] < history["val"].iloc[0] < 7  # the vocabulary's 400 tokens alike: 6
+
+
+def test_runs_share_what_an_objective_keeps(features, monkeypatch):
+    fitted = []
+
+    def fit(objective, count):
+        fitted.append(count)
+        return objective.pairs.table[:count].clone()
+
+    monkeypatch.setattr("pipeline.objectives.constant_set.fit_constant_set", fit)
+    alone = PLAIN | {"start": "constant_set"}
+    first, _ = pretrained_by(alone, features, monkeypatch)
+    second, history = pretrained_by(alone | {"contrast": 0.2}, features, monkeypatch)
+    assert fitted == [9, 1]
+    assert first["const_set"] == second["const_set"] == pytest.approx(history["const_set"].iloc[0], rel=1e-5)
+    pretrained_by(alone | {"cost": "cosine"}, features, monkeypatch)
+    assert fitted == [9, 1, 9, 1]

@@ -10,7 +10,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from pipeline.config import components
 from pipeline.config.base import Name, Positive, Section, Share
-from pipeline.config.faults import message_of
+from pipeline.config.messages import message_of
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:

@@ -67,7 +67,7 @@ def weights_of_words(kind: str, pairs: Pairs) -> Tensor:
         return torch.ones(len(pairs.table))
     captioned = [position for position in pairs.train if position < pairs.first]
     idf = torch.log((len(captioned) + 1) / (pairs.document_frequencies(captioned) + 1))
-    return idf.square() if kind == "idf_squared" else idf
+    return idf.square() if kind == "idf_squared" else idf.clamp_min(0)  # rounding may leave log 1 below zero
 
 
 def whitening(table: Tensor, counts: Tensor) -> Tensor:
