@@ -22,8 +22,9 @@ from pipeline.runs import Run, remedy
 from pipeline.store.shards import Manifest
 
 FILE = "origin.json"
-# Not its dtype, nor how pictures are decoded: an adapter trained on a GPU answers on a CPU, too.
-ENCODER = ("encoder", "model", "weights", "preprocess")
+# Not its dtype, nor how pictures are decoded: an adapter trained on a GPU answers on a CPU, too. The last two are of a
+# user's own encoder alone.
+ENCODER = ("encoder", "model", "weights", "preprocess", "settings", "code")
 LANGUAGE_MODEL = ("loader", "model", "revision", "quantization", "system_prompt")
 SAMPLED = 8  # words, and numbers of each
 
@@ -131,9 +132,9 @@ def check_encoder(folder: Path, identity: Mapping[str, str]) -> Origin:
             f"run `dvc repro --force extract_images` and `dvc repro`"
         )
     for key in ENCODER:
-        was, now = origin.encoder.get(key, ""), identity[key]
+        was, now = origin.encoder.get(key, ""), identity.get(key, "")
         if was != now:
-            short = {"weights": 12}.get(key, 200)
+            short = {"weights": 12, "code": 12}.get(key, 200)
             raise UserError(
                 f"{folder}: this adapter was trained on image tokens of another vision encoder ({key} "
                 f"{was[:short] or 'none'}) than params.yaml names now ({key} {now[:short] or 'none'}); {remedy(folder)}"

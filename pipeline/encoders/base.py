@@ -1,34 +1,90 @@
-"""What every vision encoder is."""
+"""What every vision encoder is: how to build it, what it needs, and what of it decides a token."""
 
 from __future__ import annotations
 
-from abc import ABC
-from typing import Any, ClassVar
+import hashlib
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from pydantic import model_validator
-
+from pipeline.config import components
 from pipeline.config.schema import Vision
+from pipeline.needs import Need
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+    from torch import Tensor, nn
+
+RANDOM = "random"
+"""vision.pretrained of an untrained network."""
+_PLACE_IN_MEMORY = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
-class NamedModel(Vision):
-    """An encoder of a library, by its model's name."""
+class Parts(NamedTuple):
+    """What an encoder is built of; dtype, device and gradients are seen to by whoever has it built."""
 
-    @model_validator(mode="after")
-    def _model_named(self) -> NamedModel:
-        if not self.model:
-            raise ValueError(f"encoder {self.encoder} needs model: the name of the architecture")
-        if not self.pretrained:
-            raise ValueError(
-                f"encoder {self.encoder} needs pretrained: a tag of open_clip, hub for timm, a weights file, "
-                "or random for an untrained network"
-            )
-        return self
+    network: nn.Module
+    """All its weights, on the CPU."""
+    tokens: Callable[[Tensor], Tensor]
+    """What `preprocess` gives, normalised, [B, 3, H, W] in the network's dtype, to image tokens [B, N, D]."""
+    preprocess: Callable[[Image.Image], Tensor]
+    """An RGB picture of any size to [3, H, W]: a Preprocess, torchvision's transforms, or a function to float32."""
 
 
 class Encoder(ABC):
-    """A frozen network that gives image tokens."""
+    """A frozen network that gives image tokens. A subclass has to have `build`; its Settings may add keys to vision."""
 
     Settings: ClassVar[type[Vision]] = Vision
 
     def __init__(self, settings: Any):
         self.settings = settings
+
+    @staticmethod
+    def of(vision: Vision) -> Encoder:
+        """The encoder that params.vision names. Raises ValueError when there is none by this name."""
+        encoder: type[Encoder] = components.find("encoder", vision.encoder)
+        return encoder(vision)
+
+    @abstractmethod
+    def build(self) -> Parts:
+        """The network with its weights, as it is in every process.
+
+        Raises UserError, with the remedy, when they cannot be found or read.
+        """
+
+    def need(self) -> Need:
+        """Whether its weights are there, and how to get them; looks, and never downloads."""
+        return Need(self.title, True, "left to its class")
+
+    def tokens(self) -> tuple[int, int] | None:
+        """N and D of its image tokens; None where only building it can tell."""
+        return None
+
+    @property
+    def title(self) -> str:
+        """What it needs, for people."""
+        return f"weights of {self.settings.model or self.settings.encoder}"
+
+    def identity(self, parts: Parts, weights: str, dtype: torch.dtype) -> dict[str, str]:
+        """All that decides the bytes of a token, for fingerprints; `weights` is the hash of those in `parts`.
+
+        Of a user's own class that is also its code, and settings that it adds.
+        """
+        name, added = self.settings.encoder, sorted(set(self.Settings.model_fields) - set(Vision.model_fields))
+        found = {
+            "encoder": name,
+            "model": self.settings.model or "",
+            "weights": weights,
+            "preprocess": _PLACE_IN_MEMORY.sub("", " ".join(repr(parts.preprocess).split())),
+            "dtype": str(dtype),
+        }
+        if added:
+            values = self.settings.model_dump(mode="json", include=set(added))
+            found["settings"] = json.dumps(values, sort_keys=True)
+        if components.is_foreign(name):
+            [source] = components.sources_of([("encoder", name)])
+            found["code"] = hashlib.sha256(source.read_bytes()).hexdigest()
+        return found

@@ -1,11 +1,73 @@
-"""OpenClip."""
+"""Any open_clip model: CoCa gives its 255 x 512 caption tokens, a ViT or a timm tower its patch tokens."""
 
 from __future__ import annotations
 
-from pipeline.encoders.base import Encoder, NamedModel
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.encoders.base import RANDOM, Parts
+from pipeline.encoders.library import HubFiles, LibraryEncoder
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TOKENS = {"coca_ViT-B-32": (255, 512)}  # of the profiles' model; others are known once they are built
 
 
-class OpenClip(Encoder):
-    """OpenClip."""
+class OpenClip(LibraryEncoder):
+    """The image tower of an open_clip model."""
 
-    Settings = NamedModel
+    def build(self) -> Parts:
+        import open_clip
+
+        from pipeline.encoders.timm_network import TimmTokens
+
+        model, named = str(self.settings.model), self.settings.pretrained
+        if model not in open_clip.list_models():
+            raise UserError(f"vision.model {model}: open_clip has no such model; see open_clip.list_models()")
+        if named != RANDOM and not open_clip.is_pretrained_cfg(model, named):
+            tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "it has none"
+            self.check_file(f"neither a file nor one of {model}'s tags: {tags}")
+        with self.loading():
+            whole, _, preprocess = open_clip.create_model_and_transforms(
+                model, pretrained=None if named == RANDOM else named, weights_only=True, pretrained_text=False
+            )
+        visual = whole.visual
+        if hasattr(visual, "trunk"):  # a timm model, whose own head is left out
+            return Parts(visual, TimmTokens(visual.trunk, self.unfit), preprocess)
+        if not hasattr(visual, "output_tokens") or not hasattr(visual, "grid_size"):
+            raise UserError(f"vision.model {model}: open_clip gives no patch tokens of it; take a ViT or CoCa")
+        visual.output_tokens = True
+        return Parts(visual, lambda x: self._own_tokens(visual, x), preprocess)
+
+    def tokens(self) -> tuple[int, int] | None:
+        return TOKENS.get(str(self.settings.model))
+
+    def hub_files(self) -> HubFiles | None:
+        from open_clip import constants, get_pretrained_cfg
+
+        cfg = get_pretrained_cfg(str(self.settings.model), str(self.settings.pretrained))
+        repo, _, name = cfg.get("hf_hub", "").rpartition("/")
+        name = name or constants.HF_WEIGHTS_NAME
+        default = constants.HF_SAFE_WEIGHTS_NAME if name == constants.HF_WEIGHTS_NAME else ""
+        safe = default or str(Path(name).with_suffix(".safetensors"))
+        found = HubFiles(repo, list(dict.fromkeys([safe, name])), "" if repo else cfg.get("url", ""))
+        return found if found.repo or found.url else None
+
+    def _own_tokens(self, visual: Any, x: Tensor) -> Tensor:
+        """Patch tokens without the class token, or those of the attentional pooler, [B, N, D]."""
+        tokens: Tensor = visual(x)[1]
+        if visual.attn_pool is None:
+            expected, width = math.prod(visual.grid_size), visual.positional_embedding.shape[-1]
+            if visual.pool_type not in ("tok", "avg"):  # all tokens come, and the class token is the first
+                tokens = tokens[:, 1:]
+        else:
+            expected, width = visual.attn_pool.query.shape[0], visual.attn_pool.query.shape[-1]
+            if visual.attn_pool_contrastive is None and visual.pool_type in ("tok", "avg"):
+                expected -= 1  # the first query is the pooled one
+        if tokens.shape[1:] != (expected, width):
+            found = " x ".join(map(str, tokens.shape[1:]))
+            raise self.unfit(f"gives tokens {found}, and says it has {expected} x {width}")
+        return tokens

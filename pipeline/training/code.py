@@ -16,7 +16,7 @@ COMPONENT = re.compile(r"(pipeline(?:\.\w+)+):\w+")  # as the rooms' lists name 
 EXCUSED = frozenset(
     {
         *("pipeline.errors", "pipeline.files", "pipeline.progress", "pipeline.needs", "pipeline.runs"),
-        *("pipeline.config", "pipeline.encoders.weights"),
+        *("pipeline.config", "pipeline.weights"),
     }
 )
 

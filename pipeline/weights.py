@@ -1,13 +1,41 @@
-"""Weights files: what is wrong with one, found in milliseconds, without loading it."""
+"""Files of frozen models: what is wrong with one, found in milliseconds, and one line for what fails in loading it."""
 
 from __future__ import annotations
 
+import errno
 import json
+import textwrap
 import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from pipeline.errors import UserError
 
 LONGEST_HEADER = 100_000_000  # bytes; what safetensors itself allows
 AGAIN = "fetch it again"
+POINTER = b"version https://git-lfs"
+
+
+@contextmanager
+def told_in_one_line(tell: Callable[[Exception, str], str]) -> Iterator[None]:
+    """Turns whatever a library raises over a foreign file into a UserError.
+
+    `tell` makes its text of the error and of what the error says, on one line. Our own words pass, and so does what is
+    no fault of the files: memory that is exhausted and a disk that is full.
+    """
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # libraries raise what they like
+        import torch
+
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = textwrap.shorten(str(error), 240, placeholder=" ...") or type(error).__name__
+        raise UserError(tell(error, reason)) from error
 
 
 def weights_fault(path: Path) -> str | None:
@@ -26,7 +54,7 @@ def weights_fault(path: Path) -> str | None:
         return "is a folder; name the file of weights in it"
     if not size:
         return f"is empty; {AGAIN}"
-    if head.startswith(b"version https://git-lfs"):
+    if head.startswith(POINTER):
         return "is a Git LFS pointer, not the weights; run `git lfs pull` where it was cloned"
     if head.lstrip().startswith(b"<"):
         return f"is a web page, not weights; {AGAIN}, by a link to the file itself"
