@@ -19,9 +19,11 @@ from pipeline.errors import UserError
 from pipeline.extraction.captions import Captions, extract_captions, text_hash
 from pipeline.llms.load import load_embedding, load_tokenizer
 from pipeline.llms.text import Texts
-from pipeline.metrics.accuracy import find_class, linear_probe
+from pipeline.metrics.probe import linear_probe
 from pipeline.objectives.pairs import Pairs
 from pipeline.store.reader import CaptionTokens, ImageTokens
+from pipeline.tasks.base import Task
+from pipeline.tasks.naming import find_class
 from pipeline.training.finetune import Examples
 from stages import cli
 
@@ -117,19 +119,24 @@ def test_prompts_are_tried_before_any_work(tiny_params: Params) -> None:
         check_prompts(tiny_params, tokenizer, None)
 
 
+def examples_of(params: Params, rows: pd.DataFrame, data: str) -> Examples:
+    task = Task.of(params.data[data].task, params.evaluate)
+    return Examples(images_of(rows), data, task, params.finetune.recipes[data], 0)
+
+
 @pytest.mark.parametrize("empty", [[], [""], ["  \n"]])
 def test_pictures_without_words_are_left_out_of_finetuning(
     tiny_params: Params, empty: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = rows_of([empty if i in (0, 3) else ["", "a cat"] for i in range(10)])
-    examples = Examples(images_of(rows), "captions", tiny_params.finetune.captions, 0)
+    examples = examples_of(tiny_params, rows, "captions")
     assert 0 not in examples.train and examples.val == [8]
     assert "captions: 2 pictures have no words and are left out: p00, p03" in capsys.readouterr().err
     assert {answer for _ in range(9) for answer in examples.draw([0, 1, 2])[2]} == {"a cat"}
     rows = rows_of([empty] * 10, labels=[""] * 10)
     for data in ("captions", "classes"):
         with pytest.raises(UserError, match="0 train and 0 val pictures with words"):
-            Examples(images_of(rows), data, tiny_params.finetune.captions, 0)  # type: ignore[arg-type]
+            examples_of(tiny_params, rows, data)
 
 
 def test_slow_tokenizers_read_no_special_token_either() -> None:
