@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +18,10 @@ from pipeline.errors import UserError
 from pipeline.extraction.captions import Captions, extract_captions, text_hash
 from pipeline.llms.load import load_embedding, load_tokenizer
 from pipeline.llms.text import Texts
+from pipeline.metrics.base import read_figures
 from pipeline.metrics.probe import linear_probe
 from pipeline.objectives.pairs import Pairs
+from pipeline.runs import Run
 from pipeline.store.reader import CaptionTokens, ImageTokens
 from pipeline.tasks.base import Task
 from pipeline.tasks.naming import find_class
@@ -63,9 +64,9 @@ def prepared(params: Params, data: str, rows: pd.DataFrame) -> None:
 def extracted(params: Params, data: str) -> CaptionTokens:
     tokenizer, embedding = load_tokenizer(params.llm), load_embedding(params.llm)
     manifest = extract_captions(params, data, tokenizer, embedding, lambda n: None)
-    base = Path("data") / params.profile
-    manifest.write(base / "text" / data / "manifest.json")
-    return CaptionTokens.open(base, data)
+    run = Run.of(params)
+    manifest.write(run.features("text", data))
+    return CaptionTokens.open(run, data)
 
 
 def images_of(rows: pd.DataFrame) -> ImageTokens:
@@ -104,9 +105,9 @@ def test_a_context_cuts_too(tiny_params: Params) -> None:
     prepared(tiny_params, "captions", rows_of([[LONG]] * 5))
     tokenizer, embedding = load_tokenizer(tiny_params.llm), load_embedding(tiny_params.llm)
     manifest = extract_captions(tiny_params, "captions", tokenizer, embedding, lambda n: None, context=33)
-    base = Path("data") / tiny_params.profile
-    manifest.write(base / "text" / "captions" / "manifest.json")
-    assert len(CaptionTokens.open(base, "captions").captions("p00")[0]) == 33
+    run = Run.of(tiny_params)
+    manifest.write(run.features("text", "captions"))
+    assert len(CaptionTokens.open(run, "captions").captions("p00")[0]) == 33
 
 
 def test_prompts_are_tried_before_any_work(tiny_params: Params) -> None:
@@ -160,7 +161,7 @@ def test_the_probe_of_one_class_always_says_it() -> None:
 
 def test_one_class_and_captions_without_words_go_all_the_way(tiny_params: Params) -> None:
     values = yaml.safe_load(Path("params.yaml").read_text())
-    values["run"] = {"adapters": ["mlp"], "scratch": ["mlp"]}
+    values["run"] |= {"adapters": ["mlp"], "scratch": ["mlp"]}
     values["pretrain"]["objective"]["contrast"] = 0.5
     Path("params.yaml").write_text(yaml.safe_dump(values))
     params = load_params()
@@ -183,9 +184,10 @@ def test_one_class_and_captions_without_words_go_all_the_way(tiny_params: Params
     run("pretrain", "mlp")
     for data in ("captions", "classes"):
         run("finetune", "mlp", data)
-    said = run("evaluate", "mlp")
+    run("evaluate", "mlp", "captions")
+    said = run("evaluate", "mlp", "classes")
     assert "all pictures are of one class, 'cat': its accuracy says nothing" in said
     assert "classes: 1 test pictures are left out" in said
-    metrics = json.loads((Path("data") / params.profile / "evaluate" / "mlp" / "metrics.json").read_text())
-    assert (metrics["probe"], metrics["chance"], metrics["classes"]) == (1.0, 1.0, 1)
-    assert torch.isfinite(torch.tensor([v for v in metrics.values() if isinstance(v, float)])).all()
+    figures = {figure.key: figure.value for figure in read_figures(Run.of(params), "mlp", "classes", "classes")}
+    assert (figures["probe"], figures["chance"], figures["classes"]) == (1.0, 1.0, 1)
+    assert torch.isfinite(torch.tensor(list(figures.values()))).all()
