@@ -17,8 +17,8 @@ from pipeline.config.schema import LoRA
 from pipeline.errors import UserError
 from pipeline.llms.load import LanguageModel, context_of, load_llm
 from pipeline.llms.text import Texts
+from pipeline.origin import check_llm
 from pipeline.progress import progress_bar
-from pipeline.training.origin import check_llm
 
 if TYPE_CHECKING:
     from pipeline.store.reader import ImageTokens

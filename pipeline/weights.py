@@ -11,24 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline.errors import UserError
+from pipeline.files import POINTER
 
 LONGEST_HEADER = 100_000_000  # bytes; what safetensors itself allows
 AGAIN = "fetch it again"
-POINTER = b"version https://git-lfs"
-
-
-class Damaged(Exception):
-    """A file is not what its name says; the text says what it is instead."""
-
-
-def refuse_pointer(path: Path) -> None:
-    """Raises Damaged when a file is empty, or only the pointer that Git LFS leaves in place of its content."""
-    with path.open("rb") as file:
-        start = file.read(len(POINTER))
-    if start == POINTER:
-        raise Damaged(f"{path.name}: a Git LFS pointer, not the file itself")
-    if not start:
-        raise Damaged(f"{path.name}: empty")
 
 
 @contextmanager

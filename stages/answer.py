@@ -119,7 +119,7 @@ def _best_adapter(params: Params, losses: dict[Path, float], identity: dict[str,
 
     Those that do not fit are named on stderr. Raises UserError when none fits.
     """
-    from pipeline.training.origin import check_encoder, check_llm_named
+    from pipeline.origin import check_encoder, check_llm_named
 
     faults = {}
     for folder in losses:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from pipeline.config import load_params
-from pipeline.doctor.doctor import Diagnosis, diagnose
+
+if TYPE_CHECKING:
+    from pipeline.doctor.checks import Diagnosis
 
 
 def doctor(
@@ -21,7 +23,10 @@ def doctor(
 
     Exit code 0: everything is there; 1: something is missing. Downloads nothing.
     """
-    found = diagnose(load_params())
+    params = load_params()
+    from pipeline.doctor.checks import diagnose
+
+    found = diagnose(params)
     if as_json:
         typer.echo(json.dumps({"ok": found.ok, **asdict(found)}, indent=1))
     else:

@@ -11,6 +11,7 @@ from ruamel.yaml import YAML
 
 from pipeline.config import keys_of, load_params, parse_params, read_yaml, reads_text
 from pipeline.errors import UserError
+from pipeline.files import atomically
 
 PROFILES = Path("profiles")
 PARAMS = Path("params.yaml")
@@ -37,16 +38,13 @@ def use(
     wanted = read_yaml(text, str(source))
     if settings:
         text, wanted = _changed(text, wanted, settings)
-    temporary = PARAMS.with_suffix(".tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        written = _read(temporary)
+    with atomically(PARAMS) as file:
+        file.write(text.encode())
+        file.flush()
+        written = _read(Path(file.name))
         if read_yaml(written, title) != wanted:
             raise UserError(f"{title}: a value would read back as another; edit params.yaml instead")
         parse_params(written, title)
-        temporary.replace(PARAMS)
-    finally:
-        temporary.unlink(missing_ok=True)
     typer.echo(f"params.yaml is now {source}{' with ' + ', '.join(settings) if settings else ''}; next: dvc repro")
 
 

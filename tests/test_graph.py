@@ -30,7 +30,8 @@ with log.open("a") as stream:
 if pathlib.Path("{log}.fails").exists() and pathlib.Path("{log}.fails").read_text() == command:
     sys.exit("error: the reason")
 if command == "inputs":  # the real one: what it writes decides what runs again
-    sys.exit(subprocess.call(["{python}", "-m", "stages.cli", "inputs"], env={{**os.environ, "PYTHONPATH": "{project}"}}))
+    path = {{"PYTHONPATH": "{project}"}}
+    sys.exit(subprocess.call(["{python}", "-m", "stages.cli", "inputs"], env=os.environ | path))
 content = hashlib.sha256(command.encode()).hexdigest() + str(len(log.read_text().splitlines()))
 for name in json.loads(pathlib.Path("{outputs}").read_text())[command]:
     path = pathlib.Path(name)

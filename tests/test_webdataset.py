@@ -21,14 +21,14 @@ from PIL import Image
 from rich.progress import Progress
 from typer.testing import CliRunner
 
-from pipeline import sources
 from pipeline.config import Params
-from pipeline.doctor.doctor import doctor
 from pipeline.errors import UserError
 from pipeline.extraction.extract import extract_images
 from pipeline.media import pictures
-from pipeline.report.report import thumbnail
+from pipeline.needs import Need
+from pipeline.runs import Run
 from pipeline.sources import coco
+from pipeline.sources import prepare as reading
 from pipeline.store.reader import ImageTokens
 from stages import cli
 
@@ -38,12 +38,13 @@ pytestmark = pytest.mark.usefixtures("project")
 
 
 def params(data: str = "captions", **section: Any) -> Params:
-    chosen = {"source": "webdataset", "shards": "set/*.tar", "max_broken": 0.5, **section}
+    task = "caption" if data == "captions" else "classify"
+    chosen = {"task": task, "source": "webdataset", "shards": "set/*.tar", "max_broken": 0.5, **section}
     return Params.model_validate({**DEMO, "data": {**DEMO["data"], data: chosen}})
 
 
 def prepare(data: Any = "captions", **section: Any) -> dict[str, dict[str, Any]]:
-    rows = sources.prepare(params(data, **section), data).to_pylist()
+    rows = reading.prepare(params(data, **section), data).to_pylist()
     return {row["id"]: row for row in rows}
 
 
@@ -325,6 +326,11 @@ def test_shards_by_path_glob_and_range() -> None:
     assert len(prepare(shards="set/shard-0009.tar")) == 3
     assert len(prepare(shards="set/shard-001?.tar")) == 6
     assert len(prepare(shards="set/shard-{0009..0011}.tar")) == 9
+    assert len(prepare(shards="set/shard-{0008,0011}.tar")) == 6
+    assert "set/{3..1}.tar: the range {3..1} is empty; write the smaller number first" in fault(shards="set/{3..1}.tar")
+    Path("set/a{b.tar").write_bytes(Path("set/shard-0008.tar").read_bytes())
+    assert len(prepare(shards="set/a{b.tar")) == 3, "a brace without its other is part of the name"
+    Path("set/a{b.tar").unlink()
     assert len(prepare(shards=f"{Path.cwd()}/set/*.tar")) == 12
     assert len(prepare(shards=f"file://{Path.cwd()}/set/shard-{{0008..0011}}.tar")) == 12
     Path("odd [1]").mkdir()
@@ -442,27 +448,41 @@ def test_broken_pictures_in_shards_are_quarantined() -> None:
     assert re.search(r"first: set/0\.tar#\d+:0 \(000000002\) \(empty file\)", found), "place and key"
 
 
-def test_the_doctor_looks_at_the_first_shard() -> None:
-    def check() -> doctor.Check:
-        return doctor.diagnose(params(shards=f"{Path.cwd()}/set/*.tar")).checks[0]
+def test_what_is_needed_is_seen_in_the_first_shard() -> None:
+    def need(data: str = "captions", **section: Any) -> Need:
+        return reading.source_of(params(data, **section), data).need()
 
-    assert not check().ok and "no such tar" in check().found and "data.captions.shards" in check().remedy
+    there = f"{Path.cwd()}/set/*.tar"
+    found = need(shards=there)
+    assert (found.ok, found.name, found.found) == (False, "data.captions (webdataset)", f"{there}: no such tar")
+    assert "data.captions.shards" in found.remedy
     pack("set/0.tar", ("a.txt", b"a"))
-    assert not check().ok and "no picture in it" in check().found
+    assert not need().ok and "no picture in it" in need().found
     pack("set/0.tar", ("a.jpg", jpeg()))
-    assert not check().ok and "KEY.txt" in check().remedy
+    assert not need().ok and "KEY.txt" in need().remedy and "KEY.cls" in need("classes").remedy
     for number in range(3):
         write(f"set/{number}.tar", captioned(range(number * 10, number * 10 + 4)))
-    assert check().ok and "3 tars, 4 pictures in the first" in check().found
-    assert doctor.pictures(params(shards="set/{0..2}.tar"), "captions") == 12
-    remote = doctor.diagnose(params(shards="s3://bucket/{0..2}.tar"))
-    assert remote.checks[0].ok and "remote" in remote.checks[0].found
-    data = {"captions": {"source": "webdataset", "shards": "set/{0..2}.tar"}}
-    data["classes"] = {"source": "food101", "root": "none"}
-    missing = doctor.diagnose(Params.model_validate({**DEMO, "data": data}))
-    assert (
-        "--set data.captions.source=webdataset --set 'data.captions.shards=set/{0..2}.tar'" in missing.checks[1].remedy
-    )
+    assert need().ok and need().found == "set/*.tar: 3 tars, 4 pictures in the first"
+    remote = need(shards="s3://bucket/{0..2}.tar")
+    assert remote.ok and "remote, looked at by `terraalign prepare captions` only" in remote.found
+
+
+def test_pictures_are_counted_by_the_first_shard() -> None:
+    def count(data: str = "captions", **section: Any) -> int | None:
+        return reading.source_of(params(data, **section), data).pictures()
+
+    assert count(shards="none/*.tar") is None
+    for number in range(3):
+        samples = captioned(range(number * 10, number * 10 + 4))
+        write(f"set/{number}.tar", [{**sample, "cls": "a"} for sample in samples])
+    assert count() == count("classes", count=2) == 12 and count(count=5) == 5
+    assert count(shards="s3://bucket/{0..2}.tar") is None
+
+
+def test_the_setting_that_keeps_shards() -> None:
+    source = reading.source_of(params(shards="set/{0..2}.tar"), "captions")
+    kept = ["data.captions.source=webdataset", "data.captions.shards=set/{0..2}.tar"]
+    assert source.settings_for_use(missing=False) == kept
 
 
 class Pixels:
@@ -479,7 +499,7 @@ class Pixels:
         return pixels.flatten(2).transpose(1, 2)
 
 
-def test_from_the_shards_to_image_tokens_and_thumbnails(memory: Any) -> None:
+def test_from_the_shards_to_image_tokens(memory: Any) -> None:
     content = write("set/0.tar", captioned(range(12))).read_bytes()
     memory.pipe("/bucket/0.tar", content)
     for shards in ("set/0.tar", "memory://bucket/0.tar"):
@@ -487,12 +507,12 @@ def test_from_the_shards_to_image_tokens_and_thumbnails(memory: Any) -> None:
         Path("params.yaml").write_text(yaml.safe_dump(chosen.model_dump(mode="json")))
         assert CliRunner().invoke(cli.app, ["prepare", "captions"]).exit_code == 0
         manifest = extract_images(chosen, "captions", Pixels(), lambda n: None)
-        manifest.write(Path("data/demo/images/captions/manifest.json"))
-        images = ImageTokens.open(Path("data/demo"), "captions")
+        run = Run.of(chosen)
+        manifest.write(run.features("images", "captions"))
+        images = ImageTokens.open(run, "captions")
         for position, key in enumerate(images.ids):
             expected = np.asarray(pictures.decode(jpeg(int(key))))[0, 0]
             np.testing.assert_array_equal(images.tokens([position])[0].numpy(), np.tile(expected, (16, 1)))
-        assert str(thumbnail(images.rows["image"][0])).startswith("data:image/jpeg;base64,")
         for shard in manifest.shards:
             (manifest.folder / shard.name).unlink()
     memory.pipe("/bucket/0.tar", content.replace(jpeg(3), bytes(len(jpeg(3)))))
@@ -501,3 +521,10 @@ def test_from_the_shards_to_image_tokens_and_thumbnails(memory: Any) -> None:
     memory.rm("/bucket/0.tar")
     with pytest.raises(UserError, match=r"cannot be read .*FileNotFoundError"):
         extract_images(chosen, "captions", Pixels(), lambda n: None)
+
+
+def test_thumbnails_of_pictures_in_shards() -> None:
+    from pipeline.report.sections import thumbnail
+
+    write("set/0.tar", captioned(range(1)))
+    assert str(thumbnail(prepare()["000000000"]["image"])).startswith("data:image/jpeg;base64,")

@@ -1,7 +1,8 @@
-"""params.yaml: its sections (schema), the parts that it names (components), and what is wrong with one (faults)."""
+"""params.yaml: its sections (schema, params), the parts that it names (components), and what is wrong with one (faults)."""
 
 from pipeline.config.faults import keys_of, load_params, parse_params, reads_text
-from pipeline.config.schema import LLM, Params, Vision
+from pipeline.config.params import Params
+from pipeline.config.schema import LLM, Vision
 from pipeline.config.yaml12 import read_yaml
 
 __all__ = ["LLM", "Params", "Vision", "keys_of", "load_params", "parse_params", "read_yaml", "reads_text"]

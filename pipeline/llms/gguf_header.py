@@ -7,7 +7,7 @@ import struct
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pipeline.weights import Damaged, refuse_pointer
+from pipeline.files import Damaged, refuse_pointer
 
 VERSIONS = (2, 3)
 # Bytes of the metadata's values by type; 8 is a string, 9 an array.

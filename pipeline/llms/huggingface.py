@@ -7,9 +7,9 @@ import shlex
 from pathlib import Path
 
 from pipeline.errors import UserError
+from pipeline.files import Damaged
 from pipeline.llms.base import Fault, Loader
 from pipeline.llms.files import ModelFiles, cached, read_json
-from pipeline.weights import Damaged
 
 # Parameters, width and layers of the profiles' model, which may not be fetched yet.
 SHAPES = {"mistralai/Mistral-7B-Instruct-v0.2": (7.25e9, 4096, 32)}

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from pipeline.files import atomic_folder
 from pipeline.runs import MODELS
 
 # bitsandbytes decorates functions that are not used here with torch.compile, whose compiler takes seconds to import.
@@ -76,13 +77,9 @@ def fits_dense(network: nn.Module, place: torch.device, dtype: torch.dtype) -> b
 
 def _save_whole(folder: Path, *parts: Any) -> None:
     """Save a model and its tokenizer under a name that appears when all is written."""
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    for part in parts:
-        part.save_pretrained(temporary)
-    try:
-        temporary.rename(folder)
-    except OSError:  # another process was faster; its folder is the same
-        shutil.rmtree(temporary)
+    with suppress(FileExistsError), atomic_folder(folder) as temporary:  # of a faster process: the same files
+        for part in parts:
+            part.save_pretrained(temporary)
 
 
 def keep_gradients(network: nn.Module) -> None:

@@ -21,10 +21,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pipeline import versions
 from pipeline.errors import UserError
 from pipeline.media.pictures import PlainJPEG, decode, plain_jpeg
 from pipeline.media.preprocess import Preprocess
-from pipeline.store import versions
 
 PIXELS_AT_ONCE = 64 << 20  # that nvJPEG decodes in one call: 200 MB, and four times that for the largest to resize
 MOST_SHRINKING = 32  # torch resizes no further on a GPU: the weights of a pixel have to fit its shared memory

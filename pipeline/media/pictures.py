@@ -6,11 +6,14 @@ import errno
 import io
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from pipeline.files import foreign_faults
 
 BITS_PER_SAMPLE, MAX_SAMPLE_VALUE = 258, 281  # tags of TIFF
 # Formats of photographs; others (EPS, PDF) would start helper programs.
@@ -63,11 +66,9 @@ def read(image: str) -> bytes:
 def _read_remote(url: str, offset: int, size: int) -> bytes:
     import fsspec
 
-    try:
+    with foreign_faults(partial(OSError, errno.EIO)):
         system, path = fsspec.url_to_fs(url)
         return bytes(system.cat_file(path, start=offset, end=offset + size))
-    except Exception as error:  # each file system raises its own: OSError, aiohttp's, botocore's
-        raise OSError(errno.EIO, f"{type(error).__name__}: {' '.join(str(error).split())}") from None
 
 
 def decode(content: bytes) -> Image.Image:

@@ -18,9 +18,9 @@ from pipeline.devices import CPU, pick_device
 from pipeline.errors import UserError
 from pipeline.llms.load import load_embedding
 from pipeline.media.plots import BLUE, GREEN, GREY, INK, RED, canvas, save_png
+from pipeline.origin import check_llm, check_results
 from pipeline.runs import Run, require
 from pipeline.store.reader import CaptionTokens, ImageTokens
-from pipeline.training.origin import check_llm, check_results
 
 Array = NDArray[np.float64]
 STATES = {"epoch1": "after the first epoch", "last": "after pre-training", "finetuned": "after fine-tuning"}

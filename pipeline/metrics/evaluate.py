@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pipeline.config import Params, components
 from pipeline.llms.load import LanguageModel, load_llm
 from pipeline.metrics.base import Figure, Metric, Tested
+from pipeline.origin import check_results
 from pipeline.runs import Run
 from pipeline.store.reader import ImageTokens
 from pipeline.tasks.base import Task
-from pipeline.training.origin import check_results
 from pipeline.vlm import VLM, tuned
 
 FIGURES = "figures.json"

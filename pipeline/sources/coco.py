@@ -2,16 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-from pydantic import Field
-
-from pipeline.sources.base import FolderSettings, Source
-from pipeline.sources.manifest import existing_folder
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
-
 import json
 import math
 import re
@@ -19,12 +9,19 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable
 from decimal import Decimal
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from pydantic import Field
 
 from pipeline.errors import UserError
+from pipeline.files import Damaged
+from pipeline.sources.base import FolderSettings, FolderSource
 from pipeline.sources.folders import LeftOut, unnamed
-from pipeline.sources.manifest import Found, Row, below, order, share
+from pipeline.sources.rows import Found, Row, below, order, share
 from pipeline.sources.texts import parse_json
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 TRAIN, VALIDATION = 0.70, 0.15  # the rest is the test part
 _NUMBER = re.compile(r"-?[0-9]{1,40}(\.[0-9]{1,40})?")
@@ -36,18 +33,44 @@ class CocoSettings(FolderSettings):
     images: str = Field("images", description="image folder, relative to root")
 
 
-class Coco(Source):
+class Coco(FolderSource):
     """A folder in the COCO captions layout."""
 
     Settings, tasks = CocoSettings, ("caption",)
     settings: CocoSettings
+    has_classes: ClassVar[bool] = False
+
+    @property
+    def lists(self) -> list[str]:
+        return [self.settings.captions]
+
+    @property
+    def images(self) -> str:
+        return self.settings.images
 
     def read(self, progress: Progress) -> Found:
-        root = existing_folder(self.settings.root, f"{self.key}.root")
-        return read(root, self.settings.captions, self.settings.images, self.settings.count, self.key)
+        return read(self.folder(), self.settings.captions, self.settings.images, self.settings.count, self.key)
+
+    def look(self) -> None:
+        super().look()
+        _check_ends(self.settings.root / self.settings.captions)
+
+    def pictures(self) -> int | None:
+        found = super().pictures()
+        return min(found, self.settings.count or found) if found else None
 
 
-def read(root: Path, captions: str, images: str, count: int | None, key: str = "data") -> Found:
+def _check_ends(path: Path) -> None:
+    """Raises Damaged unless a file begins and ends as a JSON object does; parsing a large one takes seconds."""
+    with path.open("rb") as file:
+        first = file.read(4096).removeprefix(b"\xef\xbb\xbf").strip()[:1]
+        file.seek(max(0, path.stat().st_size - 4096))
+        last = file.read().strip()[-1:]
+    if (first, last) != (b"{", b"}"):
+        raise Damaged(f"{path.name}: {'cut off' if first == b'{' else 'no JSON object'}")
+
+
+def read(root: Path, captions: str, images: str, count: int | None, section: str) -> Found:
     """One row per entry of "images" in root/captions, with all its captions; at most `count` of them.
 
     Left out are entries that lack a field or have one of a wrong type, annotations of unknown images, and files that no
@@ -56,7 +79,7 @@ def read(root: Path, captions: str, images: str, count: int | None, key: str = "
     entry that can be used.
     """
     path = root / captions
-    content = _load(path, key)
+    content = _load(path, section)
     left_out: list[LeftOut] = []
     files, ids = _image_files(path, content, root / images, left_out)
     texts = _captions_by_image(path, content, ids, left_out)
@@ -76,11 +99,11 @@ def _row(image_id: str, image: Path, captions: list[str]) -> Row:
     return Row(image_id, image, captions, label=None, split=split_of(image_id), quarantine=reason)
 
 
-def _load(path: Path, key: str) -> dict[str, Any]:
+def _load(path: Path, section: str) -> dict[str, Any]:
     try:
         content = parse_json(path.read_bytes())
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; set {key}.root and {key}.captions") from None
+        raise UserError(f"{path}: {error.strerror}; set {section}.root and {section}.captions") from None
     except json.JSONDecodeError as error:
         lines = "; it may be JSON Lines: write one object" if error.msg == "Extra data" and error.lineno > 1 else ""
         raise UserError(f"{path}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}{lines}") from None

@@ -2,52 +2,56 @@
 
 from __future__ import annotations
 
+from itertools import groupby
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from pipeline.sources.base import Carved, FolderSettings, Source
-from pipeline.sources.manifest import existing_folder
+from pipeline.errors import UserError
+from pipeline.sources import texts
+from pipeline.sources.base import Carved, FolderSettings, FolderSource
+from pipeline.sources.folders import SUFFIXES, LeftOut, unnamed
+from pipeline.sources.rows import Found, Row, below, order, share, warn
+from pipeline.sources.texts import by_reason
 
 if TYPE_CHECKING:
     from rich.progress import Progress
-
-from itertools import groupby
-from pathlib import Path, PurePosixPath
-
-from pipeline.errors import UserError
-from pipeline.sources import texts
-from pipeline.sources.folders import SUFFIXES, LeftOut, unnamed
-from pipeline.sources.manifest import Found, Row, below, order, share, warn
-from pipeline.sources.texts import by_reason
 
 
 class Food101Settings(FolderSettings):
     validation: Carved = Field(0.1, description="share carved from train by hash")
 
 
-class Food101(Source):
+class Food101(FolderSource):
     """A folder in the Food-101 layout."""
 
     Settings, tasks = Food101Settings, ("classify",)
     settings: Food101Settings
 
+    @property
+    def lists(self) -> list[str]:
+        return [f"meta/{name}.txt" for name in ("classes", "labels", "train", "test")]
+
+    @property
+    def images(self) -> str:
+        return "images"
+
     def read(self, progress: Progress) -> Found:
-        root = existing_folder(self.settings.root, f"{self.key}.root")
-        return read(root, self.settings.validation, self.settings.count, self.key)
+        return read(self.folder(), self.settings.validation, self.settings.count, self.key)
 
 
-def read(root: Path, validation: float, count: int | None, key: str = "data") -> Found:
+def read(root: Path, validation: float, count: int | None, section: str) -> Found:
     """One row per line of meta/train.txt and meta/test.txt; `validation` of train becomes val, by hash of the id.
 
     `count` keeps at most that many pictures of a class in each of the two files. Pictures that no line names are left
     out. Raises UserError, naming file and line, for a missing file, an unknown or repeated class, or a picture that is
     in both parts.
     """
-    labels = _labels(root / "meta", key)
+    labels = _labels(root / "meta", section)
     left_out: list[LeftOut] = []
-    train = _part(root, "train", labels, left_out, key)
-    test = _part(root, "test", labels, left_out, key)
+    train = _part(root, "train", labels, left_out, section)
+    test = _part(root, "test", labels, left_out, section)
     if both := sorted(train.keys() & test.keys()):
         raise UserError(f"{root / 'meta'}: {both[0]} is in both train.txt and test.txt ({len(both)} in all)")
     left_out += unnamed(root / "images", [*train.values(), *test.values()], "named by neither train.txt nor test.txt")

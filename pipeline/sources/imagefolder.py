@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from pydantic import Field
-
-from pipeline.sources.base import Carved, FolderSettings, Source
-from pipeline.sources.manifest import existing_folder
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
-
 import sys
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import Field
 
 from pipeline.errors import UserError
+from pipeline.sources.base import Carved, FolderSettings, FolderSource
 from pipeline.sources.folders import Tree, pictures_below
 from pipeline.sources.labels import clean
-from pipeline.sources.manifest import Found, Row, order, share, warn
+from pipeline.sources.rows import Found, Row, order, share, warn
 from pipeline.sources.texts import listed
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 TEST = 0.15
 # Folders of class folders that are the parts of a data set, if nothing else lies beside them
@@ -35,18 +32,17 @@ class ImageFolderSettings(FolderSettings):
     validation: Carved = Field(0.1, description="share carved from train by hash")
 
 
-class ImageFolder(Source):
+class ImageFolder(FolderSource):
     """A folder of class folders."""
 
     Settings, tasks = ImageFolderSettings, ("classify",)
     settings: ImageFolderSettings
 
     def read(self, progress: Progress) -> Found:
-        root = existing_folder(self.settings.root, f"{self.key}.root")
-        return read(root, self.settings.validation, self.settings.count)
+        return read(self.folder(), self.settings.validation, self.settings.count, self.key)
 
 
-def read(root: Path, validation: float, count: int | None) -> Found:
+def read(root: Path, validation: float, count: int | None, section: str) -> Found:
     """One row per picture below each class folder; 15 % test, `validation` val, the rest train, by hash of the id.
 
     Class folders may lie in folders train, val and test (PARTS): then these are the splits, and one that is not there
@@ -65,9 +61,7 @@ def read(root: Path, validation: float, count: int | None) -> Found:
         else:
             classes["/".join(folders[:depth])].append(key)
     if not classes and (depth == 2 or not any("/" not in folder for folder in tree.folders)):
-        raise UserError(
-            f"{root}: no class folder in it; the root of a data set must hold one folder of pictures per class"
-        )
+        raise UserError(f"{root}: no class folder in it; {section}.root must hold one folder of pictures per class")
     _name_empty(tree, classes, depth)
     _name_joined(root, classes)
     given = {parts[folder.split("/")[0]] for folder in classes} if parts else set()
@@ -77,7 +71,7 @@ def read(root: Path, validation: float, count: int | None) -> Found:
         for key in sorted(keys, key=order)[:count]
     ]
     if parts:
-        _tell_parts(parts, given, validation)
+        _tell_parts(parts, given, validation, section)
     else:
         _tell_inner_parts(root, tree.files)
     return Found(rows, tree.left_out)
@@ -127,10 +121,10 @@ def _parts(root: Path, keys: Iterable[str]) -> dict[str, str]:
     return parts
 
 
-def _tell_parts(parts: dict[str, str], given: set[str], validation: float) -> None:
+def _tell_parts(parts: dict[str, str], given: set[str], validation: float, section: str) -> None:
     carved = {"val": validation, "test": TEST}
     rest = "".join(f"; {part} is {of:.0%} of train, by hash" for part, of in carved.items() if part not in given)
-    print(f"data.classes: the folders {', '.join(parts)} are taken as the parts{rest}", file=sys.stderr)
+    print(f"{section}: the folders {', '.join(parts)} are taken as the parts{rest}", file=sys.stderr)
 
 
 def _tell_inner_parts(root: Path, keys: Iterable[str]) -> None:

@@ -7,12 +7,9 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
+from pipeline.sources.rows import Row
 from pipeline.sources.texts import listed
-
-if TYPE_CHECKING:
-    from pipeline.sources.manifest import Row
 
 _SEPARATORS = re.compile(r"[\s_.\u00ad\u200b-\u200d\ufeff-]+")
 

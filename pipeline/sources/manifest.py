@@ -10,9 +10,9 @@ import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,6 +24,7 @@ from pipeline.files import atomically, is_utf8
 from pipeline.media.pictures import decode, read
 from pipeline.sources import labels
 from pipeline.sources.folders import NOT_UTF8, LeftOut
+from pipeline.sources.rows import Found, Row, warn
 from pipeline.sources.texts import NAMED, by_reason, listed, one_line
 
 SCHEMA = pa.schema(
@@ -38,58 +39,6 @@ SCHEMA = pa.schema(
     ]
 )
 DARK = 2**14  # of 65535: pictures of 16 bits that have nothing brighter are suspect
-
-
-@dataclass(frozen=True)
-class Row:
-    """What a reader says of one picture. `quarantine` is a reason not to use it, known before it is opened.
-
-    `image` is a path, also one with the ending of `pictures.part_of_tar`, or a text: the same of a remote tar.
-    """
-
-    id: str
-    image: Path | str
-    captions: list[str]
-    label: str | None
-    split: str
-    quarantine: str | None = None
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a reader found in a data set: a row for every picture, and whatever is not used and no row."""
-
-    rows: list[Row]
-    left_out: list[LeftOut] = field(default_factory=list)
-
-
-def share(key: str) -> float:
-    """A number in [0, 1) that depends on the key alone, so that an inserted picture never moves another one."""
-    return int.from_bytes(hashlib.sha256(key.encode(errors="surrogatepass")).digest()[:8], "big") / 2**64
-
-
-def order(key: str) -> float:
-    """The place of a picture where `count` cuts; independent of `share`, or a cut would take one split only."""
-    return share(f"order:{key}")
-
-
-def warn(message: str) -> None:
-    print(f"warning: {one_line(message)}", file=sys.stderr)
-
-
-def existing_folder(root: Path | None, parameter: str) -> Path:
-    """`root` if it is a folder. Raises UserError naming the parameter that holds it."""
-    if root is None or not root.is_dir():
-        raise UserError(f"{root}: no such folder; set {parameter} in params.yaml to the folder of the data set")
-    return root
-
-
-def below(folder: Path, name: str) -> Path:
-    """`folder / name`. Raises ValueError if `name`, read from a file of the data set, leads out of the folder."""
-    parts = PurePosixPath(name.replace("\\", "/"))
-    if not name or parts.is_absolute() or ".." in parts.parts or "\0" in name:
-        raise ValueError(f"{name!r} is no file name below {folder}")
-    return folder / name
 
 
 def build(found: Found, data: str, max_broken: float, workers: int, progress: Progress, listing: Path) -> pa.Table:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import fsspec
 
 from pipeline.errors import UserError
+from pipeline.files import atomically, foreign_faults, temporary_name
 from pipeline.runs import STORE
 from pipeline.store.inventory import Use
-from pipeline.store.shards import Shard, atomically, in_use, sha256_of, write_record
+from pipeline.store.shards import Shard, in_use, sha256_of, write_record
 
 Advance = Callable[[int], None]
 BLOCK = 16 << 20  # bytes
@@ -35,8 +35,9 @@ def push(uses: list[Use], url: str, advance: Advance) -> int:
             if not there.exists(target) or there.size(target) != shard.bytes:
                 if not local.exists() or sha256_of(local) != shard.sha256:
                     raise UserError(f"{local}: not what its manifest names; run `terraalign store verify --repair`")
-                there.makedirs(target.rpartition("/")[0], exist_ok=True)
-                temporary = f"{target}.{os.getpid()}.tmp"
+                folder, _, name = target.rpartition("/")
+                there.makedirs(folder, exist_ok=True)
+                temporary = f"{folder}/{temporary_name(name)}"
                 there.put_file(str(local), temporary)
                 there.mv(temporary, target)
                 copied += 1
@@ -76,29 +77,22 @@ def _fetch(there: Any, source: str, local: Path, shard: Shard) -> None:
         os.fchmod(file.fileno(), 0o444)
 
 
-@contextmanager
-def _faults_of(url: str) -> Iterator[None]:
-    """Whatever a foreign file system raises, as one line; a full disk passes."""
-    try:
-        yield
-    except UserError:
-        raise
-    except FileNotFoundError as error:
-        raise UserError(f"{url}: not there: {error}; push it first, from where it was extracted") from None
-    except Exception as error:  # credentials, network: every file system has exceptions of its own
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UserError(f"{url}: {type(error).__name__}: {error}; run the same command again to go on") from None
+def _faults_of(url: str) -> AbstractContextManager[None]:
+    """Credentials, network: as one line; a full disk passes."""
+    return foreign_faults(
+        lambda reason: UserError(f"{url}: {reason}; run the same command again to go on"),
+        lambda text: UserError(f"{url}: not there: {text}; push it first, from where it was extracted"),
+    )
 
 
 def _connect(url: str) -> tuple[Any, str]:
-    try:
+    def fault(reason: str) -> UserError:
+        hint = "; for s3:// install terraalign[s3]" if reason.startswith("ImportError") else ""
+        return UserError(f"{url}: {reason}{hint}")
+
+    with foreign_faults(fault):
         there, root = fsspec.core.url_to_fs(url)
-    except ImportError as error:
-        raise UserError(f"{url}: {error}; for s3:// install terraalign[s3]") from None
-    except ValueError as error:
-        raise UserError(f"{url}: {error}") from None
-    return there, root.rstrip("/")
+        return there, root.rstrip("/")
 
 
 def files(uses: list[Use]) -> dict[str, Shard]:

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.errors import UserError
-from pipeline.files import atomically as atomically  # as ever, also from here
+from pipeline.files import atomically
 from pipeline.runs import STORE, Kind
 from pipeline.store import schema
 

@@ -12,10 +12,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import shutil
 import tarfile
-import tempfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import quote
@@ -28,6 +27,7 @@ import torch
 
 from pipeline.config import Params
 from pipeline.errors import UserError
+from pipeline.files import atomic_folder, foreign_faults
 from pipeline.runs import Run
 from pipeline.store.dtypes import Columns
 from pipeline.store.reader import CaptionTokens, ImageTokens
@@ -76,22 +76,16 @@ def export(
     """
     if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
         raise UserError(f"{destination}: there already; name a new folder, or delete this one first")
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
-    try:
+    with atomic_folder(destination) as folder:
         order = np.argsort(captions.token_ids)
-        np.save(temporary / "token_ids.npy", captions.token_ids[order].astype(np.int32), allow_pickle=False)
-        np.save(temporary / "embeddings.npy", captions.table.numpy()[order], allow_pickle=False)
+        np.save(folder / "token_ids.npy", captions.token_ids[order].astype(np.int32), allow_pickle=False)
+        np.save(folder / "embeddings.npy", captions.table.numpy()[order], allow_pickle=False)
         rows = [
             row
             for split in ("train", "val", "test")
-            for row in _write_split(images, captions, identity, temporary, split, per_shard, advance)
+            for row in _write_split(images, captions, identity, folder, split, per_shard, advance)
         ]
-        _write_index(temporary, identity, images, rows)
-        temporary.chmod(0o755)  # mkdtemp makes it private
-        temporary.rename(destination)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _write_index(folder, identity, images, rows)
     return [destination / name for name in dict.fromkeys(row["tar"] for row in rows)]
 
 
@@ -204,25 +198,20 @@ class _Files:
 
     def __init__(self, folder: str, mend: str):
         self.folder, self.mend = folder, mend
-        try:
+        with self._reading(""):
             self._system, self._root = fsspec.url_to_fs(folder)
-        except Exception as error:
-            raise self._failed("", error) from None
 
     def fault(self, name: str, what: str) -> UserError:
         return UserError(f"{self.folder}/{name}: {what}; {self.mend}")
 
-    def _failed(self, name: str, error: Exception) -> UserError:
-        """Each file system raises its own exceptions."""
-        if isinstance(error, FileNotFoundError):
-            return self.fault(name, "no such file")
-        return self.fault(name, f"cannot be read ({type(error).__name__}: {' '.join(str(error).split())})")
+    def _reading(self, name: str) -> AbstractContextManager[None]:
+        return foreign_faults(
+            lambda reason: self.fault(name, f"cannot be read ({reason})"), lambda _: self.fault(name, "no such file")
+        )
 
     def whole(self, name: str) -> BinaryIO:
-        try:
+        with self._reading(name):
             return io.BytesIO(self._system.cat_file(f"{self._root}/{name}"))
-        except Exception as error:
-            raise self._failed(name, error) from None
 
     def numbers(self, name: str) -> np.ndarray[Any, Any]:
         try:
@@ -233,10 +222,8 @@ class _Files:
     def check_sizes(self, expected: dict[str, int]) -> None:
         """Raises UserError when a file is missing or of another size."""
         for name, size in expected.items():
-            try:
+            with self._reading(name):
                 found = self._system.size(f"{self._root}/{name}")
-            except Exception as error:
-                raise self._failed(name, error) from None
             if found != size:
                 raise self.fault(name, f"has {found} bytes instead of {size}")
 
@@ -245,7 +232,8 @@ class _Files:
         found = self._system.cat_ranges([f"{self._root}/{name}" for name in names], starts, ends)
         for name, content in zip(names, found, strict=True):
             if isinstance(content, Exception):
-                raise self._failed(name, content) from None
+                with self._reading(name):
+                    raise content
         return list(found)
 
 

@@ -19,13 +19,13 @@ from pipeline.config.schema import Recipe
 from pipeline.devices import fast_products
 from pipeline.errors import UserError
 from pipeline.llms.load import load_llm
+from pipeline.origin import Origin, Words, check_llm, check_tokens
 from pipeline.runs import Run
 from pipeline.started import Started
 from pipeline.store.reader import ImageTokens
 from pipeline.tasks.base import Task
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.loop import Trainer, batch_at, total_steps, write_history
-from pipeline.training.origin import Origin, Words, check_llm, check_tokens
 from pipeline.vlm import VLM, add_lora
 
 

@@ -18,12 +18,12 @@ from pipeline.devices import fast_products, keep_freed_memory
 from pipeline.errors import UserError
 from pipeline.objectives.emd import EMDSettings
 from pipeline.objectives.objective import Pairs, start_loss
+from pipeline.origin import Origin, Words
 from pipeline.runs import EXTRACTED_BY, Kind, Run
 from pipeline.started import Started
 from pipeline.store.shards import Manifest
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.loop import Trainer, batch_at, steps_per_epoch, total_steps, write_history
-from pipeline.training.origin import Origin, Words
 
 SAMPLE, PART = 512, 128  # images that a constant set is fitted on, and how many at a time
 NEARNESS = 0.2  # of its start to words: the share of the way from their mean

@@ -1,0 +1,165 @@
+"""The whole of params.yaml, and what only a look at several of its sections can check."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar
+
+from pydantic import Field, SerializeAsAny, ValidationError, ValidationInfo, field_validator, model_validator
+
+from pipeline.config import components
+from pipeline.config.base import Section, Whole, fault_at
+from pipeline.config.messages import message_of
+from pipeline.config.schema import (
+    LLM,
+    PCA,
+    AdapterSection,
+    Cache,
+    DataSettings,
+    Evaluate,
+    Finetune,
+    Key,
+    Pretrain,
+    Recipe,
+    Run,
+    Runtime,
+    Vision,
+    evaluate_model,
+    part,
+)
+from pipeline.errors import UserError
+
+
+class Params(Section):
+    """The whole of params.yaml."""
+
+    profile: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+    seed: Annotated[Whole, Field(ge=0, lt=2**31)]
+    run: Run
+    data: Annotated[dict[Key, Annotated[SerializeAsAny[DataSettings], part(DataSettings)]], Field(min_length=1)]
+    vision: Annotated[SerializeAsAny[Vision], part(Vision)]
+    llm: Annotated[SerializeAsAny[LLM], part(LLM)]
+    cache: Cache
+    adapters: dict[Key, AdapterSection]
+    pretrain: Pretrain
+    finetune: Finetune
+    evaluate: SerializeAsAny[Evaluate]
+    pca: PCA
+    runtime: Runtime = Runtime()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled by value, for processes that share the work: the sections of some parts are classes made here."""
+        return Params.model_validate, (self.model_dump(),)
+
+    @field_validator("profile")
+    @classmethod
+    def _own_folder(cls, value: str) -> str:
+        if value in ("store", "raw", "models"):
+            raise ValueError("data/store, data/raw and data/models are shared by all profiles; take another name")
+        return value
+
+    @field_validator("evaluate", mode="before")
+    @classmethod
+    def _of_tasks(cls, value: object, info: ValidationInfo) -> object:
+        sets: dict[str, DataSettings] = info.data.get("data", {})
+        return evaluate_model(frozenset(entry.task for entry in sets.values())).model_validate(value)
+
+    @model_validator(mode="after")
+    def _names_fit(self) -> Params:
+        self._check_data()
+        for name, section in self.adapters.items():
+            self._check_adapter(name, section)
+        for name in {**dict.fromkeys(self.run.adapters), **dict.fromkeys(self.run.scratch)}:
+            if name not in self.adapters:
+                raise fault_at(("run",), f"names the adapter {name}; add a section adapters.{name}")
+        _check_among("run.scratch", self.run.scratch, "run.adapters", self.run.adapters, "which {} does not train")
+        return self
+
+    def _check_data(self) -> None:
+        """Every name of a data set or recipe is that of one that there is, and that the graph makes."""
+        run, recipes = self.run, self.finetune.recipes
+        _check_among("run.data", run.data, "data", self.data, "which {} does not have")
+        _check_among("run.recipes", run.recipes, "finetune.recipes", recipes, "which {} does not have")
+        _check_among("run.scratch_recipes", run.scratch_recipes, "run.recipes", run.recipes, "which {} does not have")
+        for name in run.recipes:
+            key = f"finetune.recipes.{name}.data"
+            _check_among(key, recipes[name].data, "run.data", run.data, "which {} does not have")
+        _check_among("pretrain.data", self.pretrain.data, "run.data", run.data, "which {} does not have")
+        _check_among("pca.data", [self.pca.data], "run.data", run.data, "which {} does not have")
+        _check_among("pca.recipe", [self.pca.recipe], "run.recipes", run.recipes, "which {} does not have")
+
+    def _check_adapter(self, name: str, section: AdapterSection) -> None:
+        where = ("adapters", name)
+        try:
+            settings = components.settings_of("adapter", self.kind_of(name))
+        except ValueError as error:
+            key = ("architecture", "kind") if "kind" in section.architecture else ()
+            raise fault_at((*where, *key), str(error), self.kind_of(name)) from None
+        _validated(settings, section.architecture, (*where, "architecture"))
+        self.pretrain_for(name)
+        _check_among(
+            f"adapters.{name}.finetune",
+            section.finetune,
+            "finetune.recipes",
+            self.finetune.recipes,
+            "which {} does not have",
+        )
+        for recipe in section.finetune:
+            self.finetune_for(name, recipe)
+
+    def data_set(self, name: str) -> DataSettings:
+        """A data set by its name; UserError when there is none."""
+        if name not in self.data:
+            raise UserError(f"params.yaml has no data set {name}; it has {', '.join(self.data)}")
+        return self.data[name]
+
+    def adapter(self, name: str) -> AdapterSection:
+        """The section of an adapter; UserError when there is none."""
+        if name not in self.adapters:
+            raise UserError(f"params.yaml has no section adapters.{name}; add one, and the adapter to run.adapters")
+        return self.adapters[name]
+
+    def kind_of(self, adapter: str) -> str:
+        """The architecture of an adapter: its own name, if it names no other."""
+        return str(self.adapter(adapter).architecture.get("kind", adapter))
+
+    def pretrain_for(self, adapter: str) -> Pretrain:
+        """The pretrain section with this adapter's overrides; UserError when there is no such adapter."""
+        return _override(self.pretrain, self.adapter(adapter).pretrain, ("adapters", adapter, "pretrain"))
+
+    def finetune_for(self, adapter: str, recipe: str) -> Recipe:
+        """A recipe with this adapter's overrides; UserError when there is no such adapter or recipe."""
+        if recipe not in self.finetune.recipes:
+            names = ", ".join(self.finetune.recipes)
+            raise UserError(f"params.yaml has no recipe {recipe} under finetune.recipes; it has {names}")
+        overrides = self.adapter(adapter).finetune.get(recipe, {})
+        return _override(self.finetune.recipes[recipe], overrides, ("adapters", adapter, "finetune", recipe))
+
+
+def _check_among(key: str, names: Any, owner: str, known: Any, otherwise: str) -> None:
+    for name in names:
+        if name not in known:
+            raise fault_at(tuple(key.split(".")), f"names {name}, {otherwise.format(owner)}: {', '.join(known)}")
+
+
+_S = TypeVar("_S", bound=Section)
+
+
+def _override(section: _S, changes: dict[str, Any], where: tuple[str, ...]) -> _S:
+    return _validated(type(section), merged(section.model_dump(), changes), where) if changes else section
+
+
+def _validated(settings: type[_S], values: dict[str, Any], where: tuple[str, ...]) -> _S:
+    """The values as `settings` has them; the first fault is told at its key below `where`."""
+    try:
+        return settings.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = tuple(str(part) for part in first["loc"])
+        raise fault_at((*where, *key), message_of(dict(first), settings, values), first["input"]) from None
+
+
+def merged(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with `changes`, section by section."""
+    nested = {key: merged(values[key], new) for key, new in changes.items() if isinstance(new, dict) and key in values}
+    return {**values, **changes, **nested}

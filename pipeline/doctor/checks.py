@@ -1,0 +1,84 @@
+"""What a profile needs, what of it is there, how to get the rest, and what it will cost. Reads; never downloads."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.config import Params
+from pipeline.doctor import costs
+from pipeline.doctor.costs import GIB, Estimate, gib
+from pipeline.doctor.machine import Hub, cuda
+from pipeline.encoders.base import Encoder
+from pipeline.llms.base import Loader
+from pipeline.needs import Need
+from pipeline.sources.prepare import source_of
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Everything the doctor has to say about one profile."""
+
+    profile: str
+    checks: list[Need]
+    estimates: list[Estimate]
+    hub: str
+
+    @property
+    def ok(self) -> bool:
+        return all(check.ok for check in self.checks)
+
+
+def diagnose(params: Params) -> Diagnosis:
+    """Look at data, weights, GPU, disk and memory for these parameters; takes a few seconds at most."""
+    hub = Hub()
+    checks = [_data(params, name) for name in params.run.data]
+    checks += [Encoder.of(params.vision).need(), Loader.of(params.llm).need(), _gpu(params)]
+    disk, memory = costs.disk_bytes(params), costs.memory_bytes(params)
+    checks += [_disk(disk), _memory(params, memory)]
+    return Diagnosis(params.profile, checks, costs.estimates(params, disk, memory), hub.answer())
+
+
+def _data(params: Params, name: str) -> Need:
+    """What a data set needs; where its files are missing, the command that names them and keeps the other data sets."""
+    need = source_of(params, name).need()
+    if need.ok or not need.found.startswith("missing"):
+        return need
+    settings = [
+        setting for other in params.run.data for setting in source_of(params, other).settings_for_use(other == name)
+    ]
+    options = " ".join(f"--set {shlex.quote(setting)}" for setting in settings)
+    return Need(need.name, False, need.found, f"terraalign profile use {params.profile} {options}")
+
+
+def _gpu(params: Params) -> Need:
+    """A GPU is needed for a quantised model of a billion parameters or more; elsewhere it is welcome."""
+    name, free = cuda(params.runtime.device)
+    if name:
+        want = costs.memory_bytes(params)
+        enough = free >= want
+        remedy = "" if enough else "a smaller finetune.recipes.*.batch with accumulate, or a larger GPU"
+        return Need("GPU", enough, f"{name}, {gib(free)} free, about {gib(want)} needed", remedy)
+    if costs.needs_gpu(params):
+        return Need(
+            "GPU", False, "none that torch can use", "nf4 on a model this large needs a CUDA GPU (24 GB or more)"
+        )
+    return Need("GPU", True, "none; not needed by these models")
+
+
+def _disk(needed: float) -> Need:
+    free = shutil.disk_usage(Path.cwd()).free
+    remedy = "" if free >= needed else "free some space, or set data.*.count to use fewer pictures"
+    return Need("disk", free >= needed, f"{gib(free)} free, about {gib(needed)} needed", remedy)
+
+
+def _memory(params: Params, needed: float) -> Need:
+    import psutil
+
+    total = psutil.virtual_memory().total
+    on_gpu = costs.needs_gpu(params) or bool(cuda(params.runtime.device)[0])
+    need = 8 * GIB if on_gpu else needed
+    remedy = "" if total >= need else "a smaller finetune.recipes.*.batch with accumulate, or llm.quantization: nf4"
+    return Need("memory", total >= need, f"{gib(total)} in all, about {gib(need)} needed", remedy)
