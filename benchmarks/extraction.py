@@ -42,7 +42,7 @@ from pipeline.config import Params
 from pipeline.devices import pick_device
 from pipeline.encoders.vision import VisionEncoder, load_vision_encoder
 from pipeline.errors import UserError
-from pipeline.extraction.extract import ImageShards, extract_images, one_thread_each
+from pipeline.extraction.images import ImageShards, extract_images, one_thread_each
 from pipeline.media.decoding import Decoder, decoder_for, padded
 from pipeline.media.pictures import decode
 from pipeline.runs import STORE, Run

@@ -161,7 +161,7 @@ class Bench:
         from benchmarks.extraction import decoders_here, distance
         from pipeline import sources
         from pipeline.encoders.vision import load_vision_encoder
-        from pipeline.extraction.extract import ImageShards, extract_images
+        from pipeline.extraction.images import ImageShards, extract_images
         from pipeline.media.decoding import Decoder
         from pipeline.store.inventory import timings
         from stages import extract_captions

@@ -25,7 +25,7 @@ from PIL import Image
 
 from pipeline.config import Params
 from pipeline.encoders.vision import load_vision_encoder
-from pipeline.extraction.extract import extract_images
+from pipeline.extraction.images import extract_images
 from pipeline.runs import STORE, Run
 from pipeline.sources import manifest as manifest_table
 from pipeline.sources.prepare import prepare
@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=16)
     options = parser.parse_args()
     multiprocessing.get_context("forkserver").set_forkserver_preload(
-        ["pipeline.sources", "pipeline.extraction.extract", "timm"]
+        ["pipeline.sources", "pipeline.extraction.images", "timm"]
     )
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)

@@ -30,7 +30,7 @@ def extract_captions(data: Annotated[str, typer.Argument(help=DATA)]) -> None:
 def make(params: Params, data: str, repair: Manifest | None = None) -> Manifest:
     """The features of a data set, in the store; `repair`: the manifest whose missing shards to make."""
     from pipeline.doctor.prompts import check_prompts
-    from pipeline.extraction.extract import extract_captions
+    from pipeline.extraction.captions import extract_captions
     from pipeline.llms.load import context_length, load_embedding, load_tokenizer
     from pipeline.progress import progress_bar
     from pipeline.store.reader import usable_rows

@@ -48,7 +48,7 @@ def make(params: Params, data: str, repair: Manifest | None = None, workers: int
     """The features of a data set, in the store; `repair`: the manifest whose missing shards to make."""
     from pipeline.encoders.vision import load_vision_encoder
     from pipeline.extraction import distribute
-    from pipeline.extraction.extract import extract_images
+    from pipeline.extraction.images import extract_images
     from pipeline.progress import progress_bar
     from pipeline.sources.prepare import restore_pictures
     from pipeline.store.reader import usable_rows
@@ -71,7 +71,7 @@ def _make_part(params: Params, data: str, worker: str) -> None:
         raise UserError(f"--worker {worker}: expected I/N with I from 0 to N - 1, such as 0/4")
     from pipeline.encoders.vision import load_vision_encoder
     from pipeline.extraction import distribute
-    from pipeline.extraction.extract import ImageShards
+    from pipeline.extraction.images import ImageShards
     from pipeline.progress import progress_bar
     from pipeline.sources.prepare import restore_pictures
 

@@ -14,16 +14,17 @@ def pca(adapter: Annotated[str, typer.Argument(help="the adapter whose image tok
     """Show where an adapter puts image tokens among the text tokens.
 
     Pre-training is to move image tokens into the LLM's embedding space. This stage takes pca.images validation
-    pictures, the adapter after its first epoch, after its last and after fine-tuning on captions, and finds the
-    principal components of image tokens and caption tokens together. It writes to data/<profile>/pca/<adapter>/
+    pictures of the data set pca.data, the adapter after its first epoch, after its last and after the fine-tuning by
+    pca.recipe, and finds the principal components of image tokens and caption tokens together. It writes to
+    data/<profile>/pca/<adapter>/
     scatter plots of both kinds (epoch1, last, zoom, finetuned; vocabulary shows pca.vocabulary rows of the LLM's
     table behind them), the curve of explained variance, and metrics.json: per state the ratios, k80 (components for
     80 % of the variance: few means a flat cloud, which two dimensions show well) and the modality gap (the distance
     of the two centroids).
     """
     params = load_params()
-    from pipeline.metrics import alignment as components  # torch, scikit-learn and matplotlib: not needed for --help
+    from pipeline.metrics import alignment  # torch, scikit-learn and matplotlib: not needed for --help
 
     with timed(params, f"pca@{adapter}"):
-        folder = components.pca(params, adapter)
+        folder = alignment.pca(params, adapter)
     print(f"{folder}: metrics.json and six pictures")

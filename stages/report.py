@@ -12,19 +12,18 @@ def report() -> None:
     Reads what the stages before wrote below data/<profile>/ and writes report/index.html (one file that holds its
     pictures and needs nothing else: send it to anyone), report/convergence.csv (fine-tuning with and without
     pre-training) and metrics.json (flat keys, for `dvc metrics show` and `dvc metrics diff`). Nothing is computed
-    anew: an accuracy is the one that the stage evaluate measured. Stages that DVC restored from its cache did not
-    run here and have no timing; the page says so.
+    anew: an accuracy is the one that the stage evaluate measured, and a figure that it did not measure is not shown.
+    Stages that DVC restored from its cache did not run here and have no timing; the page says so.
     """
     params = load_params()
     from rich.console import Console
-    from rich.table import Table
 
-    from pipeline.report import report as pages  # pandas and matplotlib: not needed for --help
+    from pipeline.report.figures import terminal_table
+    from pipeline.report.page import write_report  # pandas and matplotlib: not needed for --help
+    from pipeline.report.results import read_results
 
     with timed(params, "report"):
-        page = pages.write_report(params)
-    table = Table("figure", "value", title=f"profile {params.profile}", title_justify="left")
-    for what, value in pages.main_figures(params):
-        table.add_row(what, value)
-    Console().print(table)
+        results = read_results(params)
+        page = write_report(results)
+    Console().print(terminal_table(results))
     print(page)

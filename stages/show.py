@@ -14,12 +14,9 @@ def show() -> None:
     if not page.is_file():
         raise UserError(f"{page}: no report yet; run `dvc repro` first")
     from rich.console import Console
-    from rich.table import Table
 
-    from pipeline.report.report import main_figures  # pandas and matplotlib: not needed for --help
+    from pipeline.report.figures import terminal_table
+    from pipeline.report.results import read_results
 
-    table = Table("figure", "value", title=f"profile {params.profile}", title_justify="left")
-    for what, value in main_figures(params):
-        table.add_row(what, value)
-    Console().print(table)
+    Console().print(terminal_table(read_results(params)))
     print(f"report: {page}")

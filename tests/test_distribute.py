@@ -25,7 +25,7 @@ from pipeline.config import Params
 from pipeline.encoders.vision import load_vision_encoder
 from pipeline.errors import UserError
 from pipeline.extraction import distribute
-from pipeline.extraction.extract import ImageShards, extract_images
+from pipeline.extraction.images import ImageShards, extract_images
 from pipeline.runs import STORE, Run
 from pipeline.sources import manifest as manifest_table
 from pipeline.sources.prepare import prepare

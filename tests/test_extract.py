@@ -16,7 +16,8 @@ from pipeline import versions
 from pipeline.config import Params, Vision
 from pipeline.encoders.vision import load_vision_encoder
 from pipeline.errors import UserError
-from pipeline.extraction.extract import ImageShards, _Part, extract_captions, extract_images, one_thread_each
+from pipeline.extraction.captions import extract_captions
+from pipeline.extraction.images import ImageShards, Part, extract_images, one_thread_each
 from pipeline.llms.load import load_embedding, load_tokenizer
 from pipeline.media import decoding
 from pipeline.media.pictures import decode
@@ -130,7 +131,7 @@ def test_passes_go_side_by_side_on_one_thread_each(prepared):
     params = in_one_shard(prepared, batch=10)
     work = ImageShards(params, "captions", SideBySide())
     [rows] = work.parts.values()
-    found = list(work._tokens([_Part(rows)]))
+    found = list(work._tokens([Part(rows)]))
     assert [row for at, _ in found for row in at] == list(range(40))
     pictures = torch.stack([work.encoder.preprocess(decode(Path(name).read_bytes())) for name in rows["image"]])
     expected = (pictures.flatten(2).transpose(1, 2) + 1).half().numpy()
@@ -171,7 +172,7 @@ def test_what_is_ahead_of_the_disk_is_bounded(prepared):
 
     params = in_one_shard(prepared, batch=2)
     work = ImageShards(params, "captions", Loading())
-    tokens = work._tokens([_Part(rows) for rows in work.parts.values()])
+    tokens = work._tokens([Part(rows) for rows in work.parts.values()])
     next(tokens)
     tokens.close()
     assert 2 <= len(loaded) <= 2 * (2 * work.passes + 3) < 40
@@ -270,7 +271,7 @@ def test_a_picture_that_nothing_decodes_is_named(mixed, monkeypatch):
     nvjpeg_without_a_gpu(monkeypatch)
     victim = Path("pictures/class1/07.jpg")
     victim.write_bytes(victim.read_bytes()[:-300])
-    monkeypatch.setattr("pipeline.extraction.extract._read_picture", lambda name, sha256: Path(name).read_bytes())
+    monkeypatch.setattr("pipeline.extraction.images.read_picture", lambda name, sha256: Path(name).read_bytes())
     for decoder in ("pil", "torchvision", "nvjpeg"):
         with pytest.raises(UserError, match=r"class1/07.jpg: does not decode: .*; run `dvc repro --force`"):
             tokens_by_id(mixed, load_vision_encoder(mixed.vision), 1, decoder)

@@ -214,7 +214,7 @@ def test_the_loss_retrains_but_extracts_nothing(repo: Repo) -> None:
 
 
 def test_a_comment_in_the_extractor_changes_nothing(repo: Repo) -> None:
-    repo.edit("pipeline/extraction/extract.py", lambda text: text + "\n# a comment\n")
+    repo.edit("pipeline/extraction/images.py", lambda text: text + "\n# a comment\n")
     assert repo.repro() == set()
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from pipeline.config import load_params
 from pipeline.errors import UserError
-from pipeline.metrics import alignment as rooms
+from pipeline.metrics import alignment
 
 DEMO = Path(__file__).parent.parent / "profiles" / "demo.yaml"
 WIDTH = 24
@@ -31,7 +31,7 @@ def clouds(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 def test_explained_variance_is_that_of_a_plain_svd() -> None:
     image, text = clouds()
-    found = rooms.fit(image, text)
+    found = alignment.fit(image, text)
     together = np.concatenate([image, text])
     variance = np.linalg.svd(together - together.mean(0), compute_uv=False) ** 2
     ratios = variance / variance.sum()
@@ -42,20 +42,20 @@ def test_explained_variance_is_that_of_a_plain_svd() -> None:
 
 def test_fewer_tokens_than_dimensions() -> None:
     image, text = (cloud[:6] for cloud in clouds())
-    found = rooms.fit(image, text)
+    found = alignment.fit(image, text)
     assert found.explained.sum() == pytest.approx(1) and 1 <= found.k80 <= 12
 
 
 @pytest.mark.parametrize(("ratios", "k80"), [([1.0], 1), ([0.5, 0.3, 0.2], 2), ([0.4, 0.39, 0.2, 0.01], 3)])
 def test_count_for(ratios: list[float], k80: int) -> None:
-    assert rooms.count_for(np.array(ratios), 0.8) == k80
+    assert alignment.count_for(np.array(ratios), 0.8) == k80
 
 
 def test_window_of_clouds_that_meet_and_of_clouds_that_do_not() -> None:
     square = np.random.default_rng(0).uniform(0, 1, (400, 2))
-    low, high, meet = rooms.overlap(square, square + 0.5)
+    low, high, meet = alignment.overlap(square, square + 0.5)
     assert meet and (low > 0.4).all() and (high < 1.1).all()
-    low, high, meet = rooms.overlap(square, square + 5)
+    low, high, meet = alignment.overlap(square, square + 5)
     assert not meet and (low < 0.6).all() and (high > 5.4).all()
 
 
@@ -79,10 +79,10 @@ def fake_stores(monkeypatch: pytest.MonkeyPatch) -> None:
     captions = SimpleNamespace(
         captions=lambda row_id: [[int(row_id[1:]), 1, 2], [3]], embeddings=lambda row: table[row]
     )
-    monkeypatch.setattr(rooms, "ImageTokens", SimpleNamespace(open=lambda base, data: images))
-    monkeypatch.setattr(rooms, "CaptionTokens", SimpleNamespace(open=lambda base, data: captions))
-    monkeypatch.setattr(rooms, "load_embedding", lambda llm: torch.nn.Embedding.from_pretrained(table))
-    monkeypatch.setattr(rooms, "check_results", lambda *_: [])  # tests/test_origin.py
+    monkeypatch.setattr(alignment, "ImageTokens", SimpleNamespace(open=lambda base, data: images))
+    monkeypatch.setattr(alignment, "CaptionTokens", SimpleNamespace(open=lambda base, data: captions))
+    monkeypatch.setattr(alignment, "load_embedding", lambda llm: torch.nn.Embedding.from_pretrained(table))
+    monkeypatch.setattr(alignment, "check_results", lambda *_: [])  # tests/test_origin.py
 
 
 def weights(folder: Path) -> None:
@@ -97,9 +97,9 @@ def test_stage_writes_pictures_and_figures_the_same_twice(tmp_path: Path, monkey
     fake_stores(monkeypatch)
     weights(tmp_path)
     scale = {"first": 3.0, "last": 1.0, "adapter": 1.5}
-    monkeypatch.setattr(rooms, "load_adapter", lambda folder, name: Scale(scale[name]))
+    monkeypatch.setattr(alignment, "load_adapter", lambda folder, name: Scale(scale[name]))
     params = load_params(DEMO)
-    folder = rooms.pca(params, "mlp")
+    folder = alignment.pca(params, "mlp")
     first = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert sorted(first) == sorted([*PICTURES, "metrics.json"])
     metrics = json.loads(first["metrics.json"])
@@ -107,20 +107,20 @@ def test_stage_writes_pictures_and_figures_the_same_twice(tmp_path: Path, monkey
     assert all(set(state) == {"k80", "gap", "explained"} for state in metrics.values())
     for name in PICTURES:
         assert len(first[name]) < 150_000 and Image.open(folder / name).size == (902, 704)
-    assert {path.name: path.read_bytes() for path in rooms.pca(params, "mlp").iterdir()} == first
+    assert {path.name: path.read_bytes() for path in alignment.pca(params, "mlp").iterdir()} == first
 
 
 def test_missing_weights_name_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     fake_stores(monkeypatch)
     with pytest.raises(UserError, match=r"first\.safetensors.*dvc repro pretrain@mlp"):
-        rooms.pca(load_params(DEMO), "mlp")
+        alignment.pca(load_params(DEMO), "mlp")
 
 
 def test_an_adapter_that_diverged_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     fake_stores(monkeypatch)
     weights(tmp_path)
-    monkeypatch.setattr(rooms, "load_adapter", lambda folder, name: Scale(float("nan")))
+    monkeypatch.setattr(alignment, "load_adapter", lambda folder, name: Scale(float("nan")))
     with pytest.raises(UserError, match="not finite"):
-        rooms.pca(load_params(DEMO), "mlp")
+        alignment.pca(load_params(DEMO), "mlp")

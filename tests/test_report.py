@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,16 @@ from PIL import Image
 
 from pipeline.config import Params, load_params
 from pipeline.errors import UserError
-from pipeline.report.report import convergence, report
+from pipeline.metrics.base import Figure, share_of
+from pipeline.report import convergence, figures, page, sections, tables
+from pipeline.report.results import read_results
+from pipeline.runs import stages
 
 DEMO = Path(__file__).parent.parent / "profiles" / "demo.yaml"
 BASE = Path("data/demo")
 EVIL = "<script>alert('x')</script> & \"friends\""
-ACCURACY = {"mlp": 0.8, "self_attention": 0.7, "query": 0.9}
+ACCURACY = {"mlp": 80, "self_attention": 70, "query": 90}
+DISTANCES = ("val", "shuffled", "const_token", "const_set", "image_gain", "image_gain_low", "image_gain_high")
 
 
 def write(path: str, content: Any) -> None:
@@ -36,128 +41,166 @@ def losses(last: float) -> str:
     return "step,train_loss,val_loss\n" + "".join(rows)
 
 
+def hits(key: str, count: int, label: str) -> Figure:
+    return share_of(key, [number < count for number in range(100)], label)
+
+
+def write_figures(path: str, found: list[Figure]) -> None:
+    write(f"evaluate/{path}/figures.json", [figure.as_json() for figure in found])
+
+
 def pretrained(name: str) -> None:
-    metrics = dict.fromkeys(report.PRETRAIN_KEYS, 0.25) | {"held_out": 100, "parameters": 10}
+    metrics = dict.fromkeys([*DISTANCES, "r1_raw", "r1_debiased"], 0.25) | {"held_out": 100, "parameters": 10}
     write(f"pretrain/{name}/metrics.json", metrics)
     epochs = "".join(f"{epoch},{epoch},1,{3 - epoch / 10},3.4,4,3\n" for epoch in range(3))
     write(f"pretrain/{name}/history.csv", f"epoch,step,train_loss,val,shuffled,const_token,const_set\n{epochs}")
 
 
-def evaluated(name: str) -> None:
-    metrics = dict.fromkeys(report.EVALUATE_KEYS, 0.5) | {
-        "acc": ACCURACY[name],
-        "test_images": 100,
-        "classes": 4,
-        "captioned": 30,
-    }
-    write(f"evaluate/{name}/metrics.json", metrics)
-    write(f"evaluate/{name}/captions.json", [caption(number) for number in range(30)])
-    rows = [f"f{n},picture.png,dish {n % 4},dish {n % 3},dish {n % 3},{n % 4 == n % 3},True\n" for n in range(24)]
-    write(f"evaluate/{name}/predictions.csv", "id,image,label,output,predicted,correct,strict\n" + "".join(rows))
-    write(f"evaluate/{name}/confusions.csv", "label,predicted,count\ndish 1,NA,3\ndish 2,,1\n")
+def captioned(path: str) -> None:
+    write(f"evaluate/{path}/captions.json", [caption(number) for number in range(30)])
+    found = [
+        hits("right", 40, "captions that name a right thing"),
+        hits("right_pretrained", 10, "the same before fine-tuning"),
+        hits("right_shuffled", 20, "captions that name another picture's thing"),
+        Figure("captioned", 30, "captioned test pictures", kind="count"),
+    ]
+    write_figures(path, found)
 
 
 def caption(number: int) -> dict[str, Any]:
     picture = "gone.png" if number == 3 else "picture.png"
-    return {
-        "id": f"c{number:02}",
-        "image": picture,
-        "references": [EVIL],
-        "pretrained": EVIL,
-        "finetuned": "",
-        "right": number % 2 == 0,
-    }
+    said = "" if number % 2 else "a friend"
+    return {"id": f"c{number:02}", "image": picture, "references": [EVIL], "pretrained": EVIL, "finetuned": said}
+
+
+def named(path: str, correct: int) -> None:
+    rows = [f"f{n},picture.png,dish {n % 4},dish {n % 3},dish {n % 3},{n % 4 == n % 3},True\n" for n in range(24)]
+    rows += [f"g{n},gone.png,NA,dish 1,dish 1,False,False\n" for n in range(9)]
+    write(f"evaluate/{path}/predictions.csv", "id,image,label,output,predicted,correct,strict\n" + "".join(rows))
+    found = [
+        hits("acc", correct, "accuracy"),
+        hits("acc_strict", 50, "accuracy, word for word"),
+        Figure("chance", 0.25, "chance", baseline=True),
+        Figure("test_images", 100, "test pictures", kind="count", baseline=True),
+        Figure("classes", 4, "classes", kind="count", baseline=True),
+        Figure("probe", 0.9, "linear probe", (0.8, 0.95), baseline=True),
+    ]
+    write_figures(path, found)
 
 
 @pytest.fixture
-def params(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Params:
+def params(project: Path) -> Params:
     """The demo's parameters, in a folder with results of every stage but one timing."""
-    monkeypatch.chdir(tmp_path)
     found = load_params(DEMO)
     Image.new("RGBA", (600, 400), (200, 30, 30, 128)).save("picture.png")
     for name in found.run.adapters:
         pretrained(name)
-        evaluated(name)
-        write(f"finetune/{name}-captions/metrics.json", {"val_loss": 1.5, "steps": 30})
-        write(f"finetune/{name}-captions/history.csv", losses(1.5))
-        write(f"finetune/{name}-classes/metrics.json", {"val_loss": 2 - ACCURACY[name], "steps": 30})
-        state = {"k80": 5, "gap": 1.0, "explained": [0.5, 0.5]}
-        write(f"pca/{name}/metrics.json", dict.fromkeys(report.STATES, state))
-        for picture in report.PCA_PICTURES:
+        captioned(f"{name}-captions/captions")
+        named(f"{name}-classes/classes", ACCURACY[name])
+        for recipe, loss in (("captions", 1.5), ("classes", 2 - ACCURACY[name] / 100)):
+            write(f"finetune/{name}-{recipe}/metrics.json", {"val_loss": loss, "steps": 30})
+            write(f"finetune/{name}-{recipe}/history.csv", losses(loss))
+        write(f"pca/{name}/metrics.json", {state: {"k80": 5, "gap": 1.0} for state in page.STATES})
+        for picture in page.PCA_PICTURES:
             Image.new("RGB", (9, 7)).save(BASE / "pca" / name / f"{picture}.png")
     for name in found.run.scratch:
-        write(f"finetune_scratch/{name}/metrics.json", {"val_loss": 2.5, "steps": 30})
-        write(f"finetune_scratch/{name}/history.csv", losses(2.5))
-    for stage in report.stage_names(found)[1:]:
+        write(f"finetune_scratch/{name}-captions/metrics.json", {"val_loss": 2.5, "steps": 30})
+        write(f"finetune_scratch/{name}-captions/history.csv", losses(2.5))
+    for stage in stages(found)[1:]:
         write(f"seconds/{stage}.json", {"seconds": 61.5})
+    (BASE / "prepare").mkdir()
+    texts = [[EVIL]] * 2 + [["a dog"]] * 30  # so that what a script and its friends are is no common word
+    rows = {"id": [str(n) for n in range(32)], "captions": texts, "quarantine": [None] * 32}
+    pd.DataFrame(rows).to_parquet(BASE / "prepare/captions.parquet")
     return found
 
 
+def report(params: Params) -> str:
+    return page.write_report(read_results(params)).read_text()
+
+
 class Page(HTMLParser):
-    """Collects what a browser would load, and the tags."""
+    """Collects what a browser would load, the tags, and the ids."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.loaded: list[str] = []
         self.tags: list[str] = []
+        self.ids: list[str] = []
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.loaded += [value or "" for key, value in attrs if key in ("src", "srcset", "data", "poster")]
         self.loaded += [value or "" for key, value in attrs if key == "href" and tag != "a"]
+        self.ids += [value or "" for key, value in attrs if key == "id"]
 
 
 def test_metrics_are_complete(params: Params) -> None:
-    metrics = report.flat_metrics(report.read_results(params))
-    expected = {"acc/probe", "acc/chance", "ft/self_attention/scratch/val_loss"}
+    metrics = figures.flat_metrics(read_results(params))
+    expected = {"captions/self_attention/captions/scratch_val_loss"}
+    expected |= {f"classes/{key}" for key in ("probe", "chance", "test_images", "classes")}
     for name in params.run.adapters:
-        expected |= {f"emd/{name}/{key}" for key in ("val", "shuffled", "const_token", "const_set")}
-        expected |= {f"emd/{name}/image_gain{end}" for end in ("", "_low", "_high")}
-        expected |= {f"retrieval/{name}/r1_raw", f"retrieval/{name}/r1_debiased", f"acc/{name}", f"acc_strict/{name}"}
-        expected |= {f"captions_right/{name}", f"captions_right_shuffled/{name}", f"ft/{name}/emd/val_loss"}
-        expected |= {f"pca/{name}/{state}/k80" for state in report.STATES}
-    expected |= {f"seconds/{stage}" for stage in report.stage_names(params)[1:]}
+        expected |= {f"emd/{name}/{key}" for key in DISTANCES}
+        expected |= {f"retrieval/{name}/r1_raw", f"retrieval/{name}/r1_debiased"}
+        keys = ("right", "right_pretrained", "right_shuffled", "captioned", "val_loss")
+        expected |= {f"captions/{name}/captions/{key}" for key in keys}
+        expected |= {f"classes/{name}/classes/{key}" for key in ("acc", "acc_strict", "val_loss")}
+        expected |= {f"pca/{name}/{state}/k80" for state in page.STATES}
+    expected |= {f"seconds/{stage}" for stage in stages(params)[1:]}
     assert set(metrics) == expected
-    assert metrics["acc/query"] == 0.9 and metrics["ft/self_attention/scratch/val_loss"] == 2.5
+    assert metrics["classes/query/classes/acc"] == 0.9
+    assert metrics["captions/self_attention/captions/scratch_val_loss"] == 2.5
 
 
-def test_a_loss_that_is_not_finite_is_null(params: Params) -> None:
-    write("finetune/mlp-captions/metrics.json", '{"val_loss": NaN, "steps": 30}')
-    assert report.flat_metrics(report.read_results(params))["ft/mlp/emd/val_loss"] is None
-
-
-def test_stage_names_are_those_of_dvc(params: Params) -> None:
-    names = report.stage_names(params)
-    assert {"prepare@captions", "pretrain@query", "finetune@mlp-classes", "finetune_scratch@self_attention"} <= set(
-        names
-    )
-    assert len(names) == len(set(names)) == 6 + 3 + 6 + 1 + 3 + 3
+def test_a_loss_that_is_not_finite_is_null_and_never_the_best(params: Params) -> None:
+    write("finetune/query-classes/metrics.json", '{"val_loss": NaN, "steps": 30}')
+    results = read_results(params)
+    assert figures.flat_metrics(results)["classes/query/classes/val_loss"] is None
+    assert results.best("classes").adapter == "mlp"
 
 
 def test_page_needs_nothing_else(params: Params) -> None:
-    path = report.write_report(params)
+    path = page.write_report(read_results(params))
     text = path.read_text()
-    page = Page(text)
+    shown = Page(text)
     assert path == BASE / "report" / "index.html"
-    assert "script" not in page.tags and "@import" not in text and "url(" not in text
-    assert report.write_report(params).read_text() == text
-    assert len(page.loaded) > 40 and all(uri.startswith("data:image/") for uri in page.loaded)
-    for uri in set(page.loaded):
+    assert "script" not in shown.tags and "@import" not in text and "url(" not in text
+    assert report(params) == text
+    assert len(shown.loaded) > 40 and all(uri.startswith("data:image/") for uri in shown.loaded)
+    for uri in set(shown.loaded):
         with Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))) as picture:
-            assert max(picture.size) <= report.THUMBNAIL or picture.format == "PNG"
-    assert text.count('<figure class="card shot">') == report.GALLERY
-    metrics = json.loads((BASE / "metrics.json").read_text())
-    assert metrics == report.flat_metrics(report.read_results(params))
+            assert max(picture.size) <= sections.THUMBNAIL or picture.format == "PNG"
+    assert text.count('<figure class="card shot">') == sections.GALLERY
+    assert len(shown.ids) == len(set(shown.ids)) and {"data-captions", "data-classes"} <= set(shown.ids)
+    assert json.loads((BASE / "metrics.json").read_text()) == figures.flat_metrics(read_results(params))
     assert len(pd.read_csv(BASE / "report" / "convergence.csv")) == len(convergence.collect(params))
 
 
 def test_page_escapes_and_names_what_is_missing(params: Params) -> None:
-    text = report.write_report(params).read_text()
+    text = report(params)
     assert EVIL not in text and "&lt;script&gt;alert" in text
-    assert text.count("picture not on this disk") == 2  # a caption's and the dish NA's
+    assert text.count("picture not on this disk") == 3  # a caption's, the wrong dish NA's, and where it was confused
     assert text.count("restored from DVC's cache, no timing") == 1
     assert "CC BY-SA 4.0" in text and "own terms" not in text
+
+
+def test_head_of_the_page(params: Params) -> None:
+    results = read_results(params)
+    tiles = page.tiles(results, convergence.collect(params))
+    assert [tile.value.replace("\u00a0", " ") for tile in tiles] == ["90 %", "25 %", "20 of 30", "40 %"]
+    assert tiles[0].label == "of unseen pictures named, out of 4 names"
+    note = "classes: query; 83 % to 94 % with 95 % confidence, chance 25.0 %, linear probe 90.0 %"
+    assert tiles[0].note.replace("\u00a0", " ") == note
+
+
+def test_captions_that_name_a_right_thing_are_told(params: Params) -> None:
+    shots = sections.sections(read_results(params))[0].body["shots"]
+    assert [shot.right["mlp-captions"] for shot in shots[:4]] == [True, False, True, False]
+    write_figures("mlp-captions/captions", [])
+    (BASE / "prepare/captions.parquet").unlink()  # where the metric was not measured, nothing is needed for it
+    shots = sections.sections(read_results(params))[0].body["shots"]
+    assert shots[0].right == {} and set(shots[0].captions) == {f"{name}-captions" for name in params.run.adapters}
 
 
 def test_attribution_only_where_it_is_due(params: Params) -> None:
@@ -165,18 +208,21 @@ def test_attribution_only_where_it_is_due(params: Params) -> None:
     values = params.model_dump()
     values["data"]["captions"] |= folder
     values["data"]["classes"] |= folder | {"source": "food101"}
-    text = report.write_report(Params.model_validate(values)).read_text()
+    text = report(Params.model_validate(values))
     assert "OpenMoji" not in text and "coco and food101 are under their data set's own terms" in text
+    assert "data coco (captions) and food101 (classes)" in text
 
 
 MISSING = [
     ("pretrain/mlp/metrics.json", "pretrain@mlp"),
     ("pretrain/mlp/history.csv", "pretrain@mlp"),
     ("finetune/query-captions/history.csv", "finetune@query-captions"),
-    ("finetune_scratch/self_attention/metrics.json", "finetune_scratch@self_attention"),
-    ("evaluate/query/captions.json", "evaluate@query"),
-    ("evaluate/query/predictions.csv", "evaluate@query"),
-    ("evaluate/query/confusions.csv", "evaluate@query"),
+    ("finetune/mlp-classes/metrics.json", "finetune@mlp-classes"),
+    ("finetune_scratch/self_attention-captions/metrics.json", "finetune_scratch@self_attention-captions"),
+    ("evaluate/mlp-captions/captions/figures.json", "evaluate@mlp-captions"),
+    ("evaluate/query-captions/captions/captions.json", "evaluate@query-captions"),
+    ("evaluate/query-classes/classes/predictions.csv", "evaluate@query-classes"),
+    ("pca/mlp/metrics.json", "pca@mlp"),
     ("pca/mlp/zoom.png", "pca@mlp"),
 ]
 
@@ -185,62 +231,159 @@ MISSING = [
 def test_a_missing_input_names_file_and_stage(params: Params, path: str, stage: str) -> None:
     (BASE / path).unlink()
     with pytest.raises(UserError, match=f"{re.escape(path)}: no such file; run `dvc repro {stage}`"):
-        report.write_report(params)
+        report(params)
     assert not (BASE / "metrics.json").exists()
 
 
-@pytest.mark.parametrize("content", ["{", "{}", "[]"])
-def test_a_broken_input_names_file_and_stage(params: Params, content: str) -> None:
-    write("evaluate/mlp/metrics.json", content)
-    with pytest.raises(UserError, match=r"evaluate/mlp/metrics\.json.*dvc repro --force evaluate@mlp"):
-        report.write_report(params)
+@pytest.mark.parametrize("content", ["{", "{}", '[{"key": "acc"}]', '[{"key": "acc", "value": "high", "label": ""}]'])
+def test_broken_figures_name_file_and_stage(params: Params, content: str) -> None:
+    write("evaluate/mlp-classes/classes/figures.json", content)
+    with pytest.raises(UserError, match=r"classes/figures\.json.*dvc repro --force evaluate@mlp-classes"):
+        report(params)
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_broken_metrics_name_file_and_stage(params: Params, content: str) -> None:
+    write("pretrain/mlp/metrics.json", content)
+    with pytest.raises(UserError, match=r"pretrain/mlp/metrics\.json.*dvc repro --force pretrain@mlp"):
+        report(params)
+
+
+def test_an_unknown_figure_appears_everywhere(params: Params) -> None:
+    write_figures("mlp-classes/classes", [Figure("odd", 3.25, "what <b>I</b> measured", (3, 3.5), kind="number")])
+    results = read_results(params)
+    assert figures.flat_metrics(results)["classes/mlp/classes/odd"] == 3.25
+    row = ("what <b>I</b> measured", "classes", "mlp/classes", "3.250 (3.000 to 3.500)")
+    assert row in list(figures.main_figures(results))
+    assert "what &lt;b&gt;I&lt;/b&gt; measured</th>" in report(params)
+
+
+def test_no_figure_is_demanded(params: Params) -> None:
+    for name in params.run.adapters:
+        write(f"pretrain/{name}/metrics.json", {"val": 0.5})
+        write(f"pretrain/{name}/history.csv", "epoch,step,val\n1,1,0.5\n")
+        write(f"pca/{name}/metrics.json", {})
+        for recipe in params.run.recipes:
+            write_figures(f"{name}-{recipe}/{recipe}", [])
+            write(f"finetune/{name}-{recipe}/metrics.json", {})
+    text = report(params)
+    assert 'class="card tile"' in text and "best constant" not in text
+    assert [tile.label for tile in page.tiles(read_results(params), convergence.collect(params))] == [
+        "fine-tuning steps suffice after pre-training"
+    ]
+    assert not [key for key in json.loads((BASE / "metrics.json").read_text()) if key.startswith(("classes/", "pca/"))]
 
 
 def test_main_figures(params: Params) -> None:
-    figures = dict(report.main_figures(params))
-    assert figures["food accuracy, query"].startswith("90.0")
-    assert figures["image gain of pre-training, mlp"] == "0.250 EMD (0.250 to 0.250)"
-    assert figures["caption loss, self_attention, from scratch"] == "2.500"
-    assert "without 1 stage restored" in figures["time of all stages, added up"]
+    found = {row[:3]: row[3].replace("\u00a0", " ") for row in figures.main_figures(read_results(params))}
+    assert found["accuracy", "classes", "query/classes"] == "90.0 % (82.6 % to 94.5 %)"
+    assert found["linear probe", "classes", ""] == "90.0 % (80.0 % to 95.0 %)"
+    assert found["image gain of pre-training", "captions", "mlp"] == "0.250 EMD (0.250 to 0.250)"
+    assert found["validation loss from scratch", "captions", "self_attention/captions"] == "2.500"
+    assert found["classes", "classes", ""] == "4"
+    assert "without 1 stage restored" in found["time of all stages, added up", "", ""]
+    assert figures.terminal_table(read_results(params)).row_count == len(found)
+
+
+def both(params: Params) -> Params:
+    """A recipe of both data sets beside those of one."""
+    values = params.model_dump()
+    recipes = values["finetune"]["recipes"]
+    prompts = recipes["captions"]["prompts"] | recipes["classes"]["prompts"]
+    recipes["both"] = recipes["captions"] | {"data": ["captions", "classes"], "prompts": prompts}
+    values["run"] |= {"recipes": ["captions", "classes", "both"], "scratch_recipes": ["captions", "both"]}
+    for name in params.run.adapters:
+        captioned(f"{name}-both/captions")
+        named(f"{name}-both/classes", ACCURACY[name])
+        metrics = {"val_loss": 9.0, "val_loss/captions": 1.25, "val_loss/classes": 1.75}
+        for folder in ("finetune", "finetune_scratch"):
+            write(f"{folder}/{name}-both/metrics.json", metrics)
+            write(f"{folder}/{name}-both/history.csv", losses(9.0))
+    return Params.model_validate(values)
+
+
+def test_a_recipe_on_several_data_sets(params: Params) -> None:
+    results = read_results(both(params))
+    metrics = figures.flat_metrics(results)
+    assert metrics["captions/mlp/both/val_loss"] == 1.25 and metrics["classes/mlp/both/val_loss"] == 1.75
+    assert metrics["classes/self_attention/both/scratch_val_loss"] == 1.75 and 9.0 not in metrics.values()
+    assert [results.name(results.best(data)) for data in results.measured] == ["mlp on both", "query on classes"]
+    text = report(results.params)
+    assert len(Page(text).ids) == len(set(Page(text).ids))
+    assert "self_attention on both" in text and "fine-tuning on captions and both" in text
+    assert (BASE / "report/convergence-self_attention-both.png").exists()
+    assert len(convergence.collect(results.params)) == 2 * 4 * 4
+
+
+OWN_TASK = """
+import pandas as pd
+from pipeline.config.base import Section
+from pipeline.tasks.base import Task
+
+class Counting(Task):
+    Settings = Section
+    prompt, max_tokens = "How many?", 2
+    def answers(self, rows): ...
+    def predict(self, models, images, batch, seed): ...
+    def write(self, predictions, folder): ...
+    @classmethod
+    def read(cls, folder):
+        return pd.DataFrame({"id": ["a", "b"], "image": ["picture.png", "gone.png"], "said": ["two <3", ["3", "4"]]})
+"""
+
+
+def test_a_task_of_an_own_package_has_its_section(params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("own_tasks.py").write_text(OWN_TASK)
+    monkeypatch.syspath_prepend(".")
+    counted = params.data["classes"].model_copy(update={"task": "own_tasks:Counting"})
+    text = report(params.model_copy(update={"data": params.data | {"classes": counted}}))
+    sys.modules.pop("own_tasks")
+    assert "classes: How many?" in text and "The first 2 answers of query" in text
+    assert "<td>two &lt;3</td>" in text and "<td>3 / 4</td>" in text and "90.0\u00a0%<small>82.6" in text
 
 
 def test_gain_over_blind_answers_and_number_of_candidates(params: Params) -> None:
-    assert report.below_blind({"val": 3.0, "const_token": 5.0, "const_set": 4.0}) == pytest.approx(0.25)
-    assert report.below_blind({"val": 5.0, "const_token": 4.0, "const_set": 4.5}) == pytest.approx(-0.25)
-    results = report.read_results(params)
-    assert report.candidates_of(results, "mlp") == 100
+    assert tables.below_blind({"val": 3.0, "const_token": 5.0, "const_set": 4.0}) == pytest.approx(0.25)
+    assert tables.below_blind({"val": 5.0, "const_token": 4.0, "const_set": 4.5}) == pytest.approx(-0.25)
+    assert tables.below_blind({"val": 5.0}) is None
+    results = read_results(params)
+    assert tables.candidates_of(results, "mlp") == 100
     results.pretrain["mlp"]["held_out"] = 40
-    assert report.candidates_of(results, "mlp") == 40
+    assert tables.candidates_of(results, "mlp") == 40
 
 
 def test_convergence_table_and_steps_to_match(params: Params) -> None:
     table = convergence.collect(params)
     assert list(table.columns) == convergence.COLUMNS
     assert len(table) == 4 * 4 and set(table["start"]) == {"emd", "scratch"} and not table["val_loss"].isna().any()
-    assert convergence.steps_to_match(table, "self_attention") == (20, 30)
-    assert convergence.steps_to_match(table, "mlp") is None
+    assert convergence.steps_to_match(table, "self_attention", "captions") == (20, 30)
+    assert convergence.steps_to_match(table, "mlp", "captions") is None
     never = table.assign(val_loss=table["val_loss"].where(table["start"] == "scratch", 9.0))
-    assert convergence.steps_to_match(never, "self_attention") == (None, 30)
+    assert convergence.steps_to_match(never, "self_attention", "captions") == (None, 30)
 
 
 def test_a_pre_training_that_does_not_pay_is_called_so(params: Params) -> None:
     write("finetune/self_attention-captions/history.csv", losses(4.0))
-    tiles = report.tiles(report.read_results(params), convergence.collect(params))
-    assert tiles[2].value == "no gain" and "validation loss 1.50 with it, 2.50 without" in tiles[2].note
+    tiles = page.tiles(read_results(params), convergence.collect(params))
+    assert tiles[2].value == "no gain" and "validation loss 4.00 with it, 2.50 without" in tiles[2].note
 
 
 @pytest.mark.parametrize(
-    ("share", "count", "low", "high"), [(0.5, 100, 0.404, 0.596), (1.0, 20, 0.839, 1.0), (0.0, 20, 0.0, 0.161)]
+    ("count", "of", "low", "high"), [(50, 100, 0.404, 0.596), (20, 20, 0.839, 1.0), (0, 20, 0.0, 0.161)]
 )
-def test_wilson_interval(share: float, count: int, low: float, high: float) -> None:
-    assert report.wilson(share, count) == pytest.approx((low, high), abs=6e-4)
+def test_shares_have_wilsons_interval(count: int, of: int, low: float, high: float) -> None:
+    figure = share_of("share", [number < count for number in range(of)], "a share")
+    assert figure.value == count / of and figure.interval == pytest.approx((low, high), abs=6e-4)
+    assert Figure.from_json(json.loads(json.dumps(figure.as_json()))) == figure
 
 
-def test_durations_and_shares() -> None:
-    assert [report.duration(s).replace("\u00a0", " ") for s in (3.21, 59.7, 75, 7384)] == [
+def test_durations_shares_and_lists() -> None:
+    assert [figures.duration(s).replace("\u00a0", " ") for s in (3.21, 59.7, 75, 7384)] == [
         "3.2 s",
         "1 min 0 s",
         "1 min 15 s",
         "2 h 3 min",
     ]
-    assert report.percent(0.8351).replace("\u00a0", " ") == "83.5 %"
+    assert figures.percent(0.8351).replace("\u00a0", " ") == "83.5 %"
+    assert [page.listed(list(names)) for names in ("", "a", "ab", "abc")] == ["", "a", "a and b", "a, b and c"]
+    assert figures.written(Figure("k", float("nan"), "l")) == "not finite"

@@ -21,7 +21,8 @@ from typer.testing import CliRunner
 from pipeline.config import Params
 from pipeline.encoders.vision import load_vision_encoder
 from pipeline.errors import UserError
-from pipeline.extraction.extract import extract_captions, extract_images
+from pipeline.extraction.captions import extract_captions
+from pipeline.extraction.images import extract_images
 from pipeline.runs import STORE, Run
 from pipeline.sources import manifest as manifest_table
 from pipeline.sources.prepare import prepare as read_pictures

@@ -23,9 +23,10 @@ from typer.testing import CliRunner
 
 from pipeline.config import Params
 from pipeline.errors import UserError
-from pipeline.extraction.extract import extract_images
+from pipeline.extraction.images import extract_images
 from pipeline.media import pictures
 from pipeline.needs import Need
+from pipeline.report.sections import thumbnail
 from pipeline.runs import Run
 from pipeline.sources import coco
 from pipeline.sources import prepare as reading
@@ -524,7 +525,6 @@ def test_from_the_shards_to_image_tokens(memory: Any) -> None:
 
 
 def test_thumbnails_of_pictures_in_shards() -> None:
-    from pipeline.report.sections import thumbnail
 
     write("set/0.tar", captioned(range(1)))
     assert str(thumbnail(prepare()["000000000"]["image"])).startswith("data:image/jpeg;base64,")

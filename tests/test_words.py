@@ -14,8 +14,9 @@ from transformers import ByT5Tokenizer
 from typer.testing import CliRunner
 
 from pipeline.config import Params, load_params
+from pipeline.doctor.prompts import check_prompts
 from pipeline.errors import UserError
-from pipeline.extraction.extract import Captions, _text_hash, check_prompts, extract_captions
+from pipeline.extraction.captions import Captions, extract_captions, text_hash
 from pipeline.llms.load import load_embedding, load_tokenizer
 from pipeline.llms.text import Texts
 from pipeline.metrics.accuracy import find_class, linear_probe
@@ -73,9 +74,9 @@ def images_of(rows: pd.DataFrame) -> ImageTokens:
 def test_names_in_the_store_change_only_where_the_ids_do(tiny_params: Params) -> None:
     words = Captions(load_tokenizer(tiny_params.llm), 20)
     for texts in (["a cat"], ["a cat", "a dog on a red background, a picture"], [], ["1 < 2 <b> é 図"]):
-        assert words.digest("p", texts) == _text_hash(texts)
+        assert words.digest("p", texts) == text_hash(texts)
     for texts in (["a</s> cat"], ["a cat", LONG]):
-        assert words.digest("p", texts) != _text_hash(texts)
+        assert words.digest("p", texts) != text_hash(texts)
     assert words.digest("p", [LONG]) != Captions(load_tokenizer(tiny_params.llm), 21).digest("p", [LONG])
 
 

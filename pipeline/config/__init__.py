@@ -1,4 +1,4 @@
-"""params.yaml: its sections (schema, params), the parts that it names (components), and what is wrong with one (faults)."""
+"""params.yaml: its sections (schema, params), the parts it names (components), what is wrong with one (faults)."""
 
 from pipeline.config.faults import keys_of, load_params, parse_params, reads_text
 from pipeline.config.params import Params

@@ -26,7 +26,8 @@ from pipeline.devices import pick_device
 from pipeline.encoders.base import RANDOM
 from pipeline.encoders.vision import load_vision_encoder
 from pipeline.errors import UserError
-from pipeline.extraction.extract import Advance, ImageShards, Make
+from pipeline.extraction.images import ImageShards
+from pipeline.extraction.work import Advance, Make
 from pipeline.store.shards import Shard, remove_temporary
 
 AGAIN = "run the same command again: it goes on where it stopped"

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pipeline.config.schema import MetricSettings
+from pipeline.errors import UserError
+from pipeline.runs import Run, remedy, require
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from pipeline.runs import Run
     from pipeline.store.reader import ImageTokens
+
+FIGURES = "figures.json"
 
 
 @dataclass(frozen=True)
@@ -35,8 +39,21 @@ class Figure:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Figure:
+        """Raises TypeError, ValueError, LookupError or AttributeError for what is no figure."""
         interval = values.get("interval")
-        return cls(**values | {"interval": None if interval is None else (interval[0], interval[1])})
+        ends = None if interval is None else (float(interval[0]), float(interval[1]))
+        return cls(**values | {"value": float(values["value"]), "interval": ends})
+
+
+def read_figures(run: Run, adapter: str, recipe: str, data: str) -> list[Figure]:
+    """The figures that `evaluate` wrote. Raises UserError naming the file that is missing or is no list of them."""
+    folder = run.evaluated(adapter, recipe)
+    path = require(folder / data / FIGURES)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return [Figure.from_json(figure) for figure in (values if isinstance(values, list) else [values])]
+    except (ValueError, TypeError, AttributeError, LookupError) as error:
+        raise UserError(f"{path}: not what `evaluate` writes ({error}); {remedy(folder, force=True)}") from None
 
 
 def share_of(key: str, hits: Iterable[bool], label: str, baseline: bool = False) -> Figure:

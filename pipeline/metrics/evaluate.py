@@ -9,14 +9,12 @@ from dataclasses import dataclass
 
 from pipeline.config import Params, components
 from pipeline.llms.load import LanguageModel, load_llm
-from pipeline.metrics.base import Figure, Metric, Tested
+from pipeline.metrics.base import FIGURES, Metric, Tested
 from pipeline.origin import check_results
 from pipeline.runs import Run
 from pipeline.store.reader import ImageTokens
 from pipeline.tasks.base import Task
 from pipeline.vlm import VLM, tuned
-
-FIGURES = "figures.json"
 
 
 @dataclass(frozen=True)
@@ -64,16 +62,3 @@ def metrics_of(params: Params, task: str) -> list[Metric]:
     """The metrics of evaluate.metrics that measure a task, in their order."""
     chosen = [(components.find("metric", settings.metric), settings) for settings in params.evaluate.metrics]
     return [metric(settings) for metric, settings in chosen if task in metric.tasks]
-
-
-def read_figures(run: Run, adapter: str, recipe: str, data: str) -> list[Figure]:
-    """The figures that `evaluate` wrote. Raises UserError naming the file that is missing or is no list of them."""
-    from pipeline.errors import UserError
-    from pipeline.runs import remedy, require
-
-    folder = run.evaluated(adapter, recipe)
-    path = require(folder / data / FIGURES)
-    try:
-        return [Figure.from_json(values) for values in json.loads(path.read_text(encoding="utf-8"))]
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not what `evaluate` writes ({error}); {remedy(folder, force=True)}") from None

@@ -1,4 +1,4 @@
-"""Extraction: run a frozen model over a data set once and keep what it gives, shard by shard."""
+"""Image tokens: the frozen encoder run over a data set once, its tokens kept shard by shard."""
 
 from __future__ import annotations
 
@@ -6,17 +6,15 @@ import hashlib
 import multiprocessing
 import sys
 import threading
-import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-import numpy as np
 import pandas as pd
 import pyarrow as pa
 import torch
@@ -25,51 +23,23 @@ from torch import Tensor
 
 from pipeline import versions
 from pipeline.config import Params
-from pipeline.devices import hash_weights, pick_device
+from pipeline.devices import pick_device
 from pipeline.encoders.vision import VisionEncoder
 from pipeline.errors import UserError
+from pipeline.extraction.work import Advance, Clock, Make, build_missing, check_repair, parts_of, usable
 from pipeline.files import atomically
-from pipeline.llms.text import Texts
 from pipeline.media.decoding import Broken, Loaded, decoder_for, padded, say_once
 from pipeline.media.pictures import read
-from pipeline.runs import STORE, Run
+from pipeline.runs import STORE
 from pipeline.store import schema
 from pipeline.store.donors import Donors
 from pipeline.store.dtypes import Columns, DoesNotFit, pack
-from pipeline.store.reader import usable_rows
 from pipeline.store.shards import (
     Manifest,
     Shard,
     ShardFile,
-    open_shard,
-    recorded,
     write_record,
-    write_shard,
 )
-
-Advance = Callable[[int], None]
-Parts = dict[Path, pd.DataFrame]
-"""The shards a data set needs, in the order of its manifest, and the rows of each."""
-Make = Callable[[list[Path], Advance], dict[Path, Shard]]
-"""Makes some shards: in this process, or by many (pipeline/distribute.py)."""
-
-
-class Clock:
-    """Seconds by kind of work. Those of threads side by side add up, to more than passed on the wall."""
-
-    def __init__(self) -> None:
-        self._seconds: dict[str, float] = {}
-        self._lock = threading.Lock()
-
-    @contextmanager
-    def __call__(self, work: str) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        with self._lock:
-            self._seconds[work] = self._seconds.get(work, 0) + time.perf_counter() - began
-
-    def seconds(self) -> dict[str, float]:
-        return {work: round(seconds, 4) for work, seconds in self._seconds.items()}
 
 
 def extract_images(
@@ -88,13 +58,13 @@ def extract_images(
     changed since `prepare`, its tokens do not fit cache.dtype, or parameters and pictures are not those of `repair`.
     """
     work = ImageShards(params, data, encoder)
-    _check_repair("images", data, work.fingerprint, work.parts, repair)
-    shards = _build_missing(work.parts, make or work.build_all, advance)
+    check_repair("images", data, work.fingerprint, work.parts, repair)
+    shards = build_missing(work.parts, make or work.build_all, advance)
     return Manifest("images", work.fingerprint, shards, encoder=encoder.identity)
 
 
 @dataclass
-class _Part:
+class Part:
     """A shard in work: its rows, those that have to be encoded, and what it takes."""
 
     rows: pd.DataFrame
@@ -119,7 +89,7 @@ class ImageShards:
             **made_by, stored=params.cache.dtype, batch=self.size, version=versions.IMAGES
         )
         rows = usable(params, data)
-        self.parts = _parts("images", self.fingerprint, params, rows, list(rows["sha256"]))
+        self.parts = parts_of("images", self.fingerprint, params, rows, list(rows["sha256"]))
         self.donors = Donors(STORE / "images" / self.fingerprint)
         # A GPU encodes two at a time, so that one is copied while the other is computed; it decodes a third meanwhile.
         self.passes = {"cpu": torch.get_num_threads(), "cuda": 3}.get(device, 1)
@@ -138,7 +108,7 @@ class ImageShards:
 
     def build_missing(self, paths: list[Path], advance: Advance) -> None:
         """Make those of some shards that are not in the store yet."""
-        _build_missing({path: self.parts[path] for path in paths}, self.build_all, advance)
+        build_missing({path: self.parts[path] for path in paths}, self.build_all, advance)
 
     def build(self, path: Path, advance: Advance) -> Shard:
         """Make one shard. Whoever makes a single one calls this, in another process or on another machine."""
@@ -149,14 +119,14 @@ class ImageShards:
 
         While a shard is brought to the disk the next one is in work, so that nothing stands still between them.
         """
-        parts = {path: _Part(self.parts[path]) for path in paths}
+        parts = {path: Part(self.parts[path]) for path in paths}
         with closing(self._tokens(list(parts.values()))) as tokens:
             made = {path: self._write(path, part, tokens, advance) for path, part in parts.items()}
         if refused := self.decoder.take_refused():
             print(f"{refused} JPEGs that {self.decoder.name} refuses were decoded by PIL", file=sys.stderr)
         return made
 
-    def _write(self, path: Path, part: _Part, tokens: Iterator[tuple[list[int], Columns]], advance: Advance) -> Shard:
+    def _write(self, path: Path, part: Part, tokens: Iterator[tuple[list[int], Columns]], advance: Advance) -> Shard:
         """Write a shard, batch by batch as its tokens come: memory does not grow with it."""
         missing, clock = len(part.rows), part.clock
         with clock("all"):
@@ -181,7 +151,7 @@ class ImageShards:
         arrow = schema.image_schema(shape, self.params.cache.dtype, self.fingerprint)
         return ShardFile(stream, arrow, [pa.array(rows["id"]), pa.array(rows["sha256"])])
 
-    def _tokens(self, parts: list[_Part]) -> Generator[tuple[list[int], Columns], None, None]:
+    def _tokens(self, parts: list[Part]) -> Generator[tuple[list[int], Columns], None, None]:
         """Positions and columns of all rows, part by part, a batch at a time; in each part copies come first.
 
         On a CPU a pass on one thread beside others is faster than all threads in one pass: nobody waits for anybody.
@@ -198,7 +168,7 @@ class ImageShards:
                 at, columns = ahead.popleft()
                 yield at, columns.result()
 
-    def _started(self, pool: ThreadPoolExecutor, parts: list[_Part]) -> Iterator[tuple[list[int], Future[Columns]]]:
+    def _started(self, pool: ThreadPoolExecutor, parts: list[Part]) -> Iterator[tuple[list[int], Future[Columns]]]:
         """The same, as the pool begins with it. It takes tasks in order, so a pass finds its pictures loaded."""
         for part in parts:
             for row, sha256 in enumerate(part.rows["sha256"]):
@@ -232,20 +202,20 @@ class ImageShards:
             print("tokens depend on the place in the batch: shards are made whole, no row is copied", file=sys.stderr)
         return same
 
-    def _load(self, part: _Part, rows: list[int]) -> list[Loaded]:
+    def _load(self, part: Part, rows: list[int]) -> list[Loaded]:
         return [self._load_one(part, row) for row in rows]
 
-    def _load_one(self, part: _Part, row: int) -> Loaded:
+    def _load_one(self, part: Part, row: int) -> Loaded:
         name = part.rows["image"][row]
         with part.clock("read"):
-            content = _read_picture(name, part.rows["sha256"][row])
+            content = read_picture(name, part.rows["sha256"][row])
         with part.clock("decode"):
             try:
                 return self.decoder.load(content)
             except ValueError as error:
                 raise _does_not_decode(name, error) from None
 
-    def _pass(self, part: _Part, at: list[int], pictures: list[Future[list[Loaded]]]) -> Columns:
+    def _pass(self, part: Part, at: list[int], pictures: list[Future[list[Loaded]]]) -> Columns:
         """The columns of the rows `at`. Every batch has the same shape: one of another size would give other bits."""
         loaded = [picture for some in pictures for picture in some.result()]
         with self._encoding:
@@ -296,7 +266,7 @@ def _alone() -> None:
     torch.set_num_threads(1)
 
 
-def _read_picture(name: str, sha256: str) -> bytes:
+def read_picture(name: str, sha256: str) -> bytes:
     """A picture file that still has the content `prepare` saw."""
     try:
         content = read(name)
@@ -307,138 +277,3 @@ def _read_picture(name: str, sha256: str) -> bytes:
     if hashlib.sha256(content).hexdigest() != sha256:
         raise UserError(f"{name}: changed since it was prepared; run `dvc repro --force` for the prepare stage")
     return content
-
-
-def extract_captions(
-    params: Params,
-    data: str,
-    tokenizer: Any,
-    embedding: torch.nn.Module,
-    advance: Advance,
-    repair: Manifest | None = None,
-    context: int | None = None,
-) -> Manifest:
-    """Token ids of all captions, and the input embeddings of the tokens that occur, in the store.
-
-    Token ids carry no BOS and no special tokens; captions longer than llm.max_caption_tokens, or than the LLM's
-    `context`, are cut, counted and the first of them named. Embeddings come from calling the LLM's embedding module. A
-    shard whose captions changed is tokenised anew as a whole: that is cheap. `repair` as for extract_images.
-    """
-    vocabulary = hashlib.sha256(str(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
-    print_ = schema.fingerprint(embedding=hash_weights(embedding), vocabulary=vocabulary, version=versions.TEXT)
-    words = Captions(tokenizer, min(params.llm.max_caption_tokens, context or sys.maxsize))
-
-    def build(path: Path, advance: Advance) -> Shard:
-        rows, arrow, clock = parts[path], schema.caption_schema(print_), Clock()
-        with clock("all"):
-            with clock("encode"):
-                captions = [words.ids(list(texts)) for texts in rows["captions"]]
-            with clock("write"):
-                shard = write_shard(path, pa.table([pa.array(rows["id"]), pa.array(captions)], schema=arrow))
-        write_record(path, shard, encoded=len(rows), copied=0, seconds=clock.seconds())
-        advance(len(rows))
-        return shard
-
-    rows = usable(params, data)
-    digests = [words.digest(row_id, list(texts)) for row_id, texts in zip(rows["id"], rows["captions"], strict=True)]
-    parts = _parts("text", print_, params, rows, digests)
-    words.warn()
-    _check_repair("text", data, print_, parts, repair)
-    shards = _build_missing(parts, lambda paths, advance: {path: build(path, advance) for path in paths}, advance)
-    manifest = Manifest("text", print_, shards)
-    return Manifest("text", print_, shards, _embedding_table(manifest, embedding))
-
-
-class Captions:
-    """Captions as token ids, at most `limit` each, and the digests that name their shards."""
-
-    def __init__(self, tokenizer: Any, limit: int):
-        self._texts, self._tokenizer, self._limit = Texts(tokenizer), tokenizer, limit
-        self._cut: list[str] = []
-
-    def ids(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of the captions of a picture."""
-        return [ids[: self._limit] for ids in self._texts.ids(texts)]
-
-    def digest(self, row_id: str, texts: list[str]) -> str:
-        """Hash of a picture's captions; of their token ids as well where these are not simply the tokenizer's own.
-
-        So the store keeps its names for all others. Only captions that look long or hold what may be a special token
-        are tokenised for it: a byte gives a token at most, unless a normaliser expands it.
-        """
-        odd = [t for t in texts if 2 * len(t.encode()) >= self._limit or self._texts.may_hold_control(t)]
-        if not odd:
-            return _text_hash(texts)
-        whole, ours = self._texts.ids(odd), self.ids(odd)
-        if whole != ours:
-            self._cut.append(row_id)
-        simple = self._tokenizer(odd, add_special_tokens=False)["input_ids"]
-        return _text_hash(texts) if simple == ours else _text_hash([*texts, str(ours)])
-
-    def warn(self) -> None:
-        """Say on stderr which pictures' captions are cut."""
-        if self._cut:
-            names, more = ", ".join(self._cut[:3]), ", ..." if len(self._cut) > 3 else ""
-            why = f"cut to {self._limit} tokens (llm.max_caption_tokens, or the LLM's context)"
-            print(f"captions of {len(self._cut)} pictures are {why}: {names}{more}", file=sys.stderr)
-
-
-def _embedding_table(manifest: Manifest, embedding: torch.nn.Module) -> Shard:
-    """The rows of the input-embedding matrix that the shards of a manifest use.
-
-    In bfloat16 if that changes no number, as with models that are published in it, else in float32.
-    """
-    tables = [open_shard(manifest.folder / shard.name)["captions"].combine_chunks() for shard in manifest.shards]
-    token_ids = np.unique(np.concatenate([table.flatten().flatten().to_numpy() for table in tables])).tolist()
-    with torch.inference_mode():
-        rows = embedding(torch.tensor(token_ids)).float()
-    dtype = "bfloat16" if torch.equal(rows.bfloat16().float(), rows) else "float32"
-    held = [("tokens", str(token_ids)), *([] if dtype == "float32" else [("dtype", dtype)])]
-    path = manifest.folder / f"{schema.shard_key(held)}.embeddings.arrow"
-    kept = recorded(path) if path.exists() else None
-    if kept is not None:
-        return kept
-    arrow = schema.embedding_schema(rows.shape[1], dtype, manifest.fingerprint)
-    numbers = pack(rows, dtype)["tokens"]
-    columns = [pa.array(token_ids, pa.int32()), schema.tensor_column(numbers, arrow.field("embedding"))]
-    shard = write_shard(path, pa.table(columns, schema=arrow))
-    write_record(path, shard)
-    return shard
-
-
-def usable(params: Params, data: str) -> pd.DataFrame:
-    """The rows of a data set that have a usable picture; UserError when there is none."""
-    rows = usable_rows(Run.of(params), data)
-    if rows.empty:
-        raise UserError(f"{data}: no usable picture; see the quarantine column of the prepared manifest")
-    return rows
-
-
-def _parts(kind: str, print_: str, params: Params, rows: pd.DataFrame, digests: Sequence[str]) -> Parts:
-    """The shards that some rows need; `digests` say what each row's features are made from."""
-    numbers = rows["id"].map(lambda row_id: schema.shard_of(row_id, params.cache.shards))
-    rows = rows.assign(digest=digests)
-    parts = {}
-    for _, part in rows.groupby(numbers, sort=True):
-        part = part.reset_index(drop=True)
-        key = schema.shard_key(zip(part["id"], part.pop("digest"), strict=True))
-        parts[STORE / kind / print_ / f"{key}.arrow"] = part
-    return parts
-
-
-def _check_repair(kind: str, data: str, print_: str, parts: Parts, repair: Manifest | None) -> None:
-    wanted = (print_, [path.name for path in parts])
-    if repair is not None and wanted != (repair.fingerprint, [shard.name for shard in repair.shards]):
-        raise UserError(f"{kind} of {data}: its manifest is of other parameters or pictures; run `dvc repro`")
-
-
-def _build_missing(parts: Parts, make: Make, advance: Advance) -> list[Shard]:
-    """All shards of some parts; `make` makes those that are not in the store yet."""
-    there = {path: recorded(path) if path.exists() else None for path in parts}
-    advance(sum(len(parts[path]) for path, shard in there.items() if shard is not None))
-    made = make([path for path, shard in there.items() if shard is None], advance)
-    return [shard or made[path] for path, shard in there.items()]
-
-
-def _text_hash(texts: Any) -> str:
-    return hashlib.sha256(str(list(texts)).encode()).hexdigest()

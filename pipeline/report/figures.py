@@ -1,0 +1,134 @@
+"""Results as figures: for machines under flat keys, for the terminal as a table, and written for people."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from pipeline.config import Params
+from pipeline.metrics.base import Figure
+from pipeline.report.results import Outcome, Results
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+DISTANCES = ("val", "shuffled", "const_token", "const_set", "image_gain", "image_gain_low", "image_gain_high")
+RETRIEVAL = ("r1_raw", "r1_debiased")
+
+
+def flat_metrics(results: Results) -> dict[str, float | None]:
+    """The figures of a profile under flat keys, for `dvc metrics diff`; null where a figure is not finite.
+
+    emd/<adapter>/<key>, retrieval/<adapter>/<key>, pca/<adapter>/<state>/k80, <data>/<adapter>/<recipe>/<figure>,
+    <data>/<baseline> and seconds/<stage>.
+    """
+    flat: dict[str, float | None] = {}
+    for name, found in results.pretrain.items():
+        flat |= {f"emd/{name}/{key}": found[key] for key in DISTANCES if key in found}
+        flat |= {f"retrieval/{name}/{key}": found[key] for key in RETRIEVAL if key in found}
+    for name, states in results.pca.items():
+        flat |= {f"pca/{name}/{state}/k80": values["k80"] for state, values in states.items() if "k80" in values}
+    for outcome in results.outcomes:
+        at = f"{outcome.data}/{outcome.adapter}/{outcome.recipe}"
+        flat |= {f"{at}/{figure.key}": figure.value for figure in outcome.figures if not figure.baseline}
+        losses = {"val_loss": outcome.val_loss, "scratch_val_loss": outcome.scratch_val_loss}
+        flat |= {f"{at}/{key}": loss for key, loss in losses.items() if loss is not None}
+    for data in results.measured:
+        flat |= {f"{data}/{figure.key}": figure.value for figure in results.baselines(data)}
+    flat |= {f"seconds/{stage}": seconds for stage, seconds in results.seconds.items() if seconds is not None}
+    return {key: value if value is not None and math.isfinite(value) else None for key, value in flat.items()}
+
+
+def terminal_table(results: Results) -> Table:
+    """The main figures: what, on which data set, by which adapter and recipe, and the value with its interval."""
+    from rich.table import Table
+
+    params = results.params
+    table = Table("figure", "data set", "of", "value", title=f"profile {params.profile}", title_justify="left")
+    for row in main_figures(results):
+        table.add_row(*row)
+    return table
+
+
+def main_figures(results: Results) -> Iterator[tuple[str, str, str, str]]:
+    """(what, data set, adapter/recipe, value with its interval); an empty text where it is of none."""
+    for data in results.measured:
+        outcomes = results.of(data)
+        for key, label in labels(outcomes).items():
+            for outcome in outcomes:
+                if figure := outcome.figure(key):
+                    yield label, data, _by(outcome), with_interval(figure)
+        for figure in results.baselines(data):
+            yield figure.label, data, "", with_interval(figure)
+        for outcome in outcomes:
+            losses = (("", outcome.val_loss), (" from scratch", outcome.scratch_val_loss))
+            for start, loss in losses:
+                if loss is not None:
+                    yield f"validation loss{start}", data, _by(outcome), f"{loss:.3f}"
+    for name, found in results.pretrain.items():
+        if "image_gain" in found:
+            ends = (found[key] for key in ("image_gain_low", "image_gain_high") if key in found)
+            interval = " to ".join(f"{end:.3f}" for end in ends)
+            value = f"{found['image_gain']:.3f} {measure(results.params)}" + (f" ({interval})" if interval else "")
+            yield "image gain of pre-training", results.params.pretrain.data[0], name, value
+    yield "time of all stages, added up", "", "", total_time(results)
+
+
+def _by(outcome: Outcome) -> str:
+    return f"{outcome.adapter}/{outcome.recipe}"
+
+
+def labels(outcomes: list[Outcome]) -> dict[str, str]:
+    """The figures of some outcomes that are no baselines: key and label, in the order in which they were measured."""
+    return {figure.key: figure.label for outcome in outcomes for figure in outcome.figures if not figure.baseline}
+
+
+def measure(params: Params) -> str:
+    """What the distance of pre-training is called."""
+    name = params.pretrain.objective.name
+    return "EMD" if name == "emd" else name.rpartition(":")[2]
+
+
+def total_time(results: Results) -> str:
+    """The time of all stages, and how many are not in it."""
+    known = [seconds for seconds in results.seconds.values() if seconds is not None]
+    missing = len(results.seconds) - len(known)
+    noun = "1 stage" if missing == 1 else f"{missing} stages"
+    return duration(sum(known)) + (f", without {noun} restored from DVC's cache" if missing else "")
+
+
+def with_interval(figure: Figure) -> str:
+    """'83.5 % (80.1 % to 86.4 %)'; without the brackets where there is no interval."""
+    spread = interval(figure)
+    return written(figure) + (f" ({spread})" if spread else "")
+
+
+def written(figure: Figure) -> str:
+    """A figure's value for people, by its kind."""
+    return _written(figure.value, figure.kind)
+
+
+def interval(figure: Figure) -> str:
+    """'80.1 % to 86.4 %', or an empty text."""
+    return "" if figure.interval is None else " to ".join(_written(end, figure.kind) for end in figure.interval)
+
+
+def _written(value: float, kind: str) -> str:
+    if not math.isfinite(value):
+        return "not finite"
+    return percent(value) if kind == "share" else f"{value:,.0f}" if kind == "count" else f"{value:.3f}"
+
+
+def percent(share: float, digits: int = 1) -> str:
+    """0.8351 -> '83.5 %', with a no-break space."""
+    return f"{100 * share:.{digits}f}\u00a0%"
+
+
+def duration(seconds: float) -> str:
+    """75.2 -> '1 min 15 s'."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f}\u00a0s"
+    hours, minutes = divmod(whole // 60, 60)
+    return f"{hours}\u00a0h {minutes}\u00a0min" if hours else f"{minutes}\u00a0min {whole % 60}\u00a0s"

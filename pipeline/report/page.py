@@ -1,0 +1,205 @@
+"""One page for people (report/index.html): what it says, and the files beside it."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from pipeline.metrics.base import Figure
+from pipeline.report import convergence
+from pipeline.report.figures import duration, flat_metrics, interval, measure, percent, total_time, written
+from pipeline.report.results import Results
+from pipeline.report.sections import sections
+from pipeline.report.tables import candidates_of, finetuning_table, pretraining_table
+from pipeline.runs import require
+
+PCA_PICTURES = {
+    "epoch1": "After one epoch of pre-training: where image tokens (blue) and caption tokens (red) lie.",
+    "last": "After the last epoch: the closer the two crosses, the smaller the modality gap.",
+    "zoom": "The same, closer: the crowded middle of the picture before.",
+    "vocabulary": "The same tokens among the words the language model knows (grey).",
+    "finetuned": "After fine-tuning with the language model, which is free to move them again.",
+    "explained": "How many directions the tokens really use: the curve's crossing of the 80 % line.",
+}
+STATES = {"epoch1": "after one epoch", "last": "after the last", "finetuned": "after fine-tuning"}
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "POT", "scikit-learn", "numpy", "pyarrow", "dvc")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A figure of the page's head."""
+
+    value: str
+    label: str
+    note: str
+
+
+def write_report(results: Results) -> Path:
+    """Write metrics.json, report/convergence.csv, the curves and report/index.html; returns the page's path.
+
+    Raises UserError naming the first input that is missing and the stage that writes it.
+    """
+    params, run = results.params, results.run
+    table = convergence.collect(params)
+    context = _context(results, table)
+    run.report.mkdir(parents=True, exist_ok=True)
+    convergence.write_curves(table, run.report)
+    context["finetuning_plots"] = [_png(path) for path in convergence.draw_finetuning(table, run.report)]
+    context["pretraining_plots"] = [_png(path) for path in convergence.draw_pretraining(params, run.report)]
+    run.metrics.write_text(json.dumps(flat_metrics(results), indent=1) + "\n", encoding="utf-8")
+    page = run.report / "index.html"
+    page.write_text(render(context), encoding="utf-8")
+    return page
+
+
+def render(context: dict[str, Any]) -> str:
+    """The page; every text in it is escaped, and a text the template wants but does not get is an error."""
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        loader=FileSystemLoader(Path(__file__).parent),
+    )  # fmt: skip
+    environment.filters |= {"percent": percent, "duration": duration, "written": written, "interval": interval}
+    return environment.get_template("report.html.jinja").render(context)
+
+
+def _context(results: Results, table: pd.DataFrame) -> dict[str, Any]:
+    """Everything the template shows but the curves."""
+    params = results.params
+    known = [seconds for seconds in results.seconds.values() if seconds is not None]
+    sources = {data: params.data[data].source for data in params.run.data}
+    looked_at = params.pca.data
+    return {
+        "profile": params.profile,
+        "seed": params.seed,
+        "adapters": params.run.adapters,
+        "measure": measure(params),
+        "tiles": tiles(results, table),
+        "sections": sections(results),
+        "recipes": listed(params.run.scratch_recipes),
+        "finetuning": finetuning_table(results, table),
+        "pretraining": pretraining_table(results),
+        "blind": any({"const_token", "const_set"} & found.keys() for found in results.pretrain.values()),
+        "first": results.best(looked_at).adapter if looked_at in results.measured else params.run.adapters[0],
+        "pca": {name: _pca_pictures(results, name) for name in params.run.adapters},
+        "components": {name: _components(found) for name, found in results.pca.items()},
+        "parameters": yaml.safe_dump(params.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
+        "encoder": params.vision.model or params.vision.encoder,
+        "llm": params.llm.model,
+        "versions": {name: _version(name) for name in PACKAGES},
+        "seconds": results.seconds,
+        "slowest": max(known, default=1.0) or 1.0,
+        "total": total_time(results),
+        "made_of": listed([f"{source} ({data})" for data, source in sources.items()]),
+        "openmoji": any(source.startswith("openmoji") for source in sources.values()),
+        "others": listed([name for name in dict.fromkeys(sources.values()) if not name.startswith("openmoji")]),
+    }
+
+
+def listed(texts: list[str]) -> str:
+    """'a, b and c'."""
+    return " and ".join(filter(None, [", ".join(texts[:-1]), *texts[-1:]]))
+
+
+def tiles(results: Results, table: pd.DataFrame) -> list[Tile]:
+    """The figures of the page's head, as far as they were measured."""
+    named = [_naming_tile(results, data) for data in results.measured]
+    captioned = [_caption_tile(results, data) for data in results.measured]
+    found = [*named, _retrieval_tile(results), _convergence_tile(results, table), *captioned]
+    return [tile for tile in found if tile]
+
+
+def _naming_tile(results: Results, data: str) -> Tile | None:
+    best = results.best(data)
+    accuracy, classes = best.figure("acc"), best.figure("classes")
+    if accuracy is None:
+        return None
+    label = "of unseen pictures named" + (f", out of {written(classes)} names" if classes else "")
+    spread = "" if accuracy.interval is None else "; {} to {} with 95 % confidence".format(*_rough(accuracy))
+    baselines = [figure for figure in results.baselines(data) if figure.kind == "share"]
+    compared = "".join(f", {figure.label} {written(figure)}" for figure in baselines)
+    return Tile(percent(accuracy.value, 0), label, f"{data}: {results.name(best)}{spread}{compared}")
+
+
+def _rough(figure: Figure) -> list[str]:
+    return [percent(end, 0) for end in figure.interval or ()]
+
+
+def _caption_tile(results: Results, data: str) -> Tile | None:
+    best = results.best(data)
+    right, before, others = map(best.figure, ("right", "right_pretrained", "right_shuffled"))
+    if right is None:
+        return None
+    note = f"{data}: {results.name(best)} after fine-tuning"
+    note += f"; {percent(before.value, 0)} before it" if before else ""
+    note += f", {percent(others.value, 0)} of other pictures' things" if others else ""
+    count = best.figure("captioned")
+    note += f"; {written(count)} captions" if count else ""
+    return Tile(percent(right.value, 0), "of captions name a thing that is in the picture", note)
+
+
+def _retrieval_tile(results: Results) -> Tile | None:
+    shares = {name: found["r1_debiased"] for name, found in results.pretrain.items() if "r1_debiased" in found}
+    if not shares:
+        return None
+    name = max(shares, key=lambda adapter: float(shares[adapter]))
+    candidates, raw = candidates_of(results, name), results.pretrain[name].get("r1_raw")
+    note = f"{name} after pre-training, debiased; chance {percent(1 / candidates)}"
+    note += "" if raw is None else f", raw {percent(raw, 0)}"
+    label = f"of pictures find their own caption among {candidates}, with no language model"
+    return Tile(percent(shares[name], 0), label, note)
+
+
+def _convergence_tile(results: Results, table: pd.DataFrame) -> Tile:
+    """What pre-training saves in fine-tuning, for the adapter and recipe that show it most, and what it costs."""
+    run = results.params.run
+    matches = {
+        (adapter, recipe): convergence.steps_to_match(table, adapter, recipe)
+        for adapter in run.scratch
+        for recipe in run.scratch_recipes
+    }
+    shares = {pair: (m[0] / m[1] if m and m[0] is not None and m[1] else math.inf) for pair, m in matches.items()}
+    adapter, recipe = pair = min(shares, key=lambda key: shares[key])
+    last = {s: convergence.curve(table, adapter, recipe, s)["val_loss"].iloc[-1] for s in ("emd", "scratch")}
+    note = f"{convergence.name_of(table, adapter, recipe)}: "
+    note += f"validation loss {last['emd']:.2f} with it, {last['scratch']:.2f} without"
+    cost = results.seconds.get(f"pretrain@{adapter}")
+    note += "" if cost is None else f"; pre-training itself took {duration(cost)}"
+    match = matches[pair]
+    if match is None or match[0] is None:
+        return Tile("no gain", "from pre-training in fine-tuning steps", note)
+    return Tile(f"{match[0]} of {match[1]}", "fine-tuning steps suffice after pre-training", note)
+
+
+def _pca_pictures(results: Results, adapter: str) -> list[tuple[str, str]]:
+    """(data URI, what it shows) of every picture of a stage pca."""
+    folder = results.run.pca(adapter)
+    return [(_png(require(folder / f"{name}.png")), text) for name, text in PCA_PICTURES.items()]
+
+
+def _components(states: dict[str, dict[str, Any]]) -> str:
+    """The figures of a stage pca in words."""
+    gaps = [f"{states[s]['gap']:.2f} {text}" for s, text in STATES.items() if "gap" in states.get(s, {})]
+    counts = [str(states[s]["k80"]) for s in STATES if "k80" in states.get(s, {})]
+    texts = [f"Modality gap (distance of the centroids) {', '.join(gaps)}"] if gaps else []
+    texts += [f"components for 80\u00a0% of the variance: {', '.join(counts)}"] if counts else []
+    return "; ".join(texts) + "." if texts else ""
+
+
+def _png(path: Path) -> str:
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,231 @@
+"""The page's section of each data set, by its task: a gallery of captions, an accuracy chart, or a table of answers."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pandas as pd
+
+from pipeline.config import components
+from pipeline.media.pictures import decode, read
+from pipeline.metrics.base import Figure
+from pipeline.metrics.things import Things
+from pipeline.report.figures import with_interval
+from pipeline.report.results import Outcome, Results
+from pipeline.report.tables import Table, figures_table
+from pipeline.tasks.base import Task
+from pipeline.tasks.captioning import Captioning
+from pipeline.tasks.naming import Naming, confusions
+
+GALLERY, EXAMPLES, CONFUSED = 24, 6, 8
+THUMBNAIL = 240  # pixels of the longer side
+
+
+@dataclass(frozen=True)
+class Tab:
+    """A choice among outcomes: its id, its name, and whether it is shown first."""
+
+    key: str
+    name: str
+    best: bool
+
+
+@dataclass(frozen=True)
+class Section:
+    """What the page shows of a data set; `template` says how, and its texts are `body`."""
+
+    template: str
+    data: str
+    prompt: str
+    best: str
+    tabs: list[Tab]
+    table: Table
+    baselines: list[str]
+    body: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A row of the accuracy chart."""
+
+    name: str
+    figure: Figure
+    kind: str = "adapter"
+
+
+@dataclass(frozen=True)
+class Shot:
+    """A picture of the gallery and what is said of it, by the key of a tab; `right` by the same, where measured."""
+
+    picture: str | None
+    reference: str
+    captions: dict[str, dict[str, Any]]
+    right: dict[str, bool]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A picture, its name, and the answer."""
+
+    picture: str | None
+    label: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """Two classes taken for one another, how often, and a test picture of each."""
+
+    label: str
+    predicted: str
+    count: int
+    pictures: list[str | None]
+
+
+def sections(results: Results) -> list[Section]:
+    """A section for each data set that was measured. Raises UserError naming answers that are missing."""
+    return [_section(results, data) for data in results.measured]
+
+
+def _section(results: Results, data: str) -> Section:
+    name, best = results.params.data[data].task, results.best(data)
+    task = Task.of(name, results.params.evaluate)
+    template, body = _kind_of(task)
+    return Section(
+        template,
+        data,
+        task.prompt,
+        results.name(best),
+        [Tab(key_of(outcome), results.name(outcome), outcome is best) for outcome in results.of(data)],
+        figures_table(results, data),
+        [f"{figure.label} {with_interval(figure)}" for figure in results.baselines(data)],
+        body(results, data),
+    )
+
+
+def _kind_of(task: Task) -> tuple[str, Callable[[Results, str], dict[str, Any]]]:
+    """The template of a task's section, and what fills it."""
+    if isinstance(task, Captioning):
+        return "gallery.html.jinja", partial(_gallery, prefix=task.settings.pretrained_prefix)
+    if isinstance(task, Naming):
+        return "naming.html.jinja", _naming
+    return "answers.html.jinja", _answers
+
+
+def key_of(outcome: Outcome) -> str:
+    """A name for the page's own use: neither part has a hyphen."""
+    return f"{outcome.adapter}-{outcome.recipe}"
+
+
+def answers_of(results: Results, outcome: Outcome) -> pd.DataFrame:
+    """The answers to test pictures, as their task wrote them."""
+    task: type[Task] = components.find("task", results.params.data[outcome.data].task)
+    return task.read(results.run.evaluated(outcome.adapter, outcome.recipe) / outcome.data)
+
+
+# Captions
+
+
+def _gallery(results: Results, data: str, prefix: str) -> dict[str, Any]:
+    """The first test pictures that were captioned, in order of id and so not picked, with everyone's captions."""
+    best = results.best(data)
+    tables = {key_of(outcome): answers_of(results, outcome) for outcome in results.of(data)}
+    said = {key: {row["id"]: row for row in table.to_dict("records")} for key, table in tables.items()}
+    things = _things(results, data) if best.figure("right") else None
+    shots = []
+    for row in tables[key_of(best)].head(GALLERY).to_dict("records"):
+        captions = {key: rows[row["id"]] for key, rows in said.items() if row["id"] in rows}
+        right = {
+            key: things.names_one(found["finetuned"], found["references"]) for key, found in captions.items() if things
+        }
+        shots.append(Shot(thumbnail(row["image"]), next(iter(row["references"]), ""), captions, right))
+    return {"shots": shots, "captioned": len(tables[key_of(best)]), "prefix": prefix}
+
+
+def _things(results: Results, data: str) -> Things:
+    """As the metric had them: from the captions of all pictures of the data set."""
+    from pipeline.store.reader import usable_rows  # torch
+
+    return Things([list(texts) for texts in usable_rows(results.run, data)["captions"]])
+
+
+# Names
+
+
+def _naming(results: Results, data: str) -> dict[str, Any]:
+    """Accuracies as bars, and answers of the best."""
+    best = results.best(data)
+    rows = answers_of(results, best)
+    counts = {figure.key: figure for figure in results.baselines(data) if figure.kind == "count"}
+    return {
+        "bars": accuracy_bars(results, data),
+        "images": int(counts["test_images"].value) if "test_images" in counts else None,
+        "classes": int(counts["classes"].value) if "classes" in counts else None,
+        "probe": best.figure("probe") is not None,
+        "right": _examples(rows[rows["correct"]]),
+        "wrong": _examples(rows[~rows["correct"]]),
+        "confused": _confused(rows),
+    }
+
+
+def accuracy_bars(results: Results, data: str) -> list[Bar]:
+    """Adapters, then what they are compared with, highest first; none where accuracy was not measured."""
+    found = [(outcome, outcome.figure("acc")) for outcome in results.of(data)]
+    bars = [Bar(results.name(outcome), figure) for outcome, figure in found if figure]
+    baselines = [figure for figure in results.baselines(data) if figure.kind == "share"]
+    lines = [Bar(figure.label, figure, "baseline") for figure in sorted(baselines, key=lambda figure: -figure.value)]
+    return [*bars, *lines] if bars else []
+
+
+def _examples(rows: pd.DataFrame) -> list[Example]:
+    """Some answers, each of another class."""
+    kept = rows.drop_duplicates("label").head(EXAMPLES)
+    columns = (kept["image"], kept["label"], kept["output"])
+    return [Example(thumbnail(image), label, output.strip()) for image, label, output in zip(*columns, strict=True)]
+
+
+def _confused(rows: pd.DataFrame) -> list[Confusion]:
+    """The pairs taken for one another most often."""
+    pictures = dict(rows.drop_duplicates("label")[["label", "image"]].itertuples(index=False))
+    return [
+        Confusion(
+            label,
+            predicted,
+            int(count),
+            [thumbnail(pictures[name]) if name in pictures else None for name in (label, predicted)],
+        )
+        for label, predicted, count in confusions(rows).head(CONFUSED).itertuples(index=False)
+    ]
+
+
+# Answers of any other task
+
+
+def _answers(results: Results, data: str) -> dict[str, Any]:
+    """The best one's first answers as they were kept, with their pictures."""
+    rows = answers_of(results, results.best(data)).head(GALLERY)
+    columns = [column for column in rows if column not in ("id", "image")]
+    pictures = [thumbnail(path) for path in rows["image"]] if "image" in rows else [None] * len(rows)
+    texts = [[_text(row[column]) for column in columns] for row in rows.to_dict("records")]
+    return {"columns": columns, "answers": list(zip(pictures, texts, strict=True))}
+
+
+def _text(value: object) -> str:
+    return " / ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def thumbnail(path: str) -> str | None:
+    """A picture as a small JPEG in a data URI; None when its file is gone or cannot be read."""
+    try:
+        picture = decode(read(path))
+    except (OSError, ValueError):
+        return None
+    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=82, optimize=True)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,0 +1,118 @@
+"""The tables of the page: a row for each adapter, and a column for each figure that one of them has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from pipeline.report import convergence
+from pipeline.report.figures import interval, labels, percent, written
+from pipeline.report.results import Results
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A figure in a table, what stands small below it, and whether it is good or bad news ('yes', 'no' or '')."""
+
+    text: str
+    small: str = ""
+    mood: str = ""
+
+
+ABSENT = Cell("–")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Headings, that of the rows' names first, in which a line may end; and rows of a name and a cell each."""
+
+    head: list[str]
+    rows: list[tuple[str, list[Cell]]]
+
+    @classmethod
+    def of(cls, headings: dict[str, str], rows: dict[str, dict[str, Cell]]) -> Table:
+        """From rows of cells by the keys of `headings`; a column that no row has is left out."""
+        keys = [key for key in headings if any(key in cells for cells in rows.values())]
+        cells = [(name, [row.get(key, ABSENT) for key in keys]) for name, row in rows.items()]
+        return cls(["adapter", *(headings[key] for key in keys)], cells)
+
+
+def figures_table(results: Results, data: str) -> Table:
+    """All that was measured on one data set, baselines apart."""
+    outcomes = results.of(data)
+    rows = {}
+    for outcome in outcomes:
+        found = {figure.key: figure for figure in outcome.figures}
+        cells = {key: Cell(written(figure), interval(figure)) for key, figure in found.items()}
+        loss = {} if outcome.val_loss is None else {"val_loss": Cell(f"{outcome.val_loss:.3f}")}
+        rows[results.name(outcome)] = cells | loss
+    return Table.of(labels(outcomes) | {"val_loss": "validation loss"}, rows)
+
+
+FINETUNING = {"steps": "steps", "emd": "final loss\npre-trained", "scratch": "final loss\nfrom scratch"}
+
+
+def finetuning_table(results: Results, curves: pd.DataFrame) -> Table:
+    """The losses that fine-tuning ended on with and without pre-training."""
+    run, rows = results.params.run, {}
+    for recipe in run.scratch_recipes:
+        for name in run.adapters:
+            pretrained = convergence.curve(curves, name, recipe, "emd")
+            scratch = convergence.curve(curves, name, recipe, "scratch")
+            rows[convergence.name_of(curves, name, recipe)] = {
+                "steps": Cell(str(int(pretrained["step"].iloc[-1]))),
+                "emd": Cell(f"{pretrained['val_loss'].iloc[-1]:.3f}"),
+                "scratch": Cell("not run" if scratch.empty else f"{scratch['val_loss'].iloc[-1]:.3f}"),
+            }
+    return Table.of(FINETUNING, rows)
+
+
+PRETRAINING = {
+    "val": "own\npicture",
+    "shuffled": "another\npicture",
+    "image_gain": "image gain\n(95\u00a0% interval)",
+    "const_token": "best constant\ntoken",
+    "const_set": "best constant\nset",
+    "below": "below the\nbest of these",
+    "retrieval": "finds its caption\nraw / debiased",
+    "chance": "chance",
+}
+
+
+def pretraining_table(results: Results) -> Table:
+    """What pre-training measured on held-out captions."""
+    return Table.of(PRETRAINING, {name: _pretrained(results, name) for name in results.pretrain})
+
+
+def _pretrained(results: Results, adapter: str) -> dict[str, Cell]:
+    found = results.pretrain[adapter]
+    distances = ("val", "shuffled", "image_gain", "const_token", "const_set")
+    cells = {key: Cell(f"{found[key]:.3f}") for key in distances if key in found}
+    if {"image_gain", "image_gain_low", "image_gain_high"} <= found.keys():
+        low, high = found["image_gain_low"], found["image_gain_high"]
+        mood = "yes" if low > 0 else "no"
+        cells["image_gain"] = Cell(f"{found['image_gain']:.3f}", f"{low:.3f} to {high:.3f}", mood)
+    below = below_blind(found)
+    if below is not None:
+        cells["below"] = Cell(percent(below), mood="yes" if below > 0 else "no")
+    if {"r1_raw", "r1_debiased"} <= found.keys():
+        cells["retrieval"] = Cell(f"{percent(found['r1_raw'])} / {percent(found['r1_debiased'])}")
+        cells["chance"] = Cell(percent(1 / candidates_of(results, adapter)))
+    return cells
+
+
+def candidates_of(results: Results, adapter: str) -> int:
+    """How many captions retrieval chose from: chance is one in so many."""
+    most = results.params.pretrain_for(adapter).candidates
+    return min(most, int(results.pretrain[adapter].get("held_out", most)))
+
+
+def below_blind(found: dict[str, Any]) -> float | None:
+    """By which share the held-out EMD is below that of the best image-blind token set; negative when it is above.
+
+    None where there are no image-blind sets to compare with.
+    """
+    blind = min((float(found[key]) for key in ("const_token", "const_set") if key in found), default=0.0)
+    return (blind - float(found["val"])) / blind if blind and "val" in found else None
