@@ -21,14 +21,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.adapters.adapters import build_adapter
+from pipeline.adapters.module import build_adapter
 from pipeline.config import LLM
 from pipeline.config.schema import Pretrain
 from pipeline.devices import keep_freed_memory, to_device
 from pipeline.llms.load import load_llm
-from pipeline.objectives.emd import EMDSettings
-from pipeline.objectives.objective import Pairs, start_loss
-from pipeline.training.loop import Checkpoint, Trainer
+from pipeline.objectives.base import Means, Objective
+from pipeline.objectives.emd import EMD, EMDSettings
+from pipeline.objectives.pairs import Pairs
+from pipeline.started import Started
+from pipeline.training.loop import Checkpoint, Trainer, batch_at
 from pipeline.transport.costs import cost_matrix, ground_costs
 from pipeline.transport.emd import emd
 from pipeline.transport.gradient import cost_of_plans
@@ -242,20 +244,16 @@ def against_language_model(quick: bool, threads: int) -> None:
 COCO = 118_287  # images of train2017, five captions each
 
 
-class RandomPairs(Pairs):
+def random_pairs(device: torch.device, tokens: int, widths: tuple[int, int]) -> Pairs:
     """As many images as COCO, of 256 random token sets and 1,000 random captions of 8 to 20 words."""
-
-    def __init__(self, device: str, tokens: int, widths: tuple[int, int], settings: Pretrain, threads: int):
-        self.device, self.threads, self.settings, self.in_flight = torch.device(device), threads, settings, 1
-        rng = np.random.default_rng(0)
-        captions = [rng.integers(5_000, size=rng.integers(8, 21)).tolist() for _ in range(1_000)]
-        self.images, self.table = torch.randn(256, tokens, widths[0]), torch.randn(5_000, widths[1]).to(self.device)
-        self.rows = [[captions[(5 * i + j) % 1_000] for j in range(5)] for i in range(COCO)]
-        self.train = list(range(COCO))
-        self._measure()
-
-    def tokens(self, positions: list[int]) -> Tensor:
-        return to_device(self.images[[position % 256 for position in positions]], self.device)
+    rng = np.random.default_rng(0)
+    captions = [rng.integers(5_000, size=rng.integers(8, 21)).tolist() for _ in range(1_000)]
+    images, table = torch.randn(256, tokens, widths[0]), torch.randn(5_000, widths[1]).to(device)
+    return Pairs(
+        tokens=lambda positions: to_device(images[[position % 256 for position in positions]], device),
+        captions=[[captions[(5 * i + j) % 1_000] for j in range(5)] for i in range(COCO)],
+        table=table, token_ids=list(range(len(table))), train=list(range(COCO)), val=[], first=COCO,
+    )  # fmt: skip
 
 
 def in_flight(quick: bool, threads: int, device: str) -> None:
@@ -265,14 +263,14 @@ def in_flight(quick: bool, threads: int, device: str) -> None:
         return
     small = device == "cpu"
     tokens, widths, size = (49, (32, 64), 4) if small else (255, (512, 4096), 8)
-    objective = EMDSettings(cost="euclidean", word_weights="uniform", start="random")
-    settings = Pretrain(epochs=1, batch=size, accumulate=6, lr=1e-4, objective=objective)
-    pairs = RandomPairs(device, tokens, widths, settings, threads)
+    settings = EMDSettings(cost="euclidean", word_weights="uniform", start="random")
+    course = Pretrain(epochs=1, batch=size, accumulate=6, lr=1e-4, objective=settings)
+    objective = EMD(settings, random_pairs(torch.device(device), tokens, widths), Means(threads=threads))
     where = device if small else torch.cuda.get_device_name()
     for name in ("linear", "mlp"):
         for micro_batch in (size // 2, size):
-            pairs.settings = settings.model_copy(update={"batch": micro_batch})
-            sides = [Flight(pairs, name, widths, flights) for flights in (1, 2, 3)]
+            own = course.model_copy(update={"batch": micro_batch})
+            sides = [Flight(objective, own, name, widths, flights) for flights in (1, 2, 3)]
             for _ in range(2 if quick else 4):  # the first turn is not counted
                 for side in sides:
                     side.fly(2 if small else 10)
@@ -290,27 +288,31 @@ def in_flight(quick: bool, threads: int, device: str) -> None:
 class Flight:
     """Training with so many micro-batches in flight; `turns` has its seconds an image, and those without work."""
 
-    def __init__(self, pairs: Pairs, name: str, widths: tuple[int, int], flights: int, examples: int = COCO):
+    def __init__(
+        self, objective: Objective, settings: Pretrain, name: str, widths: tuple[int, int], flights: int,
+        examples: int = COCO,
+    ):  # fmt: skip
         torch.manual_seed(0)
-        self.device, self.turns, self.marks = pairs.device, [], []
-        self.pairs, self.adapter = pairs, build_adapter(name, *widths).to(pairs.device)
+        self.device, self.turns, self.marks = objective.pairs.device, [], []
+        self.objective, self.adapter = objective, build_adapter(name, *widths).to(self.device)
         self.trainer = Trainer(
-            name, self.adapter, [{"params": list(self.adapter.parameters())}], pairs.settings, examples, 0, self.start,
+            name, self.adapter, [{"params": list(self.adapter.parameters())}], settings, examples, 0, self.start,
             lambda step: {}, set(), Checkpoint(Path("never-written.pt"), ""), in_flight=flights,
         )  # fmt: skip
         self.optimizer = torch.optim.AdamW(self.adapter.parameters(), lr=1e-4, fused=True)
 
-    def start(self, batch: list[int]) -> Callable[[], Tensor]:
+    def start(self, number: int) -> Started:
         """The loss of a batch. From the end of all work given to the device until new work comes, it is idle."""
-        self.pairs.in_flight = self.trainer.in_flight
-        finish = start_loss(self.pairs, self.adapter(self.pairs.tokens(batch)), batch)
+        batch = batch_at(number, self.trainer.settings.batch, self.trainer.examples, 0)
+        self.objective.in_flight = self.trainer.in_flight
+        loss = self.objective.start(self.adapter(self.objective.pairs.tokens(batch)), batch)
 
         def marked() -> Tensor:
-            before, value, after = self.mark(), finish(), self.mark()
+            before, value, after = self.mark(), loss.result(), self.mark()
             self.marks.append((before, after))
             return value
 
-        return marked
+        return Started(marked)
 
     def mark(self) -> float | torch.cuda.Event:
         if self.device.type == "cpu":

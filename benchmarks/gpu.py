@@ -215,29 +215,39 @@ class Bench:
                 before,
             )
 
-    def constant_set(self) -> None:
-        from pipeline.objectives.objective import Pairs
-        from pipeline.training.pretrain import fit_constant_set
+    def objective(self) -> Any:
+        from pipeline.objectives.base import Means
+        from pipeline.objectives.emd import EMD
+        from pipeline.objectives.pairs import Pairs
 
-        pairs = Pairs(self.params, self.params.pretrain_for("mlp"))
-        fit_constant_set(pairs, 1, 0)  # compiles
-        spent = timed(lambda: fit_constant_set(pairs, 1, 0)), timed(lambda: fit_constant_set(pairs, 255, 0))
+        settings = self.params.pretrain_for("mlp")
+        means = Means(self.params.seed, self.params.runtime.emd_threads)
+        return EMD(settings.objective, Pairs.open(self.params, settings), means)
+
+    def constant_set(self) -> None:
+        from pipeline.objectives.constant_set import fit_constant_set
+
+        objective = self.objective()
+        fit_constant_set(objective, 1)  # compiles
+        spent = timed(lambda: fit_constant_set(objective, 1)), timed(lambda: fit_constant_set(objective, 255))
         line("constant token; constant set of 255", f"{spent[0]:.1f} s; {spent[1]:.1f} s", "19.5 s")
 
     def pretraining(self) -> None:
         """The whole stage, then its steps alone, as the profile has it and with the adapter alone."""
         from benchmarks.emd import Flight
-        from pipeline.objectives.objective import Pairs
         from pipeline.training.pretrain import pretrain
 
         line(
             "pretrain mlp, the stage, one epoch of these pictures",
-            f"{timed(lambda: pretrain(self.params, 'mlp', self.base / 'pretrain/mlp')):.1f} s",
+            f"{timed(lambda: pretrain(self.params, 'mlp')):.1f} s",
             "30.9 s",
         )
         settings = self.params.pretrain_for("mlp")
-        pairs = Pairs(self.params, settings)
-        side = Flight(pairs, "mlp", (pairs.d_in, pairs.table.shape[1]), pairs.in_flight, len(pairs.train))
+        objective = self.objective()
+        pairs = objective.pairs
+        tokens = pairs.tokens(pairs.train[: settings.batch])
+        widths = tokens.shape[2], pairs.table.shape[1]
+        side = Flight(objective, settings, "mlp", widths, objective.in_flight, len(pairs.train))
         for _ in range(2 if self.tiny else 4):
             side.fly(2 if self.tiny else 12)
         spent, idle = min(side.turns[1:])
@@ -249,7 +259,6 @@ class Bench:
         )
         line("    of it without work for want of plans", f"{idle / spent:.1%}")
         adapter, optimizer = side.adapter, side.optimizer
-        tokens = pairs.tokens(pairs.train[: settings.batch])
 
         def alone() -> None:
             for _ in range(4 if self.tiny else 20):
@@ -263,7 +272,7 @@ class Bench:
 
     def language_model(self) -> None:
         """Fine-tuning steps, then cross-entropy through the frozen LLM."""
-        from pipeline.adapters.adapters import build_adapter
+        from pipeline.adapters.module import build_adapter
         from pipeline.config.schema import LoRA
         from pipeline.devices import fast_products
         from pipeline.llms.load import load_llm

@@ -17,7 +17,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 
-from pipeline.adapters.adapters import build_adapter
+from pipeline.adapters.module import build_adapter
 from pipeline.config import LLM
 from pipeline.config.schema import LoRA
 from pipeline.llms.load import load_llm

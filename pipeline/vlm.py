@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.adapters.adapters import Adapter, load_adapter
+from pipeline.adapters.module import Adapter, load_adapter
 from pipeline.config import LLM
 from pipeline.config.schema import LoRA
 from pipeline.errors import UserError

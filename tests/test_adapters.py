@@ -3,8 +3,28 @@
 import pytest
 import torch
 
-from pipeline.adapters.adapters import Attention, build_adapter, load_adapter, pool_grid
+from pipeline.adapters.base import Architecture
+from pipeline.adapters.blocks import Attention
+from pipeline.adapters.module import build_adapter, load_adapter, pool_grid
 from pipeline.errors import UserError
+
+OWN = """
+from torch import nn
+
+from pipeline.adapters.base import Architecture, ArchitectureSettings
+from pipeline.config.base import Positive
+
+
+class Settings(ArchitectureSettings):
+    rank: Positive = 2
+
+
+class LowRank(Architecture):
+    Settings = Settings
+
+    def body(self, d_in, d_out):
+        return nn.Linear(d_in, self.settings.rank, bias=False), self.settings.rank
+"""
 
 
 @pytest.mark.parametrize(
@@ -21,6 +41,9 @@ def test_thesis_sizes(name, parameters, tokens):
         adapter = build_adapter(name, 512, 4096)
         assert sum(p.numel() for p in adapter.parameters()) == parameters
         assert adapter(torch.empty(2, 255, 512)).shape == (2, tokens, 4096)
+    architecture = Architecture.of(name, {})
+    assert architecture.tokens(255) == tokens
+    assert architecture.parameters(512, 4096) == pytest.approx(parameters, rel=0.02)
 
 
 @pytest.mark.parametrize("name", ["linear", "mlp", "self_attention", "query"])
@@ -88,11 +111,32 @@ def test_save_and_load(tmp_path, with_offset):
     torch.testing.assert_close(load_adapter(tmp_path, "last")(tokens), adapter(tokens), rtol=0, atol=0)
 
 
+def test_an_own_architecture_is_a_class_of_settings_and_body(project, monkeypatch):
+    (project / "own_adapters.py").write_text(OWN)
+    monkeypatch.syspath_prepend(project)
+    architecture = {"kind": "own_adapters:LowRank", "rank": 3, "pool": 2}
+    adapter = build_adapter("own_adapters:LowRank", 8, 6, **architecture).eval()
+    adapter.save(project / "saved", "last")
+    tokens = torch.randn(2, 9, 8)
+    found = load_adapter(project / "saved", "last")(tokens)
+    assert found.shape == (2, 4, 6)
+    torch.testing.assert_close(found, adapter(tokens), rtol=0, atol=0)
+    of_params = Architecture.of("own_adapters:LowRank", architecture)
+    assert of_params.tokens(9) == 4
+    assert of_params.parameters(8, 6) == sum(p.numel() for p in adapter.parameters())
+    with pytest.raises(UserError, match=r"architecture\.rank is 0: should be greater than 0"):
+        build_adapter("own_adapters:LowRank", 8, 6, rank=0)
+
+
 def test_faults_are_named(tmp_path):
-    with pytest.raises(UserError, match="unexpected keyword argument 'depth'"):
-        build_adapter("mlp", 8, 6, depth=3)
-    with pytest.raises(UserError, match="not a multiple of heads"):
+    with pytest.raises(UserError, match=r"architecture\.hiden is 3: unknown key; did you mean hidden\?"):
+        build_adapter("mlp", 8, 6, hiden=3)
+    with pytest.raises(UserError, match=r"architecture\.width is 10: should be a multiple of heads, 4"):
         build_adapter("self_attention", 8, 6, width=10)
+    with pytest.raises(UserError, match="width 10 is not a multiple of heads 4"):
+        build_adapter("self_attention", 10, 6)
+    with pytest.raises(UserError, match="kind is conv: should be 'linear', 'mlp'"):
+        build_adapter("conv", 8, 6)
     with pytest.raises(UserError, match=r"last\.safetensors: cannot be loaded"):
         load_adapter(tmp_path, "last")
     build_adapter("mlp", 8, 6).save(tmp_path, "last")

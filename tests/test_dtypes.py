@@ -91,7 +91,7 @@ def test_params_and_code_know_the_same_types():
 def test_each_type_trains(tiny_params, monkeypatch):
     """Two steps through the stages; the image-blind baseline, which reads no image tokens, is not fitted."""
     monkeypatch.setattr(
-        "pipeline.training.pretrain.fit_constant_set", lambda pairs, count, seed: pairs.table[:count].clone()
+        "pipeline.objectives.constant_set.fit_constant_set", lambda emd, count: emd.pairs.table[:count].clone()
     )
     values = yaml.safe_load(Path("params.yaml").read_text())
     values["pretrain"] |= {"data": ["captions"], "max_steps": 2}

@@ -20,7 +20,7 @@ from pipeline.llms.load import load_embedding, load_tokenizer
 from pipeline.llms.text import Texts
 from pipeline.metrics.base import read_figures
 from pipeline.metrics.probe import linear_probe
-from pipeline.objectives.objective import Pairs
+from pipeline.objectives.pairs import Pairs
 from pipeline.runs import Run
 from pipeline.store.reader import CaptionTokens, ImageTokens
 from pipeline.tasks.base import Task
@@ -177,8 +177,8 @@ def test_one_class_and_captions_without_words_go_all_the_way(tiny_params: Params
         rows.to_parquet(path)
         run("extract-images", data)
         run("extract-captions", data)
-    pairs = Pairs(params, params.pretrain)
-    assert all(pairs.rows[i] for i in [*pairs.train, *pairs.val])
+    pairs = Pairs.open(params, params.pretrain)
+    assert all(pairs.captions[i] for i in [*pairs.train, *pairs.val])
     run("pretrain", "mlp")
     for data in ("captions", "classes"):
         run("finetune", "mlp", data)

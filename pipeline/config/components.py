@@ -22,7 +22,7 @@ KINDS = {
     "task": ("pipeline.tasks:TASKS", "pipeline.tasks.base:Task"),
     "encoder": ("pipeline.encoders:ENCODERS", "pipeline.encoders.base:Encoder"),
     "loader": ("pipeline.llms:LOADERS", "pipeline.llms.base:Loader"),
-    "adapter": ("pipeline.adapters:ADAPTERS", "pipeline.adapters.base:Adapter"),
+    "adapter": ("pipeline.adapters:ADAPTERS", "pipeline.adapters.base:Architecture"),
     "objective": ("pipeline.objectives:OBJECTIVES", "pipeline.objectives.base:Objective"),
     "metric": ("pipeline.metrics:METRICS", "pipeline.metrics.base:Metric"),
 }

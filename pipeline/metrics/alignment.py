@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.adapters.adapters import load_adapter
+from pipeline.adapters.module import load_adapter
 from pipeline.config import Params
 from pipeline.devices import CPU, pick_device
 from pipeline.errors import UserError

@@ -1,14 +1,24 @@
-"""EMD, its contrast and its starts."""
+"""EMD between an image's tokens and a caption's words, its contrast and its starts (docs/emd.md)."""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
 from pipeline.config.base import AboveZero, NotNegative, Share
 from pipeline.config.schema import ObjectiveSettings
-from pipeline.objectives.base import Objective
+from pipeline.objectives.base import Captions, Means, Objective
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pipeline.adapters.module import Adapter
+    from pipeline.objectives.ground import Ground
+    from pipeline.objectives.pairs import Pairs
+    from pipeline.started import Started
 
 
 class EMDSettings(ObjectiveSettings):
@@ -42,3 +52,63 @@ class EMD(Objective):
     """Exact Earth Mover's Distance."""
 
     Settings = EMDSettings
+    settings: EMDSettings
+
+    def __init__(self, settings: EMDSettings, pairs: Pairs, means: Means | None = None):
+        super().__init__(settings, pairs, means)
+        self.in_flight = 3 if pairs.device.type == "cuda" else 1  # on the GPU, at the solver, on the way
+
+    @cached_property
+    def ground(self) -> Ground:
+        """Where words lie and what they weigh."""
+        from pipeline.objectives.ground import Ground
+
+        return Ground(self.settings, self.pairs)
+
+    def distances(self, tokens: Tensor, captions: Captions, image: Sequence[int] | None) -> Tensor:
+        """EMD of P pairs, [P]; image None: of each caption with each image, all captions of the first image first."""
+        return self.start_distances(tokens, captions, image).result()
+
+    def start_distances(self, tokens: Tensor, captions: Captions, image: Sequence[int] | None) -> Started:
+        from pipeline.transport.emd import start_emd
+
+        own, ground = self.settings, self.ground
+        words = ground.words_of(captions)
+        return start_emd(
+            ground.place(tokens), words.places, words.offsets, image, cost=own.cost, word_weights=words.weights,
+            center=ground.center, unmatched=own.unmatched, solver=own.solver, threads=self.means.threads,
+            background=self.in_flight > 1,
+        )  # fmt: skip
+
+    def all_distances(self, tokens: Tensor, captions: Captions) -> Tensor:
+        return self.distances(tokens, captions, None).view(len(tokens), -1)
+
+    def start(self, tokens: Tensor, positions: list[int]) -> Started:
+        """The mean over the images of their EMD, and the contrast where there is one."""
+        loss, weight = super().start(tokens, positions), self.settings.contrast
+        if not weight:
+            return loss
+        from pipeline.objectives.contrast import start_contrast
+
+        contrast = start_contrast(self, tokens, positions)
+        return loss.then(lambda mean: mean + weight * contrast.result())
+
+    def initialise(self, adapter: Adapter, tokens: Tensor) -> None:
+        if self.settings.start == "constant_set":
+            adapter.start_at(self.constant_set(adapter(tokens[:1]).shape[1]), tokens)
+
+    def baselines(self, count: int) -> dict[str, float]:
+        """EMD of the best constant token, and of the best constant set, on held-out images."""
+        return {"const_token": self._blind(1), "const_set": self._blind(count)}
+
+    def constant_set(self, count: int) -> Tensor:
+        """The best image-blind set of `count` tokens, [count, D]: adapters that give equally many share it."""
+        from pipeline.objectives.constant_set import fit_constant_set
+
+        decides = self.settings.model_dump(exclude={"start", "solver", "contrast", "temperature"})
+        fitted = self.means.keep(f"constant-set-{count}", [decides], lambda: fit_constant_set(self, count))
+        return fitted.to(self.pairs.device)
+
+    def _blind(self, count: int) -> float:
+        tokens = self.constant_set(count)[None]
+        return self.held_out(lambda _: tokens).mean().item()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.adapters.adapters import Adapter, build_adapter, load_adapter
+from pipeline.adapters.module import Adapter, build_adapter, load_adapter
 from pipeline.config import Params
 from pipeline.config.components import sources_of
 from pipeline.config.schema import Recipe

@@ -1,0 +1,99 @@
+"""An adapter: a trainable module from image tokens [B, N, d_in] to the LLM's embedding space [B, M, d_out]."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pipeline.adapters.base import Architecture
+from pipeline.errors import UserError
+
+
+class Adapter(nn.Module):
+    """A body, then a linear layer to the LLM's width.
+
+    `pool` first averages a square grid of tokens down to pool x pool; `dropout` acts on the input tokens.
+    `offset` [M, d_out], absent at first, is a constant token set that pre-training may start from.
+    """
+
+    def __init__(self, body: nn.Module, out: nn.Linear, pool: int | None = None, dropout: float = 0.0):
+        super().__init__()
+        self.pool, self.dropout = pool, dropout
+        self.body, self.out = body, out
+        self.register_parameter("offset", None)
+        self.config: dict[str, Any] = {}
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[B, N, d_in] to [B, M, d_out]."""
+        if self.pool is not None:
+            tokens = pool_grid(tokens, self.pool)
+        tokens = F.dropout(tokens, self.dropout, self.training)
+        tokens = self.out(self.body(tokens))
+        return tokens if self.offset is None else tokens + self.offset
+
+    @torch.no_grad()
+    def start_at(self, constant_set: Tensor, tokens: Tensor) -> None:
+        """Start at a constant token set [M, d_out], plus a tenth of its spread that depends on the image.
+
+        `tokens` [B, N, d_in] are a sample to measure the spread on: it differs tenfold between architectures.
+        """
+        self.out.bias.zero_()
+        spread = self(tokens).std()
+        self.out.weight.mul_(0.1 * constant_set.std() / spread)
+        self.offset = nn.Parameter(constant_set.clone())
+
+    def save(self, folder: Path, weights: str) -> None:
+        """Write adapter.json and <weights>.safetensors."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "adapter.json").write_text(json.dumps(self.config, indent=1) + "\n")
+        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, folder / f"{weights}.safetensors")
+
+
+def pool_grid(tokens: Tensor, side: int) -> Tensor:
+    """Average a square grid of tokens [B, s * s, D] down to [B, side * side, D]."""
+    count = tokens.shape[1]
+    grid = round(count**0.5)
+    if grid * grid != count:
+        raise UserError(f"adapters.*.architecture.pool: {count} image tokens are no square grid; leave pool out")
+    if grid == side:
+        return tokens
+    square = tokens.transpose(1, 2).unflatten(2, (grid, grid))
+    return F.adaptive_avg_pool2d(square, side).flatten(2).transpose(1, 2)
+
+
+def build_adapter(kind: str, d_in: int, d_out: int, /, **architecture: Any) -> Adapter:
+    """An adapter of a kind, one of ours or a `package.module:Class`, with random weights by torch's own state.
+
+    `architecture` are the keys of adapters.<name>.architecture. Raises UserError naming one that is at fault.
+    """
+    part = Architecture.of(kind, architecture)
+    body, width = part.body(d_in, d_out)
+    adapter = Adapter(body, nn.Linear(width, d_out), part.settings.pool, part.settings.dropout)
+    adapter.config = {"name": kind, "d_in": d_in, "d_out": d_out, "architecture": architecture}
+    return adapter
+
+
+def load_adapter(folder: Path, weights: str) -> Adapter:
+    """The adapter saved in a folder under a name (first, last, adapter), in eval mode.
+
+    Raises UserError when its files are missing or do not fit together.
+    """
+    path = folder / f"{weights}.safetensors"
+    try:
+        config = json.loads((folder / "adapter.json").read_text())
+        state = load_file(path)
+        adapter = build_adapter(config["name"], config["d_in"], config["d_out"], **config["architecture"])
+        if "offset" in state:
+            adapter.offset = nn.Parameter(torch.empty_like(state["offset"]))
+        adapter.load_state_dict(state)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: cannot be loaded as an adapter ({reason}); run `dvc repro`") from None
+    return adapter.eval()
