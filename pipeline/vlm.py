@@ -105,8 +105,9 @@ class VLM(nn.Module):
         left = wanted if self.context is None else min(wanted, self.context - used)
         if left < 1:
             raise UserError(
-                f"prompt and image tokens are {used} tokens, the LLM's context is {self.context}; shorten the prompt, "
-                "give the adapter fewer tokens, or take another llm.model"
+                "",
+                f"prompt and image tokens are {used} tokens, the LLM's context is {self.context}",
+                "shorten the prompt, give the adapter fewer tokens, or take another llm.model",
             )
         return left
 
@@ -183,7 +184,7 @@ def add_lora(llm: LanguageModel, params: LoRA) -> Any:
     try:
         return get_peft_model(llm.network, config)
     except ValueError as error:
-        raise UserError(f"finetune.lora.modules {params.modules}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"finetune.lora.modules {params.modules}", str(error).splitlines()[0]) from None
 
 
 @contextmanager

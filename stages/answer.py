@@ -37,7 +37,7 @@ def _answer(name: str, photos: list[Path], as_json: bool) -> None:
     params = load_params()
     files, missing = _files(photos)
     if not files:
-        raise UserError(f"{photos[0]}: {'no such file or folder' if missing else 'no picture in it'}; {FORMATS}")
+        raise UserError(photos[0], ("no such file or folder" if missing else "no picture in it"), FORMATS)
     losses = _finetuned(params, name)
     from pipeline.devices import pick_device
     from pipeline.encoders.vision import load_vision_encoder
@@ -110,7 +110,7 @@ def _finetuned(params: Params, task: str) -> dict[Path, float]:
                 own = [metrics[f"val_loss/{data}" if len(sets) > 1 else "val_loss"] for data in asked]
                 losses[folder] = sum(own) / len(own)
     if not losses:
-        raise UserError(f"{run.base / 'finetune'}: nothing is fine-tuned for the task {task} yet; run `dvc repro`")
+        raise UserError(run.base / "finetune", f"nothing is fine-tuned for the task {task} yet", "run `dvc repro`")
     return losses
 
 

@@ -196,7 +196,7 @@ def test_names_that_are_not_utf8_are_named_and_left_out(capfd: pytest.CaptureFix
     }
     assert r"(2: set/cat/caf\xe9.jpg, set/cr\xe8me/a.jpg)" in capfd.readouterr().err
     assert readable("a\udce9\ud83d\x1b") == r"a\xe9\ud83d\x1b"
-    assert str(UserError("caf\udce9")) == r"caf\xe9"
+    assert str(UserError("", "caf\udce9")) == r"caf\xe9"
 
 
 def rows_by_split(rows: dict[str, dict[str, Any]]) -> dict[str, int]:

@@ -232,7 +232,7 @@ class ImageShards:
         except DoesNotFit as fault:
             finite = self.encoder.encode(pixels)[: len(at)].isfinite().all()
             mend = "set cache.dtype: float32" if finite else "the encoder gives no finite numbers"
-            raise UserError(f"{part.rows['image'][at[fault.row]]}: tokens do not fit {dtype}; {mend}") from None
+            raise UserError(part.rows["image"][at[fault.row]], f"tokens do not fit {dtype}", mend) from None
 
     def _encode(self, pixels: Tensor) -> Tensor:
         """Tokens of a batch, from a GPU in the type that is stored: half the bytes. int8 is scaled on the CPU."""
@@ -243,7 +243,7 @@ class ImageShards:
 
 
 def _does_not_decode(name: str, error: ValueError) -> UserError:
-    return UserError(f"{name}: {error}; run `dvc repro --force` for the prepare stage")
+    return UserError(name, error, "run `dvc repro --force` for the prepare stage")
 
 
 @contextmanager
@@ -272,8 +272,8 @@ def read_picture(name: str, sha256: str) -> bytes:
         content = read(name)
     except OSError as error:
         raise UserError(
-            f"{name}: cannot be read ({error.strerror}); run `dvc repro --force` for the prepare stage"
+            name, f"cannot be read ({error.strerror})", "run `dvc repro --force` for the prepare stage"
         ) from None
     if hashlib.sha256(content).hexdigest() != sha256:
-        raise UserError(f"{name}: changed since it was prepared; run `dvc repro --force` for the prepare stage")
+        raise UserError(name, "changed since it was prepared", "run `dvc repro --force` for the prepare stage")
     return content

@@ -201,14 +201,16 @@ def decoder_for(wanted: str, preprocess: Callable[[Image.Image], Tensor], device
     if wanted == "pil" or (wanted == "auto" and not isinstance(preprocess, Preprocess)):
         return Decoder(preprocess)
     if not isinstance(preprocess, Preprocess):
-        raise UserError(f"vision.decoder {wanted}: only PIL knows the transform of this encoder; set it to auto or pil")
+        raise UserError(
+            f"vision.decoder {wanted}", "only PIL knows the transform of this encoder", "set it to auto or pil"
+        )
     fastest = ["nvjpeg", "torchvision"] if device.type == "cuda" else ["torchvision"]
     for name in fastest if wanted == "auto" else [wanted]:
         fault = _fault(name, device)
         if fault is None:
             return _make(name, preprocess, device)
         if wanted != "auto":
-            raise UserError(f"vision.decoder {name}: {fault}; set it to auto or pil")
+            raise UserError(f"vision.decoder {name}", fault, "set it to auto or pil")
         say_once(f"vision.decoder auto: not {name}, {fault}")
     return Decoder(preprocess)
 

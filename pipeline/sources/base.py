@@ -119,7 +119,7 @@ class FolderSource(Source):
     def folder(self) -> Path:
         """Its root. Raises UserError when that is no folder."""
         if not self.settings.root.is_dir():
-            raise UserError(f"{self.settings.root}: no such folder; {self._how_to_set()}")
+            raise UserError(self.settings.root, "no such folder", self._how_to_set())
         return self.settings.root
 
     def _how_to_set(self) -> str:

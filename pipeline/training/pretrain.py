@@ -70,7 +70,9 @@ def _check_of_one_kind(run: Run, kind: Kind, sets: list[str]) -> None:
     if len(prints) > 1:
         stage, model = EXTRACTED_BY[kind], "encoders" if kind == "images" else "LLMs"
         raise UserError(
-            f"{run.base / kind}: the features of {' and '.join(sets)} are of different {model}; run `dvc repro {stage}`"
+            run.base / kind,
+            f"the features of {' and '.join(sets)} are of different {model}",
+            f"run `dvc repro {stage}`",
         )
 
 
