@@ -80,7 +80,7 @@ def with_workers(params: Params, data: str, count: int) -> Make:
         number = min(count, len(paths))
         runtime = {"decode_threads": max(1, params.runtime.decode_threads // number)}
         job = Job(params, data, paths[0].parent.name, Path.cwd(), max(1, torch.get_num_threads() // number))
-        workers = [_Worker(i, _adapted(job, device=_device(params, i), **runtime)) for i in range(number)]
+        workers = [_Worker(i, _adapted(job, device=device_of(params, i), **runtime)) for i in range(number)]
         try:
             return _hand_out(paths, workers, advance)
         finally:
@@ -95,7 +95,7 @@ def _adapted(job: Job, **runtime: Any) -> Job:
     return replace(job, params=job.params.model_copy(update={"runtime": values}))
 
 
-def _device(params: Params, worker: int) -> str:
+def device_of(params: Params, worker: int) -> str:
     """GPUs in turn, where there are several and params.yaml names none."""
     device, count = params.runtime.device, torch.cuda.device_count()
     return f"cuda:{worker % count}" if device in ("auto", "cuda") and count > 1 else device

@@ -63,6 +63,8 @@ class Source(ABC):
     Settings: ClassVar[type[DataSettings]]
     tasks: ClassVar[tuple[str, ...]]
     """The tasks whose texts it holds."""
+    assumed: ClassVar[int] = 100_000
+    """Pictures to reckon with where only `prepare` can tell."""
 
     def __init__(self, name: str, settings: Any, seed: int, workers: int):
         self.name, self.settings, self.seed, self.workers = name, settings, seed, workers

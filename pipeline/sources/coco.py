@@ -37,6 +37,7 @@ class Coco(FolderSource):
     """A folder in the COCO captions layout."""
 
     Settings, tasks = CocoSettings, ("caption",)
+    assumed = 118_287
     settings: CocoSettings
     has_classes: ClassVar[bool] = False
 

@@ -27,6 +27,7 @@ class Food101(FolderSource):
     """A folder in the Food-101 layout."""
 
     Settings, tasks = Food101Settings, ("classify",)
+    assumed = 101_000
     settings: Food101Settings
 
     @property
