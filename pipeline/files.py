@@ -21,7 +21,7 @@ _REMEDY = (
     "make it yours or writable for you (chmod, chown), move away what is in the way, or work in a project folder of "
     "your own"
 )
-_POINTER = b"version https://git-lfs"
+POINTER = b"version https://git-lfs"
 
 
 class Damaged(Exception):
@@ -31,8 +31,8 @@ class Damaged(Exception):
 def refuse_pointer(path: Path) -> None:
     """Raises Damaged when a file is empty, or only the pointer that Git LFS leaves in place of its content."""
     with path.open("rb") as file:
-        start = file.read(len(_POINTER))
-    if start == _POINTER:
+        start = file.read(len(POINTER))
+    if start == POINTER:
         raise Damaged(f"{path.name}: a Git LFS pointer, not the file itself")
     if not start:
         raise Damaged(f"{path.name}: empty")

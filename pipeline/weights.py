@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline.errors import UserError
+from pipeline.files import POINTER
 from pipeline.needs import Fault
 
 LONGEST_HEADER = 100_000_000  # bytes; what safetensors itself allows
 AGAIN = "fetch it again"
-POINTER = b"version https://git-lfs"
 
 
 @contextmanager

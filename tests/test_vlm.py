@@ -12,7 +12,7 @@ from pipeline.adapters.module import build_adapter
 from pipeline.config import LLM
 from pipeline.config.schema import LoRA
 from pipeline.errors import UserError
-from pipeline.llms import load as backbone
+from pipeline.llms import quantise as backbone
 from pipeline.llms.load import load_embedding, load_llm
 from pipeline.origin import Origin, Words
 from pipeline.vlm import VLM, add_lora, load_vlm, tuned

@@ -56,7 +56,7 @@ def rows_of(captions: list[list[str]], labels: list[str] | None = None) -> pd.Da
 
 
 def prepared(params: Params, data: str, rows: pd.DataFrame) -> None:
-    path = Path("data") / params.profile / "prepare" / f"{data}.parquet"
+    path = Run.of(params).manifest(data)
     path.parent.mkdir(parents=True, exist_ok=True)
     rows.to_parquet(path)
 
@@ -64,9 +64,8 @@ def prepared(params: Params, data: str, rows: pd.DataFrame) -> None:
 def extracted(params: Params, data: str) -> CaptionTokens:
     tokenizer, embedding = load_tokenizer(params.llm), load_embedding(params.llm)
     manifest = extract_captions(params, data, tokenizer, embedding, lambda n: None)
-    run = Run.of(params)
-    manifest.write(run.features("text", data))
-    return CaptionTokens.open(run, data)
+    manifest.write(Run.of(params).features("text", data))
+    return CaptionTokens.open(Run.of(params), data)
 
 
 def images_of(rows: pd.DataFrame) -> ImageTokens:
@@ -105,9 +104,8 @@ def test_a_context_cuts_too(tiny_params: Params) -> None:
     prepared(tiny_params, "captions", rows_of([[LONG]] * 5))
     tokenizer, embedding = load_tokenizer(tiny_params.llm), load_embedding(tiny_params.llm)
     manifest = extract_captions(tiny_params, "captions", tokenizer, embedding, lambda n: None, context=33)
-    run = Run.of(tiny_params)
-    manifest.write(run.features("text", "captions"))
-    assert len(CaptionTokens.open(run, "captions").captions("p00")[0]) == 33
+    manifest.write(Run.of(tiny_params).features("text", "captions"))
+    assert len(CaptionTokens.open(Run.of(tiny_params), "captions").captions("p00")[0]) == 33
 
 
 def test_prompts_are_tried_before_any_work(tiny_params: Params) -> None:
@@ -167,7 +165,7 @@ def test_one_class_and_captions_without_words_go_all_the_way(tiny_params: Params
     params = load_params()
     for data in ("captions", "classes"):
         run("prepare", data)
-        path = Path("data") / params.profile / "prepare" / f"{data}.parquet"
+        path = Run.of(params).manifest(data)
         rows = pd.read_parquet(path)
         if data == "classes":
             rows["label"], rows["captions"] = "cat", [["cat"]] * len(rows)
@@ -184,10 +182,12 @@ def test_one_class_and_captions_without_words_go_all_the_way(tiny_params: Params
     run("pretrain", "mlp")
     for data in ("captions", "classes"):
         run("finetune", "mlp", data)
-    run("evaluate", "mlp", "captions")
-    said = run("evaluate", "mlp", "classes")
+        said = run("evaluate", "mlp", data)
     assert "all pictures are of one class, 'cat': its accuracy says nothing" in said
     assert "classes: 1 test pictures are left out" in said
-    figures = {figure.key: figure.value for figure in read_figures(Run.of(params), "mlp", "classes", "classes")}
-    assert (figures["probe"], figures["chance"], figures["classes"]) == (1.0, 1.0, 1)
-    assert torch.isfinite(torch.tensor(list(figures.values()))).all()
+    of_captions, of_classes = (
+        {figure.key: figure.value for figure in read_figures(Run.of(params), "mlp", data, data)}
+        for data in ("captions", "classes")
+    )
+    assert (of_classes["probe"], of_classes["chance"], of_classes["classes"]) == (1.0, 1.0, 1)
+    assert torch.isfinite(torch.tensor([*of_captions.values(), *of_classes.values()])).all()

@@ -6,7 +6,6 @@ Importing numba takes most of a second, so solve.py imports this module when it 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
