@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +18,13 @@ from pipeline.errors import UserError
 from pipeline.extraction.captions import Captions, extract_captions, text_hash
 from pipeline.llms.load import load_embedding, load_tokenizer
 from pipeline.llms.text import Texts
-from pipeline.metrics.accuracy import find_class, linear_probe
+from pipeline.metrics.base import read_figures
+from pipeline.metrics.probe import linear_probe
 from pipeline.objectives.pairs import Pairs
+from pipeline.runs import Run
 from pipeline.store.reader import CaptionTokens, ImageTokens
+from pipeline.tasks.base import Task
+from pipeline.tasks.naming import find_class
 from pipeline.training.finetune import Examples
 from stages import cli
 
@@ -29,7 +32,7 @@ runner = CliRunner()
 LONG = "a red square and a blue one " * 1500
 
 
-def run(*arguments: str) -> str:
+def terraalign(*arguments: str) -> str:
     result = runner.invoke(cli.app, list(arguments), catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.output
@@ -53,7 +56,7 @@ def rows_of(captions: list[list[str]], labels: list[str] | None = None) -> pd.Da
 
 
 def prepared(params: Params, data: str, rows: pd.DataFrame) -> None:
-    path = Path("data") / params.profile / "prepare" / f"{data}.parquet"
+    path = Run.of(params).manifest(data)
     path.parent.mkdir(parents=True, exist_ok=True)
     rows.to_parquet(path)
 
@@ -61,9 +64,9 @@ def prepared(params: Params, data: str, rows: pd.DataFrame) -> None:
 def extracted(params: Params, data: str) -> CaptionTokens:
     tokenizer, embedding = load_tokenizer(params.llm), load_embedding(params.llm)
     manifest = extract_captions(params, data, tokenizer, embedding, lambda n: None)
-    base = Path("data") / params.profile
-    manifest.write(base / "text" / data / "manifest.json")
-    return CaptionTokens.open(base, data)
+    run = Run.of(params)
+    manifest.write(run.features("text", data))
+    return CaptionTokens.open(run, data)
 
 
 def images_of(rows: pd.DataFrame) -> ImageTokens:
@@ -102,9 +105,9 @@ def test_a_context_cuts_too(tiny_params: Params) -> None:
     prepared(tiny_params, "captions", rows_of([[LONG]] * 5))
     tokenizer, embedding = load_tokenizer(tiny_params.llm), load_embedding(tiny_params.llm)
     manifest = extract_captions(tiny_params, "captions", tokenizer, embedding, lambda n: None, context=33)
-    base = Path("data") / tiny_params.profile
-    manifest.write(base / "text" / "captions" / "manifest.json")
-    assert len(CaptionTokens.open(base, "captions").captions("p00")[0]) == 33
+    run = Run.of(tiny_params)
+    manifest.write(run.features("text", "captions"))
+    assert len(CaptionTokens.open(run, "captions").captions("p00")[0]) == 33
 
 
 def test_prompts_are_tried_before_any_work(tiny_params: Params) -> None:
@@ -122,14 +125,15 @@ def test_pictures_without_words_are_left_out_of_finetuning(
     tiny_params: Params, empty: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = rows_of([empty if i in (0, 3) else ["", "a cat"] for i in range(10)])
-    examples = Examples(images_of(rows), "captions", tiny_params.finetune.captions, 0)
+    recipe, evaluation = tiny_params.finetune_for("mlp", "captions"), tiny_params.evaluate
+    examples = Examples(images_of(rows), "captions", Task.of("caption", evaluation), recipe, 0)
     assert 0 not in examples.train and examples.val == [8]
     assert "captions: 2 pictures have no words and are left out: p00, p03" in capsys.readouterr().err
     assert {answer for _ in range(9) for answer in examples.draw([0, 1, 2])[2]} == {"a cat"}
     rows = rows_of([empty] * 10, labels=[""] * 10)
-    for data in ("captions", "classes"):
+    for task in ("caption", "classify"):
         with pytest.raises(UserError, match="0 train and 0 val pictures with words"):
-            Examples(images_of(rows), data, tiny_params.finetune.captions, 0)  # type: ignore[arg-type]
+            Examples(images_of(rows), "captions", Task.of(task, evaluation), recipe, 0)
 
 
 def test_slow_tokenizers_read_no_special_token_either() -> None:
@@ -153,13 +157,13 @@ def test_the_probe_of_one_class_always_says_it() -> None:
 
 def test_one_class_and_captions_without_words_go_all_the_way(tiny_params: Params) -> None:
     values = yaml.safe_load(Path("params.yaml").read_text())
-    values["run"] = {"adapters": ["mlp"], "scratch": ["mlp"]}
+    values["run"] |= {"adapters": ["mlp"], "scratch": ["mlp"]}
     values["pretrain"]["objective"]["contrast"] = 0.5
     Path("params.yaml").write_text(yaml.safe_dump(values))
     params = load_params()
     for data in ("captions", "classes"):
-        run("prepare", data)
-        path = Path("data") / params.profile / "prepare" / f"{data}.parquet"
+        terraalign("prepare", data)
+        path = Run.of(params).manifest(data)
         rows = pd.read_parquet(path)
         if data == "classes":
             rows["label"], rows["captions"] = "cat", [["cat"]] * len(rows)
@@ -169,16 +173,17 @@ def test_one_class_and_captions_without_words_go_all_the_way(tiny_params: Params
             first = rows.index[rows["split"] == split][0]
             rows.at[first, "captions"] = [""] if data == "captions" else ["cat"]
         rows.to_parquet(path)
-        run("extract-images", data)
-        run("extract-captions", data)
+        terraalign("extract-images", data)
+        terraalign("extract-captions", data)
     pairs = Pairs.open(params, params.pretrain)
     assert all(pairs.captions[i] for i in [*pairs.train, *pairs.val])
-    run("pretrain", "mlp")
-    for data in ("captions", "classes"):
-        run("finetune", "mlp", data)
-    said = run("evaluate", "mlp")
+    terraalign("pretrain", "mlp")
+    figures = {}
+    for recipe in ("captions", "classes"):
+        terraalign("finetune", "mlp", recipe)
+        said = terraalign("evaluate", "mlp", recipe)
+        figures |= {figure.key: figure.value for figure in read_figures(Run.of(params), "mlp", recipe, recipe)}
     assert "all pictures are of one class, 'cat': its accuracy says nothing" in said
     assert "classes: 1 test pictures are left out" in said
-    metrics = json.loads((Path("data") / params.profile / "evaluate" / "mlp" / "metrics.json").read_text())
-    assert (metrics["probe"], metrics["chance"], metrics["classes"]) == (1.0, 1.0, 1)
-    assert torch.isfinite(torch.tensor([v for v in metrics.values() if isinstance(v, float)])).all()
+    assert (figures["probe"], figures["chance"], figures["classes"]) == (1.0, 1.0, 1)
+    assert torch.isfinite(torch.tensor(list(figures.values()))).all()

@@ -14,7 +14,7 @@ import torch
 from pipeline import versions
 from pipeline.config import Params
 from pipeline.devices import hash_weights
-from pipeline.extraction.work import Advance, build_missing, check_repair, parts_of, usable
+from pipeline.extraction.work import Advance, Clock, build_missing, check_repair, parts_of, usable
 from pipeline.llms.text import Texts
 from pipeline.store import schema
 from pipeline.store.dtypes import pack
