@@ -10,7 +10,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from pipeline.adapters.adapters import load_adapter
+from pipeline.adapters.module import load_adapter
 from pipeline.metrics.things import Things
 from pipeline.runs import Run
 from pipeline.store.reader import ImageTokens

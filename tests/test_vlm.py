@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.adapters.adapters import build_adapter
+from pipeline.adapters.module import build_adapter
 from pipeline.config import LLM
 from pipeline.config.schema import LoRA
 from pipeline.errors import UserError
