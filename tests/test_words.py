@@ -32,7 +32,7 @@ runner = CliRunner()
 LONG = "a red square and a blue one " * 1500
 
 
-def terraalign(*arguments: str) -> str:
+def run(*arguments: str) -> str:
     result = runner.invoke(cli.app, list(arguments), catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.output
@@ -56,7 +56,7 @@ def rows_of(captions: list[list[str]], labels: list[str] | None = None) -> pd.Da
 
 
 def prepared(params: Params, data: str, rows: pd.DataFrame) -> None:
-    path = Run.of(params).manifest(data)
+    path = Path("data") / params.profile / "prepare" / f"{data}.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
     rows.to_parquet(path)
 
@@ -120,20 +120,24 @@ def test_prompts_are_tried_before_any_work(tiny_params: Params) -> None:
         check_prompts(tiny_params, tokenizer, None)
 
 
+def examples_of(params: Params, rows: pd.DataFrame, data: str) -> Examples:
+    task = Task.of(params.data[data].task, params.evaluate)
+    return Examples(images_of(rows), data, task, params.finetune.recipes[data], 0)
+
+
 @pytest.mark.parametrize("empty", [[], [""], ["  \n"]])
 def test_pictures_without_words_are_left_out_of_finetuning(
     tiny_params: Params, empty: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = rows_of([empty if i in (0, 3) else ["", "a cat"] for i in range(10)])
-    recipe, evaluation = tiny_params.finetune_for("mlp", "captions"), tiny_params.evaluate
-    examples = Examples(images_of(rows), "captions", Task.of("caption", evaluation), recipe, 0)
+    examples = examples_of(tiny_params, rows, "captions")
     assert 0 not in examples.train and examples.val == [8]
     assert "captions: 2 pictures have no words and are left out: p00, p03" in capsys.readouterr().err
     assert {answer for _ in range(9) for answer in examples.draw([0, 1, 2])[2]} == {"a cat"}
     rows = rows_of([empty] * 10, labels=[""] * 10)
-    for task in ("caption", "classify"):
+    for data in ("captions", "classes"):
         with pytest.raises(UserError, match="0 train and 0 val pictures with words"):
-            Examples(images_of(rows), "captions", Task.of(task, evaluation), recipe, 0)
+            examples_of(tiny_params, rows, data)
 
 
 def test_slow_tokenizers_read_no_special_token_either() -> None:
@@ -162,8 +166,8 @@ def test_one_class_and_captions_without_words_go_all_the_way(tiny_params: Params
     Path("params.yaml").write_text(yaml.safe_dump(values))
     params = load_params()
     for data in ("captions", "classes"):
-        terraalign("prepare", data)
-        path = Run.of(params).manifest(data)
+        run("prepare", data)
+        path = Path("data") / params.profile / "prepare" / f"{data}.parquet"
         rows = pd.read_parquet(path)
         if data == "classes":
             rows["label"], rows["captions"] = "cat", [["cat"]] * len(rows)
@@ -173,17 +177,17 @@ def test_one_class_and_captions_without_words_go_all_the_way(tiny_params: Params
             first = rows.index[rows["split"] == split][0]
             rows.at[first, "captions"] = [""] if data == "captions" else ["cat"]
         rows.to_parquet(path)
-        terraalign("extract-images", data)
-        terraalign("extract-captions", data)
+        run("extract-images", data)
+        run("extract-captions", data)
     pairs = Pairs.open(params, params.pretrain)
     assert all(pairs.captions[i] for i in [*pairs.train, *pairs.val])
-    terraalign("pretrain", "mlp")
-    figures = {}
-    for recipe in ("captions", "classes"):
-        terraalign("finetune", "mlp", recipe)
-        said = terraalign("evaluate", "mlp", recipe)
-        figures |= {figure.key: figure.value for figure in read_figures(Run.of(params), "mlp", recipe, recipe)}
+    run("pretrain", "mlp")
+    for data in ("captions", "classes"):
+        run("finetune", "mlp", data)
+    run("evaluate", "mlp", "captions")
+    said = run("evaluate", "mlp", "classes")
     assert "all pictures are of one class, 'cat': its accuracy says nothing" in said
     assert "classes: 1 test pictures are left out" in said
+    figures = {figure.key: figure.value for figure in read_figures(Run.of(params), "mlp", "classes", "classes")}
     assert (figures["probe"], figures["chance"], figures["classes"]) == (1.0, 1.0, 1)
     assert torch.isfinite(torch.tensor(list(figures.values()))).all()
