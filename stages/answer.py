@@ -40,14 +40,14 @@ def _answer(name: str, photos: list[Path], as_json: bool) -> None:
         raise UserError(photos[0], ("no such file or folder" if missing else "no picture in it"), FORMATS)
     losses = finetuned(params, name)
     from pipeline.devices import pick_device
+    from pipeline.encoders.base import Encoder
     from pipeline.encoders.vision import load_vision_encoder
-    from pipeline.media.decoding import decoder_for
     from pipeline.tasks.base import Task
     from pipeline.vlm import load_vlm
 
     task = Task.of(name, params.evaluate)
     encoder = load_vision_encoder(params.vision, params.runtime.device)
-    decoder = decoder_for(params.vision.decoder, encoder.preprocess, pick_device(params.runtime.device))
+    decoder = Encoder.of(params.vision).decoder(encoder.preprocess, pick_device(params.runtime.device))
     folder = best_adapter(params, losses, encoder.identity)
     adapter, _, recipe = folder.name.partition("-")
     model = load_vlm(params.llm, folder, "adapter", params.runtime.device)

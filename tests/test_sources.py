@@ -659,7 +659,7 @@ def test_pictures_outside_the_project_have_absolute_paths(project: Path, monkeyp
 def test_one_id_twice_is_refused(project: Path) -> None:
     row = rows.Row("1", picture(project / "a.png"), ["a"], None, "train")
     with pytest.raises(UserError, match="two pictures have the id '1'"):
-        manifest.build(rows.Found([row, row]), "captions", 0.5, 1, SILENT, Path("listing.csv"))
+        manifest.build(rows.Found([row, row]), "captions", 0.5, 1, SILENT, Path("listing.csv"), manifest.check_picture)
 
 
 # Rendered drawings

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor, nn
 
+    from pipeline.media.decoding import Decoder
+
 RANDOM = "random"
 """vision.pretrained of an untrained network."""
 _PLACE_IN_MEMORY = re.compile(r" at 0x[0-9a-fA-F]+")
@@ -54,6 +56,15 @@ class Encoder(ABC):
 
         Raises UserError, with the remedy, when they cannot be found or read.
         """
+
+    def decoder(self, preprocess: Callable[[Image.Image], Tensor], device: torch.device) -> Decoder:
+        """What makes network inputs of files; `preprocess` is that of its parts. Here pictures, as vision.decoder says.
+
+        An encoder of something else than pictures, such as sound, has a decoder of its own.
+        """
+        from pipeline.media.decoding import decoder_for
+
+        return decoder_for(self.settings.decoder, preprocess, device)
 
     def need(self) -> Need:
         """Whether its weights are there, and how to get them; looks, and never downloads."""

@@ -24,11 +24,12 @@ from torch import Tensor
 from pipeline import versions
 from pipeline.config import Params
 from pipeline.devices import pick_device
+from pipeline.encoders.base import Encoder
 from pipeline.encoders.vision import VisionEncoder
 from pipeline.errors import UserError
 from pipeline.extraction.work import Advance, Clock, Make, build_missing, check_repair, parts_of, usable
 from pipeline.files import atomically
-from pipeline.media.decoding import Broken, Loaded, decoder_for, padded, say_once
+from pipeline.media.decoding import Broken, Loaded, padded, say_once
 from pipeline.media.pictures import read
 from pipeline.runs import STORE
 from pipeline.store import schema
@@ -81,7 +82,7 @@ class ImageShards:
     def __init__(self, params: Params, data: str, encoder: VisionEncoder):
         self.params, self.encoder, self.size = params, encoder, params.vision.batch
         place, decoders = pick_device(params.runtime.device), params.runtime.decode_threads
-        self.decoder, device = decoder_for(params.vision.decoder, encoder.preprocess, place), place.type
+        self.decoder, device = Encoder.of(params.vision).decoder(encoder.preprocess, place), place.type
         if params.vision.decoder == "auto" and multiprocessing.parent_process() is None:
             say_once(f"vision.decoder auto: {self.decoder.name}")
         made_by = {**encoder.identity, **self.decoder.identity}

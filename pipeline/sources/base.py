@@ -19,6 +19,8 @@ from pipeline.sources.rows import Found
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from pipeline.sources.manifest import Check
+
 Carved = Annotated[Number, Field(gt=0, lt=0.5)]  # share of the training pictures that becomes the validation part
 
 
@@ -82,6 +84,12 @@ class Source(ABC):
     @abstractmethod
     def read(self, progress: Progress) -> Found:
         """All pictures, and what is left out. Raises UserError for a fault in the data set."""
+
+    def check(self, image: str) -> Check:
+        """Whether one of its files, as its rows name it, can be used: decoded once. Here a picture."""
+        from pipeline.sources.manifest import check_picture
+
+        return check_picture(image)
 
     def restore(self, progress: Progress) -> None:  # noqa: B027
         """Make the pictures that a manifest names where they can be made, e.g. after it came from DVC's cache."""

@@ -8,7 +8,7 @@ import io
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -41,8 +41,16 @@ SCHEMA = pa.schema(
 DARK = 2**14  # of 65535: pictures of 16 bits that have nothing brighter are suspect
 
 
-def build(found: Found, data: str, max_broken: float, workers: int, progress: Progress, listing: Path) -> pa.Table:
-    """The manifest of what a reader found, sorted by id (columns: SCHEMA), after decoding every picture.
+def build(
+    found: Found,
+    data: str,
+    max_broken: float,
+    workers: int,
+    progress: Progress,
+    listing: Path,
+    check: Callable[[str], Check],
+) -> pa.Table:
+    """The manifest of what a reader found, sorted by id (columns: SCHEMA), after decoding every picture by `check`.
 
     Pictures that do not decode keep their row, with the reason in `quarantine` and no split. `listing` is where these
     and all else that is left out are written as CSV, whether or not they are too many. Raises UserError when the share
@@ -52,12 +60,12 @@ def build(found: Found, data: str, max_broken: float, workers: int, progress: Pr
     rows, remarks = labels.mend(rows)
     rows.sort(key=lambda row: row.id)
     _check_unique(rows, data)
-    checked = check_pictures([_portable(row.image) for row in rows], workers, progress)
-    records = [_record(row, check.sha256, check.fault) for row, check in zip(rows, checked, strict=True)]
+    checked = check_pictures([_portable(row.image) for row in rows], workers, progress, check)
+    records = [_record(row, seen.sha256, seen.fault) for row, seen in zip(rows, checked, strict=True)]
     _write_listing(records, left_out, listing)
-    broken = [(_named(row), check.fault) for row, check in zip(rows, checked, strict=True) if check.fault]
+    broken = [(_named(row), seen.fault) for row, seen in zip(rows, checked, strict=True) if seen.fault]
     _report_left_out(rows, left_out, data, listing)
-    _report_dark([(_named(row), check.brightest) for row, check in zip(rows, checked, strict=True)], data)
+    _report_dark([(_named(row), seen.brightest) for row, seen in zip(rows, checked, strict=True)], data)
     _report_broken(broken, len(rows), data, max_broken, listing)
     if all(record["quarantine"] for record in records):
         raise UserError(f"data.{data}", f"no usable picture among {len(rows)}", "check what params.yaml names there")
@@ -116,12 +124,14 @@ class Check:
     brightest: int | None = None
 
 
-def check_pictures(images: Sequence[str], workers: int, progress: Progress) -> list[Check]:
-    """Each picture decoded, in order."""
+def check_pictures(
+    images: Sequence[str], workers: int, progress: Progress, check: Callable[[str], Check]
+) -> list[Check]:
+    """Each picture decoded by `check`, in order."""
     Image.init()  # loads PIL's plug-ins; left to the first picture, the threads would race for it
     with warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool:  # decoders release the GIL: threads scale
         warnings.simplefilter("ignore")  # PIL's remarks on odd metadata; what matters comes back as a reason
-        done: Iterable[Check] = pool.map(check_picture, images)
+        done: Iterable[Check] = pool.map(check, images)
         return list(progress.track(done, total=len(images), description="check pictures"))
 
 

@@ -32,7 +32,8 @@ def prepare(params: Params, data: str, progress: Progress | None = None) -> pa.T
     for path in (run.manifest(data), listing):
         check_writable(path.parent)
     found = source.read(progress)
-    return manifest.build(found, data, source.settings.max_broken, params.runtime.decode_threads, progress, listing)
+    limit, workers = source.settings.max_broken, params.runtime.decode_threads
+    return manifest.build(found, data, limit, workers, progress, listing, source.check)
 
 
 def restore_pictures(params: Params, data: str, progress: Progress | None = None) -> None:
