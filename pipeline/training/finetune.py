@@ -189,8 +189,8 @@ def _leave_room(model: VLM, examples: Examples, name: str) -> None:
     room = min(rooms, default=model.max_answer_tokens)
     if room < 2:
         raise UserError(
-            f"{count} image tokens of {name} and the prompt fill the LLM's context of {model.context} tokens; "
-            f"set adapters.{name}.architecture to give fewer, shorten finetune.recipes.*.prompts, or take another llm.model"
+            f"{count} image tokens of {name} and the prompt fill the LLM's context of {model.context} tokens; set "
+            f"adapters.{name}.architecture to give fewer, shorten finetune.recipes.*.prompts, or take another llm.model"
         )
     model.max_answer_tokens = min(model.max_answer_tokens, room)
 
