@@ -100,9 +100,9 @@ def take_the_parts(project: Path) -> None:
     (project / "params.yaml").write_text(yaml.safe_dump(values))
 
 
-def terraalign(*arguments: str | Path) -> Result:
+def terraalign(*arguments: str | Path, code: int = 0) -> Result:
     result = CliRunner().invoke(app, list(map(str, arguments)))
-    assert result.exit_code == 0, f"{arguments}: {result.output}\n{result.exception!r}"
+    assert result.exit_code == code, f"{arguments}: {result.output}\n{result.exception!r}"
     return result
 
 
@@ -136,6 +136,18 @@ def test_every_part_of_the_page_through_the_stages(tiny_params: Params, tmp_path
     assert "CIDEr" in (base / "report/index.html").read_text() and "CIDEr" in terraalign("show").output
     assert "pictures/1.png: " in terraalign("caption", "pictures/1.png").output
     check_cider()
+    check_faults(tmp_path)
+
+
+def check_faults(project: Path) -> None:
+    """What the parts themselves say of files that they cannot use: a line each."""
+    for column, content in (("text", "file,words\n1.png,red\n"), ("below", "file,text\n../1.png,red\n")):
+        (project / "pictures/texts.csv").write_text(content)
+        error = terraalign("prepare", "captions", code=2).stderr.splitlines()[-1]
+        assert error.startswith("error: pictures/texts.csv: ") and column in error and "columns file and text" in error
+    (project / "siglip/config.json").unlink()
+    error = terraalign("extract-images", "captions", code=2).stderr.splitlines()[-1]
+    assert error.startswith("error: vision.model siglip: ") and error.endswith("; run `hf download` for it")
 
 
 def check_cider() -> None:
