@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -75,6 +76,12 @@ def room_of(module: str) -> str:
 
 def test_every_module_is_in_a_room() -> None:
     assert {room_of(name) for name in MODULES if name != "pipeline"} <= set(ROOMS)
+
+
+def test_the_page_has_the_rooms_in_their_order() -> None:
+    page = (PROJECT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    columns = [line.split(" | ")[0] for line in page.splitlines() if line.startswith("| `")]
+    assert re.findall(r"`(\w+)`", " ".join(columns)) == list(ROOMS)
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))

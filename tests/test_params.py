@@ -9,7 +9,9 @@ import yaml
 from ruamel.yaml import YAML
 
 from pipeline.config import load_params, parse_params
+from pipeline.config.params import merged
 from pipeline.errors import UserError
+from pipeline.runs import stages
 
 PROJECT = Path(__file__).parents[1]
 DEMO = (PROJECT / "profiles" / "demo.yaml").read_text(encoding="utf-8")
@@ -315,3 +317,11 @@ def test_aliases_and_merges_are_plain_values() -> None:
     assert parse_params(text, "demo").adapters["query"].architecture["queries"] == 9  # its own goes before the merged
     wrong = text.replace("  mlp: &mlp\n    architecture: {pool: 3", "  mlp: &mlp\n    architecture: {pol: 3")
     assert f"params.yaml:{line_of(wrong, 'pol: 3')}: adapters.mlp.architecture.pol" in fault_in(wrong)
+
+
+def test_the_recipe_of_the_readme_is_one() -> None:
+    readme = (PROJECT / "README.md").read_text(encoding="utf-8").partition("## Several data sets, one model")[2]
+    block = yaml.safe_load(readme.partition("```yaml\n")[2].partition("```")[0])
+    params = parse_params(yaml.safe_dump(merged(yaml.safe_load(DEMO), block)), "params.yaml")
+    assert params.finetune_for("mlp", "both").data == params.run.data and params.pca.recipe == "both"
+    assert "finetune@mlp-both" in stages(params) and "finetune_scratch@self_attention-both" in stages(params)

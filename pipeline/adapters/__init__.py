@@ -1,4 +1,4 @@
-"""Adapters, by their names under `adapters`, or by adapters.<name>.kind."""
+"""Adapters, by their names under `adapters`, or by adapters.<name>.architecture.kind."""
 
 ADAPTERS = {
     "linear": "pipeline.adapters.linear:Linear",

@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import sys
 from functools import cache
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -81,22 +82,48 @@ def _foreign(kind: str, name: str) -> Any:
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.append(here)  # last: nothing in it hides a package
-    try:
-        spec = importlib.util.find_spec(module)
-    except (ImportError, ValueError):
-        spec = None
-    if spec is None:
+    file = _file_of(module)
+    if file is None:
         raise ValueError(f"there is no module {module}; install its package, or put it into the project folder")
-    print(f"{kind} {name}: imports {readable(spec.origin)}", file=sys.stderr)
+    if module not in sys.modules:
+        print(f"{kind} {name}: imports {readable(file)}", file=sys.stderr)
     try:
         found = getattr(importlib.import_module(module), attribute, None)
-    except Exception as error:  # a user's code raises what it likes
+    except (Exception, SystemExit) as error:  # a user's code raises what it likes
         raise ValueError(f"{module} cannot be imported: {type(error).__name__}: {_first_line(error)}") from error
-    base = _import(KINDS[kind][1])
-    if not isinstance(found, type) or not issubclass(found, base):
-        what = "has no such class" if found is None else f"is no {kind}: derive it from {KINDS[kind][1]}"
-        raise ValueError(f"{module}:{attribute} {what}".replace(f"{module}:{attribute} has", f"{module} has"))
+    _check(kind, module, attribute, found)
     return found
+
+
+def _check(kind: str, module: str, attribute: str, found: Any) -> None:
+    """Raises ValueError for what is no class of a kind, or lacks something that those of this kind have to have."""
+    base = _import(KINDS[kind][1])
+    if found is None:
+        there = [value for value in vars(sys.modules[module]).values() if _is_a(value, base)]
+        own = [value.__name__ for value in there if value.__module__ == module]
+        raise ValueError(f"{module} has no class {attribute}; of kind {kind} it has {', '.join(own) or 'none'}")
+    if not _is_a(found, base):
+        raise ValueError(f"{module}:{attribute} is no {kind}: derive it from {KINDS[kind][1]}")
+    lacking = [*sorted(found.__abstractmethods__), *(key for key in base.__annotations__ if not hasattr(found, key))]
+    if lacking:
+        raise ValueError(f"{module}:{attribute} lacks {', '.join(lacking)}; {KINDS[kind][1]} says what each is")
+
+
+def _is_a(value: object, base: type) -> bool:
+    return isinstance(value, type) and issubclass(value, base)
+
+
+def _file_of(module: str) -> str | None:
+    """The file of a module, found without importing anything, not even the packages that it is in."""
+    name, *inner = module.split(".")
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        return None
+    for part in inner:
+        name, inside = f"{name}.{part}", spec.submodule_search_locations if spec else None
+        spec = PathFinder.find_spec(name, inside) if inside else None
+    return spec.origin if spec else None
 
 
 def _import(address: str) -> Any:
@@ -104,5 +131,5 @@ def _import(address: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [""])[0]

@@ -195,7 +195,7 @@ def _leave_room(model: VLM, examples: Examples, name: str) -> None:
         raise UserError(
             "",
             f"{count} image tokens of {name} and the prompt fill the LLM's context of {model.context} tokens",
-            f"set adapters.{name}.architecture to give fewer, shorten finetune.*.prompts, or take another llm.model",
+            f"set adapters.{name}.architecture to give fewer, shorten finetune.recipes.*.prompts, or take another LLM",
         )
     model.max_answer_tokens = min(model.max_answer_tokens, room)
 
