@@ -1,5 +1,9 @@
 """Adapters: the thesis's sizes, shapes, and what is saved comes back."""
 
+import json
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -144,3 +148,13 @@ def test_faults_are_named(tmp_path):
     path.write_bytes(path.read_bytes()[:-7])
     with pytest.raises(UserError, match=r"last\.safetensors: cannot be loaded"):
         load_adapter(tmp_path, "last")
+
+
+def test_an_adapter_from_elsewhere_runs_no_code_that_the_parameters_do_not_name(project: Path) -> None:
+    (project / "sneaky.py").write_text("raise SystemExit('run')")
+    build_adapter("linear", 4, 4).save(project / "adapter", "last")
+    config = json.loads((project / "adapter/adapter.json").read_text()) | {"name": "sneaky:Adapter"}
+    (project / "adapter/adapter.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"adapter\.json: is of the class sneaky:Adapter, which params\.yaml does not"):
+        load_adapter(project / "adapter", "last")
+    assert "sneaky" not in sys.modules

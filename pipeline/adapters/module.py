@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline.adapters.base import Architecture
+from pipeline.config import components
 from pipeline.errors import UserError
 
 
@@ -88,6 +89,9 @@ def load_adapter(folder: Path, weights: str) -> Adapter:
     path = folder / f"{weights}.safetensors"
     try:
         config = json.loads((folder / "adapter.json").read_text())
+        if not components.is_trusted("adapter", config["name"]):
+            what = f"is of the class {config['name']}, which params.yaml does not name, so its code is not run"
+            raise UserError(folder / "adapter.json", what, "name it as an architecture's kind if you trust it")
         state = load_file(path)
         adapter = build_adapter(config["name"], config["d_in"], config["d_out"], **config["architecture"])
         if "offset" in state:

@@ -29,6 +29,9 @@ KINDS = {
 }
 
 
+_named: set[tuple[str, str]] = set()  # (kind, address) of the user's classes that params.yaml has named
+
+
 def known(kind: str) -> dict[str, str]:
     """The parts of a kind that TerraAlign brings: name and address."""
     found: dict[str, str] = _import(KINDS[kind][0])
@@ -52,6 +55,11 @@ def find(kind: str, name: str) -> Any:
 def is_foreign(name: str) -> bool:
     """Whether a name is the address of a class of the user's own."""
     return ":" in name
+
+
+def is_trusted(kind: str, name: str) -> bool:
+    """Whether a part may be loaded because a file other than params.yaml names it: one of ours, or there already."""
+    return not is_foreign(name) or (kind, name) in _named
 
 
 def one_of(kind: str) -> str:
@@ -92,6 +100,7 @@ def _foreign(kind: str, name: str) -> Any:
     except (Exception, SystemExit) as error:  # a user's code raises what it likes
         raise ValueError(f"{module} cannot be imported: {type(error).__name__}: {_first_line(error)}") from error
     _check(kind, module, attribute, found)
+    _named.add((kind, name))
     return found
 
 

@@ -146,10 +146,15 @@ def _check_texts(found: Found, name: str, task: str) -> None:
         raise UserError(name, "no picture in it", f"members are named KEY.jpg (or {names}){has}")
     if not any(row.captions for row in rows):
         texts = {
-            "caption": 'caption; each KEY.jpg needs KEY.txt, one caption, or KEY.json with "caption" or "captions"',
-            "classify": 'class; each KEY.jpg needs KEY.cls, or KEY.json with "class" or "label"',
+            "caption": ("caption", 'KEY.txt, one caption, or KEY.json with "caption" or "captions"'),
+            "classify": ("class", 'KEY.cls, or KEY.json with "class" or "label"'),
         }
-        raise UserError(name, f"none of {len(rows)} pictures ({rows[0].id}: {rows[0].quarantine}) has a {texts[task]}")
+        what, where = texts[task]
+        raise UserError(
+            name,
+            f"none of {len(rows)} pictures ({rows[0].id}: {rows[0].quarantine}) has a {what}",
+            f"each KEY.jpg needs {where}",
+        )
 
 
 def _to_row(settings: TarsSettings) -> _ToRow:
