@@ -41,10 +41,13 @@ def run(
     with ThreadPoolExecutor(jobs) as pool, new_progress("stages") as progress:
         task = progress.add_task("stages", total=len(stages))
         while sorter.is_active() and (running or not faults):
-            # First what most waits for, or the last long chain runs alone in the end.
-            waiting = sorted([*waiting, *sorter.get_ready()], key=lambda stage: to_the_end[stage])
+            waiting += sorter.get_ready()
             while waiting and len(running) < jobs and not faults:
-                stage = waiting.pop()
+                # First what most waits for, or the last long chain runs alone in the end; of these what is not being
+                # run already: two of a kind may prepare the same thing, such as an LLM's weights, at the same time.
+                kinds = {_kind(other) for other in running.values()}
+                stage = max(waiting, key=lambda stage: (to_the_end[stage], _kind(stage) not in kinds))
+                waiting.remove(stage)
                 running[pool.submit(_repro, stage, jobs)] = stage
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
@@ -57,6 +60,10 @@ def run(
                     faults.append(fault)
     if faults:
         raise UserErrors([*faults, UserError("", "run the same command again to go on")])
+
+
+def _kind(stage: str) -> str:
+    return stage.partition("@")[0]
 
 
 def _lengths(stages: dict[str, list[str]]) -> dict[str, int]:
