@@ -33,7 +33,7 @@ def keep_freed_memory() -> None:
 def pick_device(wanted: str) -> torch.device:
     """runtime.device; `auto` takes a CUDA GPU when there is one."""
     if wanted.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"runtime.device {wanted}: torch finds no CUDA GPU; set it to auto or cpu")
+        raise UserError(f"runtime.device {wanted}", "torch finds no CUDA GPU", "set it to auto or cpu")
     if wanted != "auto":
         return torch.device(wanted)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -3,15 +3,40 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 _UNPRINTABLE = re.compile("[\0-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 class UserError(Exception):
-    """A fault in the input or the set-up; its text is one line and is printed without a traceback."""
+    """A fault in the input or the set-up; its text is one line and is printed without a traceback.
+
+    `where` is a file, with its line where it has one, a key of params.yaml, a data set or a stage, or empty where
+    `what` says it; `remedy` is what to do, or empty.
+    """
+
+    def __init__(self, where: object, what: object, remedy: object = ""):
+        super().__init__(where, what, remedy)
+        self.where, self.what, self.remedy = str(where), str(what), str(remedy)
 
     def __str__(self) -> str:
-        return readable(super().__str__())
+        place, mend = f"{self.where}: " if self.where else "", f"; {self.remedy}" if self.remedy else ""
+        return readable(f"{place}{self.what}{mend}")
+
+
+class UserErrors(UserError):
+    """Several faults of one input, a line each."""
+
+    def __init__(self, faults: Sequence[UserError]):
+        first = faults[0]
+        super().__init__(first.where, first.what, first.remedy)
+        self.faults = list(faults)
+
+    def __reduce__(self) -> tuple[type[UserErrors], tuple[Sequence[UserError]]]:
+        return type(self), (self.faults,)
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.faults))
 
 
 def readable(text: object) -> str:

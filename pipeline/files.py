@@ -21,7 +21,7 @@ _REMEDY = (
     "make it yours or writable for you (chmod, chown), move away what is in the way, or work in a project folder of "
     "your own"
 )
-_POINTER = b"version https://git-lfs"
+POINTER = b"version https://git-lfs"
 
 
 class Damaged(Exception):
@@ -31,8 +31,8 @@ class Damaged(Exception):
 def refuse_pointer(path: Path) -> None:
     """Raises Damaged when a file is empty, or only the pointer that Git LFS leaves in place of its content."""
     with path.open("rb") as file:
-        start = file.read(len(_POINTER))
-    if start == _POINTER:
+        start = file.read(len(POINTER))
+    if start == POINTER:
         raise Damaged(f"{path.name}: a Git LFS pointer, not the file itself")
     if not start:
         raise Damaged(f"{path.name}: empty")
@@ -121,7 +121,7 @@ def check_writable(folder: Path) -> None:
         (probe := folder / temporary_name("writable")).touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(refusal(error, folder)) from None
+        raise refusal(error, folder) from None
 
 
 def denied(error: BaseException) -> bool:
@@ -134,15 +134,15 @@ def denied(error: BaseException) -> bool:
     return "Permission denied" in str(error) or "Read-only file system" in str(error)
 
 
-def refusal(error: BaseException, path: Path | str | None = None) -> str:
-    """The line for an error that is `denied`: what, why, the remedy. `path` is what was tried, else the error says."""
+def refusal(error: BaseException, path: Path | str | None = None) -> UserError:
+    """What to tell of an error that is `denied`; `path` is what was tried, else the error says."""
     named = path or getattr(error, "filename", None)
     if named is None:
-        return f"{' '.join(str(error).split())}; {_REMEDY}"
+        return UserError("", " ".join(str(error).split()), _REMEDY)
     path = Path(os.fsdecode(named))
     reason = getattr(error, "strerror", None) or " ".join(str(error).split())
     present = next((above for above in (path, *path.parents) if os.path.lexists(above)), Path())
-    return f"{path}: {reason}; {present.absolute()} belongs to {_owner(present)}: {_REMEDY}"
+    return UserError(path, reason, f"{present.absolute()} belongs to {_owner(present)}: {_REMEDY}")
 
 
 def _owner(path: Path) -> str:

@@ -1,9 +1,20 @@
-"""One thing that a profile needs: whether it is there, and how to get it."""
+"""What a profile needs: whether it is there, what is wrong with it, and how to get it."""
 
 from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What keeps something from being used, and how to mend it."""
+
+    found: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.found}; {self.remedy}" if self.remedy else self.found
 
 
 @dataclass(frozen=True)

@@ -101,9 +101,9 @@ class Origin:
             return cls(**values | {"words": Words(**values["words"])})
         except FileNotFoundError:
             why = "is of an earlier version" if folder.is_dir() else "is not there"
-            raise UserError(f"{folder}: this adapter {why}; {remedy(folder)}") from None
+            raise UserError(folder, f"this adapter {why}", remedy(folder)) from None
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{folder / FILE}: cannot be read ({error}); {remedy(folder)}") from None
+            raise UserError(folder / FILE, f"cannot be read ({error})", remedy(folder)) from None
 
 
 def weights_of(path: Path) -> str:
@@ -117,8 +117,12 @@ def check_tokens(folder: Path, run: Run, data: str) -> Origin:
     origin, now = Origin.read(folder), Manifest.read(run.features("images", data)).fingerprint
     if origin.tokens != now:
         raise UserError(
-            f"{folder}: this adapter was trained on other image tokens (fingerprint {origin.tokens}) than those of "
-            f"{data} are now ({now}); {remedy(folder)}"
+            folder,
+            (
+                f"this adapter was trained on other image tokens (fingerprint {origin.tokens}) than those of "
+                f"{data} are now ({now})"
+            ),
+            remedy(folder),
         )
     return origin
 
@@ -128,16 +132,21 @@ def check_encoder(folder: Path, identity: Mapping[str, str]) -> Origin:
     origin = Origin.read(folder)
     if not origin.encoder:
         raise UserError(
-            f"{folder}: its image tokens do not name their encoder, as those of earlier versions; "
-            f"run `dvc repro --force extract_images` and `dvc repro`"
+            folder,
+            "its image tokens do not name their encoder, as those of earlier versions",
+            "run `dvc repro --force extract_images` and `dvc repro`",
         )
     for key in ENCODER:
         was, now = origin.encoder.get(key, ""), identity.get(key, "")
         if was != now:
             short = {"weights": 12, "code": 12}.get(key, 200)
             raise UserError(
-                f"{folder}: this adapter was trained on image tokens of another vision encoder ({key} "
-                f"{was[:short] or 'none'}) than params.yaml names now ({key} {now[:short] or 'none'}); {remedy(folder)}"
+                folder,
+                (
+                    f"this adapter was trained on image tokens of another vision encoder ({key} "
+                    f"{was[:short] or 'none'}) than params.yaml names now ({key} {now[:short] or 'none'})"
+                ),
+                remedy(folder),
             )
     return origin
 
@@ -148,17 +157,16 @@ def check_llm_named(folder: Path, llm: LLM) -> None:
     for key, was in named.items():
         if was != getattr(llm, key):
             raise UserError(
-                f"{folder}: this adapter was trained with llm.{key} {was!r}, params.yaml has {getattr(llm, key)!r}; "
-                f"{remedy(folder)}"
+                folder,
+                f"this adapter was trained with llm.{key} {was!r}, params.yaml has {getattr(llm, key)!r}",
+                remedy(folder),
             )
 
 
 def check_llm(folder: Path, embedding: torch.nn.Embedding) -> None:
     """UserError where an adapter was aligned with another LLM than the one whose input embeddings these are."""
     if not Origin.read(folder).words.are_of(embedding):
-        raise UserError(
-            f"{folder}: this adapter was trained for another LLM than params.yaml names now; {remedy(folder)}"
-        )
+        raise UserError(folder, "this adapter was trained for another LLM than params.yaml names now", remedy(folder))
 
 
 def check_results(run: Run, adapter: str, llm: LLM, recipes: Mapping[str, Sequence[str]]) -> list[Path]:
@@ -177,8 +185,6 @@ def check_results(run: Run, adapter: str, llm: LLM, recipes: Mapping[str, Sequen
             check_tokens(pretrained, run, data)
         check_llm_named(folder, llm)
         if origin.start != start:
-            raise UserError(
-                f"{folder}: this adapter was fine-tuned from other weights than {pretrained}; {remedy(folder)}"
-            )
+            raise UserError(folder, f"this adapter was fine-tuned from other weights than {pretrained}", remedy(folder))
         folders.append(folder)
     return folders

@@ -109,5 +109,5 @@ def remedy(path: Path, force: bool = False) -> str:
 def require(path: Path) -> Path:
     """`path`, or a UserError that names the stage which writes it."""
     if not path.exists():
-        raise UserError(f"{path}: no such file; {remedy(path)}")
+        raise UserError(path, "no such file", remedy(path))
     return path

@@ -64,7 +64,7 @@ class VLM(nn.Module):
         tokens [B, N, D_img]; an answer per image. The end-of-turn token is part of an answer, unless it is cut at
         `max_answer_tokens`.
         """
-        answer_ids = self._answer_ids(answers)
+        answer_ids = self.answer_ids(answers)
         inputs, mask, cache = self._splice(tokens, prompt, answer_ids)
         done = cache.get_seq_length() if cache is not None else 0
         longest = max(map(len, answer_ids))
@@ -105,8 +105,9 @@ class VLM(nn.Module):
         left = wanted if self.context is None else min(wanted, self.context - used)
         if left < 1:
             raise UserError(
-                f"prompt and image tokens are {used} tokens, the LLM's context is {self.context}; shorten the prompt, "
-                "give the adapter fewer tokens, or take another llm.model"
+                "",
+                f"prompt and image tokens are {used} tokens, the LLM's context is {self.context}",
+                "shorten the prompt, give the adapter fewer tokens, or take another llm.model",
             )
         return left
 
@@ -156,7 +157,7 @@ class VLM(nn.Module):
         inputs = torch.cat([head.expand(len(rows), -1, -1), padded], 1)
         return inputs, F.pad(mask.long(), (len(before), 0), value=1), cache
 
-    def _answer_ids(self, answers: Sequence[str]) -> list[list[int]]:
+    def answer_ids(self, answers: Sequence[str]) -> list[list[int]]:
         """Token ids of answers, each with its end of turn; one that is too long is cut and so does not end."""
         whole = [[*ids, self.tokenizer.eos_token_id] for ids in self.texts.ids(answers)]
         return [ids[: self.max_answer_tokens] for ids in whole]
@@ -183,7 +184,7 @@ def add_lora(llm: LanguageModel, params: LoRA) -> Any:
     try:
         return get_peft_model(llm.network, config)
     except ValueError as error:
-        raise UserError(f"finetune.lora.modules {params.modules}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"finetune.lora.modules {params.modules}", str(error).splitlines()[0]) from None
 
 
 @contextmanager

@@ -11,17 +11,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline.errors import UserError
+from pipeline.files import POINTER
+from pipeline.needs import Fault
 
 LONGEST_HEADER = 100_000_000  # bytes; what safetensors itself allows
 AGAIN = "fetch it again"
-POINTER = b"version https://git-lfs"
 
 
 @contextmanager
-def told_in_one_line(tell: Callable[[Exception, str], str]) -> Iterator[None]:
+def told_in_one_line(tell: Callable[[Exception, str], UserError]) -> Iterator[None]:
     """Turns whatever a library raises over a foreign file into a UserError.
 
-    `tell` makes its text of the error and of what the error says, on one line. Our own words pass, and so does what is
+    `tell` makes it of the error and of what the error says, on one line. Our own words pass, and so does what is
     no fault of the files: memory that is exhausted and a disk that is full.
     """
     try:
@@ -35,10 +36,10 @@ def told_in_one_line(tell: Callable[[Exception, str], str]) -> Iterator[None]:
         if full or isinstance(error, torch.OutOfMemoryError):
             raise
         reason = textwrap.shorten(str(error), 240, placeholder=" ...") or type(error).__name__
-        raise UserError(tell(error, reason)) from error
+        raise tell(error, reason) from error
 
 
-def weights_fault(path: Path) -> str | None:
+def weights_fault(path: Path) -> Fault | None:
     """What keeps a file from being weights, with the remedy, or None: a file of another kind, or one cut off.
 
     The content of safetensors and of torch's zip files is held against their own tables; of torch's older pickles and
@@ -49,36 +50,36 @@ def weights_fault(path: Path) -> str | None:
         with path.open("rb") as file:
             head = file.read(512)
     except OSError as error:
-        return f"cannot be read ({error.strerror})"
+        return Fault(f"cannot be read ({error.strerror})")
     if path.is_dir():
-        return "is a folder; name the file of weights in it"
+        return Fault("is a folder", "name the file of weights in it")
     if not size:
-        return f"is empty; {AGAIN}"
+        return Fault("is empty", AGAIN)
     if head.startswith(POINTER):
-        return "is a Git LFS pointer, not the weights; run `git lfs pull` where it was cloned"
+        return Fault("is a Git LFS pointer, not the weights", "run `git lfs pull` where it was cloned")
     if head.lstrip().startswith(b"<"):
-        return f"is a web page, not weights; {AGAIN}, by a link to the file itself"
+        return Fault("is a web page, not weights", f"{AGAIN}, by a link to the file itself")
     if path.suffix == ".safetensors":
         return _safetensors_fault(path, size)
     if head[:4] == b"PK\x03\x04":
-        return None if zipfile.is_zipfile(path) else f"is cut off; {AGAIN}"
+        return None if zipfile.is_zipfile(path) else Fault("is cut off", AGAIN)
     if head[:1] == b"\x80":
         return None
     if _safetensors_fault(path, size) is None:
-        return "has the content of a .safetensors file; give it that suffix"
-    return f"is no weights file that torch or safetensors wrote; {AGAIN}"
+        return Fault("has the content of a .safetensors file", "give it that suffix")
+    return Fault("is no weights file that torch or safetensors wrote", AGAIN)
 
 
-def _safetensors_fault(path: Path, size: int) -> str | None:
+def _safetensors_fault(path: Path, size: int) -> Fault | None:
     try:
         names, needed = safetensors_table(path)
     except EOFError:
-        return f"is cut off; {AGAIN}"
+        return Fault("is cut off", AGAIN)
     except ValueError:
-        return f"is no safetensors file; {AGAIN}"
+        return Fault("is no safetensors file", AGAIN)
     if size != needed:
-        return f"has {size:,} bytes of {needed:,}; {AGAIN}"
-    return None if names else "holds no tensors"
+        return Fault(f"has {size:,} bytes of {needed:,}", AGAIN)
+    return None if names else Fault("holds no tensors")
 
 
 def safetensors_table(path: Path) -> tuple[set[str], int]:

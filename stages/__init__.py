@@ -57,9 +57,15 @@ def _check_data_folder() -> None:
     config.read([".dvc/config", ".dvc/config.local"])
     if not config.getboolean("core", "no_scm", fallback=False):
         raise UserError(
-            f"data: a link to {path.resolve()}, and in a git repository DVC refuses results behind a link; link "
-            "data/store instead, where the features are; for all results mount the disk at data (mount --bind), or run "
-            "`dvc config --local core.no_scm true`, which costs `dvc exp`"
+            "data",
+            (
+                f"a link to {path.resolve()}, and in a git repository DVC refuses results behind a link; link "
+                "data/store instead, where the features are"
+            ),
+            (
+                "for all results mount the disk at data (mount --bind), or run `dvc config --local core.no_scm "
+                "true`, which costs `dvc exp`"
+            ),
         )
 
 

@@ -35,10 +35,10 @@ def classify(photos: Photos, as_json: AsJSON = False) -> None:
 def _answer(name: str, photos: list[Path], as_json: bool) -> None:
     """Print an answer per picture; a picture that cannot be read is named on stderr and makes the exit code 1."""
     params = load_params()
-    files, missing = _files(photos)
+    files, missing = pictures_named(photos)
     if not files:
-        raise UserError(f"{photos[0]}: {'no such file or folder' if missing else 'no picture in it'}; {FORMATS}")
-    losses = _finetuned(params, name)
+        raise UserError(photos[0], ("no such file or folder" if missing else "no picture in it"), FORMATS)
+    losses = finetuned(params, name)
     from pipeline.devices import pick_device
     from pipeline.encoders.vision import load_vision_encoder
     from pipeline.media.decoding import decoder_for
@@ -48,7 +48,7 @@ def _answer(name: str, photos: list[Path], as_json: bool) -> None:
     task = Task.of(name, params.evaluate)
     encoder = load_vision_encoder(params.vision, params.runtime.device)
     decoder = decoder_for(params.vision.decoder, encoder.preprocess, pick_device(params.runtime.device))
-    folder = _best_adapter(params, losses, encoder.identity)
+    folder = best_adapter(params, losses, encoder.identity)
     adapter, _, recipe = folder.name.partition("-")
     model = load_vlm(params.llm, folder, "adapter", params.runtime.device)
     remaining, failed = iter(files), missing
@@ -60,12 +60,12 @@ def _answer(name: str, photos: list[Path], as_json: bool) -> None:
         pixels = decoder.batch([loaded for _, loaded in read], params.vision.batch)  # of the shape of extraction
         answers = model.generate(encoder.encode(pixels)[: len(read)], task.prompt, task.max_tokens)
         for (file, _), answer in zip(read, answers, strict=True):
-            _say({"photo": str(file), "answer": answer, "adapter": adapter, "recipe": recipe}, as_json)
+            say({"photo": str(file), "answer": answer, "adapter": adapter, "recipe": recipe}, as_json)
     if failed:
         raise typer.Exit(1)
 
 
-def _say(row: dict[str, str], as_json: bool) -> None:
+def say(row: dict[str, str], as_json: bool) -> None:
     r"""Print an answer whatever the terminal's encoding: what it lacks as \u00e9 in JSON, which is the same there."""
     encoding = sys.stdout.encoding or "utf-8"
     text = json.dumps(row, ensure_ascii=False) if as_json else readable(f"{row['photo']}: {row['answer']}")
@@ -76,7 +76,7 @@ def _say(row: dict[str, str], as_json: bool) -> None:
     print(text, flush=True)
 
 
-def _files(photos: list[Path]) -> tuple[list[Path], int]:
+def pictures_named(photos: list[Path]) -> tuple[list[Path], int]:
     """The pictures named and those below the folders named, and how many names lead nowhere; these are said."""
     from pipeline.sources.folders import pictures_below
     from pipeline.sources.texts import by_reason
@@ -97,7 +97,7 @@ def _files(photos: list[Path]) -> tuple[list[Path], int]:
     return files, missing
 
 
-def _finetuned(params: Params, task: str) -> dict[Path, float]:
+def finetuned(params: Params, task: str) -> dict[Path, float]:
     """The folders of the adapters that were fine-tuned for a task, with their validation losses on its data sets."""
 
     run, losses = Run.of(params), {}
@@ -110,11 +110,11 @@ def _finetuned(params: Params, task: str) -> dict[Path, float]:
                 own = [metrics[f"val_loss/{data}" if len(sets) > 1 else "val_loss"] for data in asked]
                 losses[folder] = sum(own) / len(own)
     if not losses:
-        raise UserError(f"{run.base / 'finetune'}: nothing is fine-tuned for the task {task} yet; run `dvc repro`")
+        raise UserError(run.base / "finetune", f"nothing is fine-tuned for the task {task} yet", "run `dvc repro`")
     return losses
 
 
-def _best_adapter(params: Params, losses: dict[Path, float], identity: dict[str, str]) -> Path:
+def best_adapter(params: Params, losses: dict[Path, float], identity: dict[str, str]) -> Path:
     """Of the adapters that fit encoder and LLM, the one with the lowest validation loss; the test part has no say.
 
     Those that do not fit are named on stderr. Raises UserError when none fits.

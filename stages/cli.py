@@ -69,7 +69,7 @@ class Commands(TyperGroup):
             _fail("interrupted; run the same command again to go on where it stopped", code=130)
         except Exception as fault:
             if denied(fault):
-                _fail(refusal(fault), code=2)
+                _fail(str(refusal(fault)), code=2)
             if not _disk_full(fault):
                 raise
             where = f" (writing {fault.filename})" if isinstance(fault, OSError) and fault.filename else ""

@@ -68,7 +68,7 @@ def _make_part(params: Params, data: str, worker: str) -> None:
     """Make the shards of part I of N; the stage, run afterwards without options, writes the manifest."""
     part = re.fullmatch(r"(\d+)/(\d+)", worker)
     if not part or int(part[1]) >= int(part[2]):
-        raise UserError(f"--worker {worker}: expected I/N with I from 0 to N - 1, such as 0/4")
+        raise UserError(f"--worker {worker}", "expected I/N with I from 0 to N - 1, such as 0/4")
     from pipeline.encoders.vision import load_vision_encoder
     from pipeline.extraction import distribute
     from pipeline.extraction.images import ImageShards

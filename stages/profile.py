@@ -43,7 +43,7 @@ def use(
         file.flush()
         written = _read(Path(file.name))
         if read_yaml(written, title) != wanted:
-            raise UserError(f"{title}: a value would read back as another; edit params.yaml instead")
+            raise UserError(title, "a value would read back as another", "edit params.yaml instead")
         parse_params(written, title)
     typer.echo(f"params.yaml is now {source}{' with ' + ', '.join(settings) if settings else ''}; next: dvc repro")
 
@@ -76,7 +76,7 @@ def show() -> None:
 def _profiles() -> list[Path]:
     found = sorted(PROFILES.glob("*.yaml"))
     if not found:
-        raise UserError("there is no profiles/*.yaml in the current folder; go to the project folder first")
+        raise UserError("", "there is no profiles/*.yaml in the current folder", "go to the project folder first")
     return found
 
 
@@ -85,7 +85,7 @@ def _find(name: str) -> Path:
         return Path(name)
     profiles = {path.stem: path for path in _profiles()}
     if name not in profiles:
-        raise UserError(f"there is no profile {name}; known: {', '.join(profiles)}, or a path to a .yaml file")
+        raise UserError(f"there is no profile {name}; known", f"{', '.join(profiles)}, or a path to a .yaml file")
     return profiles[name]
 
 
@@ -93,7 +93,7 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as text: {error}") from None
+        raise UserError(path, f"cannot be read as text: {error}") from None
 
 
 def _changed(text: str, values: dict[str, Any], settings: list[str]) -> tuple[str, dict[str, Any]]:
@@ -131,11 +131,11 @@ def _key_and_value(setting: str, values: dict[str, Any]) -> tuple[list[str], Any
     name, equals, value = setting.partition("=")
     key = name.strip().split(".")
     if not equals or not all(key):
-        raise UserError(f"--set {setting}: expected KEY=VALUE, e.g. --set pretrain.lr=0.0005")
+        raise UserError(f"--set {setting}", "expected KEY=VALUE, e.g. --set pretrain.lr=0.0005")
     try:
         setting.encode()
     except UnicodeEncodeError:
-        raise UserError(f"--set {name}: not valid UTF-8, as params.yaml has to be; rename the file") from None
+        raise UserError(f"--set {name}", "not valid UTF-8, as params.yaml has to be", "rename the file") from None
     text = reads_text(key, values)
     if text:
         return key, value
@@ -144,7 +144,7 @@ def _key_and_value(setting: str, values: dict[str, Any]) -> tuple[list[str], Any
     try:
         return key, read_yaml(f"value: {value}", f"--set {name}")["value"] if "\n" not in value else value
     except UserError:
-        raise UserError(f"--set {setting[:200]}: the value is not valid YAML") from None
+        raise UserError(f"--set {setting[:200]}", "the value is not valid YAML") from None
 
 
 def _roughly(values: dict[str, Any], settings: list[str]) -> dict[str, Any]:
@@ -182,7 +182,7 @@ def _put(tree: dict[str, Any], key: list[str], value: Any, setting: str) -> None
     for part in key[:-1]:
         section = section.setdefault(part, {})
         if not isinstance(section, dict):
-            raise UserError(f"--set {setting}: {part} is a value, not a section")
+            raise UserError(f"--set {setting}", f"{part} is a value, not a section")
     section[key[-1]] = value
 
 

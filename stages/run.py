@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, UserErrors
 from pipeline.progress import new_progress
 
 # What DVC says of itself around what a stage says; and while another of its processes writes, for moments.
@@ -36,7 +36,7 @@ def run(
     sorter.prepare()
     waiting: list[str] = []
     running: dict[Future[str], str] = {}
-    faults: list[str] = []
+    faults: list[UserError] = []
     to_the_end = _lengths(stages)
     with ThreadPoolExecutor(jobs) as pool, new_progress("stages") as progress:
         task = progress.add_task("stages", total=len(stages))
@@ -54,9 +54,9 @@ def run(
                     sorter.done(stage)
                     progress.advance(task)
                 except UserError as fault:
-                    faults.append(str(fault))
+                    faults.append(fault)
     if faults:
-        raise UserError("\n".join([*faults, "run the same command again to go on"]))
+        raise UserErrors([*faults, UserError("", "run the same command again to go on")])
 
 
 def _lengths(stages: dict[str, list[str]]) -> dict[str, int]:
@@ -78,7 +78,7 @@ def _stages() -> dict[str, list[str]]:
             graph = repo.index.graph
             return {stage.addressing: [other.addressing for other in graph.successors(stage)] for stage in graph}
     except DvcException as error:
-        raise UserError(f"dvc.yaml: {' '.join(str(error).split())}; run `dvc repro` to see more") from None
+        raise UserError("dvc.yaml", " ".join(str(error).split()), "run `dvc repro` to see more") from None
 
 
 def _repro(stage: str, jobs: int) -> str:
@@ -97,7 +97,7 @@ def _repro(stage: str, jobs: int) -> str:
         time.sleep(1)
     said = "\n".join(f"  {line}" for line in done.stdout.splitlines() if not AROUND.match(line))
     if done.returncode:
-        raise UserError(f"{stage} failed:\n{said}")
+        raise UserError("", f"{stage} failed:\n{said}")
     if "didn't change, skipping" in done.stdout:
         return f"{stage}: up to date"
     return f"{stage}: {time.monotonic() - began:.0f} s" + (f"\n{said}" if said else "")

@@ -12,7 +12,7 @@ def show() -> None:
     params = load_params()
     page = Run.of(params).report / "index.html"
     if not page.is_file():
-        raise UserError(f"{page}: no report yet; run `dvc repro` first")
+        raise UserError(page, "no report yet", "run `dvc repro` first")
     from rich.console import Console
 
     from pipeline.report.figures import terminal_table

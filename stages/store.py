@@ -101,8 +101,9 @@ def _repair(params: Params, faults: list[Fault]) -> None:
             kind, data = use.manifest.kind, use.data
             if make[kind](params, data, use.manifest) != use.manifest:
                 raise UserError(
-                    f"{kind} of {data}: what was extracted now has other bits than the manifest names (another "
-                    f"processor or library?); run `dvc repro --force {EXTRACTED_BY[kind]}@{data}`"
+                    f"{kind} of {data}",
+                    "what was extracted now has other bits than the manifest names (another processor or library?)",
+                    f"run `dvc repro --force {EXTRACTED_BY[kind]}@{data}`",
                 )
 
 
@@ -197,7 +198,7 @@ def _transfer(move: Callable[[list[Use], str, Callable[[int], None]], int], url:
     profile = load_params().profile
     uses = manifests(profile)
     if not uses:
-        raise UserError(f"{RESULTS / profile} has no feature manifest; run `dvc repro` here, or `dvc pull`")
+        raise UserError("", f"{RESULTS / profile} has no feature manifest", "run `dvc repro` here, or `dvc pull`")
     shards = files(uses)
     with progress_bar(url, sum(shard.bytes for shard in shards.values()), "bytes") as advance:
         count = move(uses, url, advance)

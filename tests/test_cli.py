@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import stages
 from pipeline.config import load_params
-from pipeline.errors import UserError
+from pipeline.errors import UserError, UserErrors
 from stages import cli
 
 PROJECT = Path(__file__).parents[1]
@@ -237,7 +237,7 @@ def _raise(fault: BaseException) -> Callable[[], None]:
 @pytest.mark.parametrize(
     ("fault", "code", "message"),
     [
-        (UserError("one\ntwo"), 2, "error: one\nerror: two\n"),
+        (UserErrors([UserError("", "one"), UserError("", "two")]), 2, "error: one\nerror: two\n"),
         (OSError(errno.ENOSPC, "No space left on device", "data/x"), 2, "error: the disk is full (writing data/x)"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), 2, "error: the disk is full; free"),
         (KeyboardInterrupt(), 130, "error: interrupted; run the same command again"),
@@ -264,5 +264,5 @@ def test_timings_are_written_on_success_only(folder: Path) -> None:
     with stages.timed(params, "pretrain@mlp"):
         pass
     with pytest.raises(UserError), stages.timed(params, "pretrain@query"):
-        raise UserError("no")
+        raise UserError("", "no")
     assert [path.name for path in (folder / "data" / "demo" / "seconds").iterdir()] == ["pretrain@mlp.json"]

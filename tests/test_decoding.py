@@ -86,7 +86,9 @@ NOT_PLAIN = {
 }
 
 
-def by_torchvision(files: list[Tensor], real: Callable[[list[Tensor]], list[Tensor]] = decoding._torchvision) -> Any:
+def by_torchvision(
+    files: list[Tensor], real: Callable[[list[Tensor]], list[Tensor]] = decoding.decode_by_torchvision
+) -> Any:
     return real(files)
 
 
@@ -251,7 +253,7 @@ def refusing(refused: bytes, message: str) -> Callable[[list[Tensor]], list[Tens
 def test_what_a_decoder_refuses_is_pils_and_counted(message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     contents = [jpeg(photo(seed=seed)) for seed in range(3)]
     decode_files = refusing(contents[1], f"Error while decoding JPEG images: {message}\nException raised from f")
-    monkeypatch.setattr(decoding, "_torchvision", lambda files, device="cpu": decode_files(files))
+    monkeypatch.setattr(decoding, "decode_by_torchvision", lambda files, device="cpu": decode_files(files))
     for decoder, usual in (
         (nvjpeg(COCA, decode_files), nvjpeg(COCA)),
         (TorchvisionDecoder(COCA), TorchvisionDecoder(COCA)),
@@ -283,16 +285,16 @@ def test_auto_takes_what_works_here(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     def fails(files: list[Tensor], device: Any = "cpu") -> list[Tensor]:
         raise RuntimeError("Couldn't load the image extension.\nmore")
 
-    real = decoding._torchvision
+    real = decoding.decode_by_torchvision
     for broken, words in ((nothing, "gives other pictures than PIL here"), (fails, "torchvision gives other")):
-        decoding._fault.cache_clear()
+        decoding.decoder_fault.cache_clear()
         decoding.say_once.cache_clear()
-        monkeypatch.setattr(decoding, "_torchvision", broken)
+        monkeypatch.setattr(decoding, "decode_by_torchvision", broken)
         assert decoder_for("auto", COCA, CPU).name == "pil"
         assert words in capsys.readouterr().err
     with pytest.raises(UserError, match=r"vision.decoder torchvision: .*; set it to auto or pil"):
         decoder_for("torchvision", COCA, CPU)
-    decoding._fault.cache_clear()
+    decoding.decoder_fault.cache_clear()
 
 
 def test_upright_is_what_pil_makes_of_it() -> None:

@@ -217,9 +217,9 @@ def test_two_processes_may_make_the_same_shard_at_once(params, alone):
 
 
 def test_workers_share_the_gpus(params, monkeypatch):
-    assert distribute._device(params, 1) == "auto"
+    assert distribute.device_of(params, 1) == "auto"
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert [distribute._device(params, worker) for worker in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
+    assert [distribute.device_of(params, worker) for worker in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
 
 
 @pytest.mark.parametrize("order", [np.arange(50), np.random.default_rng(0).permutation(50)], ids=["in order", "mixed"])

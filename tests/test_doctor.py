@@ -10,7 +10,9 @@ import pytest
 from typer.testing import CliRunner
 
 from pipeline.config import Params, Vision, parse_params
-from pipeline.doctor.doctor import doctor
+from pipeline.doctor import checks, costs, machine
+from pipeline.encoders.base import Encoder
+from pipeline.needs import Need
 from stages import cli
 
 PROJECT = Path(__file__).parents[1]
@@ -29,25 +31,26 @@ def params_of(name: str, captions: Path | str = "/none", classes: Path | str = "
 @pytest.fixture(autouse=True)
 def _no_gpu_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same answers on every machine."""
-    monkeypatch.setattr(doctor, "_cuda", lambda device: ("", 0))
+    for room in (checks, costs):
+        monkeypatch.setattr(room, "cuda", lambda device: ("", 0))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.chdir(tmp_path)
 
 
-def check(found: doctor.Diagnosis, name: str) -> doctor.Check:
+def check(found: checks.Diagnosis, name: str) -> Need:
     return next(check for check in found.checks if name in check.name)
 
 
 def test_the_demo_has_all_it_needs() -> None:
     began = time.monotonic()
-    found = doctor.diagnose(params_of("demo"))
+    found = checks.diagnose(params_of("demo"))
     assert all(check.ok for check in found.checks if check.name not in ("disk", "memory"))
     assert found.hub == "hub: switched off by HF_HUB_OFFLINE; only local files are used"
     assert time.monotonic() - began < 5
 
 
 def test_missing_weights_come_with_their_command() -> None:
-    found = doctor.diagnose(params_of("thesis"))
+    found = checks.diagnose(params_of("thesis"))
     mistral = check(found, "weights of mistralai")
     assert not mistral.ok
     assert mistral.remedy.startswith(
@@ -58,7 +61,7 @@ def test_missing_weights_come_with_their_command() -> None:
 
 
 def test_missing_folders_keep_the_other_one() -> None:
-    found = doctor.diagnose(params_of("photos", captions="/here", classes="/there"))
+    found = checks.diagnose(params_of("photos", captions="/here", classes="/there"))
     assert check(found, "data.captions").found == "missing: /here/captions.json, /here/images"
     assert check(found, "data.classes").remedy == (
         "terraalign profile use photos --set data.captions.root=/here --set data.classes.root=FOLDER"
@@ -74,9 +77,9 @@ def test_folders_that_are_there(tmp_path: Path) -> None:
     (tmp_path / "images" / "a").mkdir()
     (tmp_path / "images" / "a" / "1.jpg").touch()
     params = params_of("photos", tmp_path, tmp_path)
-    found = doctor.diagnose(params)
+    found = checks.diagnose(params)
     assert check(found, "data.captions").ok and check(found, "data.classes").ok
-    assert doctor.pictures(params, "captions") == 1
+    assert costs.pictures(params, "captions") == 1
 
 
 @pytest.mark.parametrize(
@@ -92,12 +95,12 @@ def test_damaged_captions_are_not_ok(tmp_path: Path, text: str, reason: str) -> 
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "1.jpg").touch()
     (tmp_path / "captions.json").write_text(text)
-    found = check(doctor.diagnose(params_of("photos", tmp_path, tmp_path)), "data.captions")
+    found = check(checks.diagnose(params_of("photos", tmp_path, tmp_path)), "data.captions")
     assert (found.ok, found.found, found.remedy) == (False, reason, f"fetch or write it again in {tmp_path}")
     (tmp_path / "captions.json").write_text('\ufeff{"images": [], "annotations": []}\n', encoding="utf-8")
-    assert check(doctor.diagnose(params_of("photos", tmp_path, tmp_path)), "data.captions").ok
+    assert check(checks.diagnose(params_of("photos", tmp_path, tmp_path)), "data.captions").ok
     (tmp_path / "images" / "1.jpg").unlink()
-    found = check(doctor.diagnose(params_of("photos", tmp_path, tmp_path)), "data.captions")
+    found = check(checks.diagnose(params_of("photos", tmp_path, tmp_path)), "data.captions")
     assert found.found == f"{tmp_path / 'images'}: no picture in it"
 
 
@@ -105,7 +108,7 @@ def test_damaged_vision_weights_are_not_ok(tmp_path: Path) -> None:
     for name, reason in {"a.safetensors": "is a web page", "a.bin": "is a Git LFS pointer"}.items():
         (tmp_path / name).write_text("<html>" * 9 if name == "a.safetensors" else "version https://git-lfs.github.com")
         vision = Vision(encoder="timm", model="resnet10t", pretrained=str(tmp_path / name))
-        found = doctor._vision(vision)
+        found = Encoder.of(vision).need()
         assert not found.ok and reason in found.found and found.remedy
 
 
@@ -122,27 +125,27 @@ def test_every_shard_of_the_weights_is_looked_for(tmp_path: Path) -> None:
     config = json.dumps({"model_type": "mistral"})
     there = {"config.json": config, "tokenizer_config.json": "{}", "model.safetensors.index.json": index}
     cached(tmp_path, {**there, "model-1.safetensors": ""})
-    assert check(doctor.diagnose(params_of("thesis")), "weights of mistralai").found == "missing: model-2.safetensors"
+    assert check(checks.diagnose(params_of("thesis")), "weights of mistralai").found == "missing: model-2.safetensors"
 
 
 def test_estimates_follow_their_formula() -> None:
     params = params_of("thesis")
-    assert doctor.token_bytes(params) == (118_287 + 101_000) * 255 * 512 * 2
-    assert doctor.disk_bytes(params) > doctor.token_bytes(params)
+    assert costs.token_bytes(params) == (118_287 + 101_000) * 255 * 512 * 2
+    assert costs.disk_bytes(params) > costs.token_bytes(params)
     halved = parse_params(profile("thesis").replace("  batch: 8", "  batch: 4"), "thesis")
-    assert doctor.memory_bytes(halved) < doctor.memory_bytes(params)
+    assert costs.memory_bytes(halved) < costs.memory_bytes(params)
     # An H200 saw 8.2 GiB at batch 16, and 32.3 GiB with all activations kept.
     doubled = profile("thesis").replace("    batch: 8", "    batch: 16")
     kept = doubled.replace("activations: recompute", "activations: keep")
-    assert 7 * doctor.GIB < doctor.memory_bytes(parse_params(doubled, "thesis")) < 10 * doctor.GIB
-    assert 28 * doctor.GIB < doctor.memory_bytes(parse_params(kept, "thesis")) < 38 * doctor.GIB
+    assert 7 * costs.GIB < costs.memory_bytes(parse_params(doubled, "thesis")) < 10 * costs.GIB
+    assert 28 * costs.GIB < costs.memory_bytes(parse_params(kept, "thesis")) < 38 * costs.GIB
 
 
 def test_a_hub_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_HUB_OFFLINE")
-    monkeypatch.setattr(doctor.Hub, "_probe", lambda self: time.sleep(5))
+    monkeypatch.setattr(machine.Hub, "probe", lambda self: time.sleep(5))
     began = time.monotonic()
-    assert doctor.Hub(seconds=0.1).answer() == "hub: not reachable (offline); only local files are used"
+    assert machine.Hub(seconds=0.1).answer() == "hub: not reachable (offline); only local files are used"
     assert time.monotonic() - began < 1
 
 
@@ -158,14 +161,14 @@ def test_the_command_exits_with_the_diagnosis(tmp_path: Path) -> None:
 
 def test_the_command_exits_with_0_when_all_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "params.yaml").write_text(profile("demo"))
-    monkeypatch.setattr(doctor, "disk_bytes", lambda params: 0.0)
-    monkeypatch.setattr(doctor, "memory_bytes", lambda params: 0.0)
+    monkeypatch.setattr(costs, "disk_bytes", lambda params: 0.0)
+    monkeypatch.setattr(costs, "memory_bytes", lambda params: 0.0)
     assert runner.invoke(cli.app, ["doctor"]).exit_code == 0
 
 
-def of_encoder(text: str) -> doctor.Diagnosis:
+def of_encoder(text: str) -> checks.Diagnosis:
     demo = (PROJECT / "profiles" / "demo.yaml").read_text().replace("encoder: efficientnet_lite0", text)
-    return doctor.diagnose(parse_params(demo, "demo"))
+    return checks.diagnose(parse_params(demo, "demo"))
 
 
 def test_weights_of_an_encoder_are_looked_into(tmp_path: Path) -> None:

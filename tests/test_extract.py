@@ -131,7 +131,7 @@ def test_passes_go_side_by_side_on_one_thread_each(prepared):
     params = in_one_shard(prepared, batch=10)
     work = ImageShards(params, "captions", SideBySide())
     [rows] = work.parts.values()
-    found = list(work._tokens([Part(rows)]))
+    found = list(work.tokens([Part(rows)]))
     assert [row for at, _ in found for row in at] == list(range(40))
     pictures = torch.stack([work.encoder.preprocess(decode(Path(name).read_bytes())) for name in rows["image"]])
     expected = (pictures.flatten(2).transpose(1, 2) + 1).half().numpy()
@@ -172,7 +172,7 @@ def test_what_is_ahead_of_the_disk_is_bounded(prepared):
 
     params = in_one_shard(prepared, batch=2)
     work = ImageShards(params, "captions", Loading())
-    tokens = work._tokens([Part(rows) for rows in work.parts.values()])
+    tokens = work.tokens([Part(rows) for rows in work.parts.values()])
     next(tokens)
     tokens.close()
     assert 2 <= len(loaded) <= 2 * (2 * work.passes + 3) < 40
@@ -211,8 +211,8 @@ def tokens_by_id(params, encoder, shards, decoder, batch=4):
 
 def nvjpeg_without_a_gpu(monkeypatch):
     """The GPU's path on a CPU, all but the decoding of the files, and no library that has to be there for it."""
-    decode_files = decoding._torchvision
-    monkeypatch.setattr(decoding, "_fault", lambda name, device: None)
+    decode_files = decoding.decode_by_torchvision
+    monkeypatch.setattr(decoding, "decoder_fault", lambda name, device: None)
     monkeypatch.setattr(
         decoding, "_make", lambda name, parts, device: decoding.NvJpegDecoder(parts, device, decode_files)
     )
@@ -282,10 +282,10 @@ def test_tokens_that_come_back_in_the_stored_type_are_stored_alike(mixed, dtype)
     cache = mixed.cache.model_copy(update={"dtype": dtype})
     work = ImageShards(mixed.model_copy(update={"cache": cache}), "classes", load_vision_encoder(mixed.vision))
     pixels = torch.randint(0, 256, (8, 3, 176, 176), dtype=torch.uint8)
-    on_cpu = pack(work._encode(pixels), dtype)
-    work._on_gpu = True
-    assert work._encode(pixels).dtype == (torch.float32 if dtype == "int8" else getattr(torch, dtype))
-    on_gpu = pack(work._encode(pixels), dtype)
+    on_cpu = pack(work.encode(pixels), dtype)
+    work.on_gpu = True
+    assert work.encode(pixels).dtype == (torch.float32 if dtype == "int8" else getattr(torch, dtype))
+    on_gpu = pack(work.encode(pixels), dtype)
     assert {name: x.tobytes() for name, x in on_cpu.items()} == {name: x.tobytes() for name, x in on_gpu.items()}
 
 
@@ -297,7 +297,7 @@ def test_tokens_that_do_not_fit_are_explained(prepared, number, advice, on_gpu):
             return (super().encode(pixels) + number).to(dtype)
 
     work = ImageShards(prepared, "captions", Large())
-    work._on_gpu = on_gpu
+    work.on_gpu = on_gpu
     with pytest.raises(UserError, match=rf"\.jpg: tokens do not fit float16; .*{advice}"):
         work.build_all(list(work.parts), lambda n: None)
 

@@ -50,7 +50,7 @@ def test_the_folder_of_a_faster_process_stays() -> None:
 
 def test_foreign_faults_are_one_line_and_ours_pass() -> None:
     def fault(reason: str) -> UserError:
-        return UserError(f"a.tar: {reason}")
+        return UserError("a.tar", reason)
 
     with pytest.raises(UserError, match=r"^a\.tar: KeyError: 'two lines'$"), foreign_faults(fault):
         raise KeyError("two lines")
@@ -61,6 +61,6 @@ def test_foreign_faults_are_one_line_and_ours_pass() -> None:
     with pytest.raises(UserError, match=r"^a\.tar: gone$"), foreign_faults(fault, lambda _: fault("gone")):
         raise FileNotFoundError("a.tar")
     with pytest.raises(UserError, match=r"^ours$"), foreign_faults(fault):
-        raise UserError("ours")
+        raise UserError("", "ours")
     with pytest.raises(OSError, match="No space left"), foreign_faults(fault):
         raise OSError(errno.ENOSPC, "No space left on device")

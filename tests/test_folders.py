@@ -196,7 +196,7 @@ def test_names_that_are_not_utf8_are_named_and_left_out(capfd: pytest.CaptureFix
     }
     assert r"(2: set/cat/caf\xe9.jpg, set/cr\xe8me/a.jpg)" in capfd.readouterr().err
     assert readable("a\udce9\ud83d\x1b") == r"a\xe9\ud83d\x1b"
-    assert str(UserError("caf\udce9")) == r"caf\xe9"
+    assert str(UserError("", "caf\udce9")) == r"caf\xe9"
 
 
 def rows_by_split(rows: dict[str, dict[str, Any]]) -> dict[str, int]:
@@ -332,7 +332,7 @@ def test_caption_takes_the_pictures_of_a_folder(capsys: pytest.CaptureFixture[st
     picture("album/.hidden/d.jpg")
     Path("album/sub.jpg").mkdir()
     Path("album/notes.txt").write_text("a note")
-    files, missing = answer._files([Path("album"), Path("nowhere.jpg"), Path("album/b.jpg")])
+    files, missing = answer.pictures_named([Path("album"), Path("nowhere.jpg"), Path("album/b.jpg")])
     names = [os.fsencode(file) for file in files]
     assert names == [b"album/a", b"album/b.jpg", b"album/deep/c.jfif", b"album/\xe9t\xe9.jpg", b"album/b.jpg"]
     assert missing == 1
@@ -347,8 +347,8 @@ def test_answers_are_printed_on_any_terminal(encoding: str, monkeypatch: pytest.
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding, errors="strict"))
     row = {"photo": os.fsdecode(b"\xe9t\xe9 \xf0\x9f\x8d\x95.jpg"), "answer": "crème 🍕", "adapter": "mlp"}
-    answer._say(row, as_json=True)
-    answer._say(row, as_json=False)
+    answer.say(row, as_json=True)
+    answer.say(row, as_json=False)
     first, second = raw.getvalue().decode(encoding).splitlines()
     assert json.loads(first) == row
     assert os.fsencode(json.loads(first)["photo"]) == b"\xe9t\xe9 \xf0\x9f\x8d\x95.jpg"

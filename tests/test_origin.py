@@ -15,8 +15,8 @@ from pipeline.errors import UserError
 from pipeline.origin import FILE, Origin, Words, check_encoder, check_llm, check_results, check_tokens
 from pipeline.runs import Run
 from pipeline.store.shards import Manifest
-from pipeline.training.pretrain import _check_of_one_kind
-from stages.answer import _best_adapter, _finetuned
+from pipeline.training.pretrain import check_of_one_kind
+from stages.answer import best_adapter, finetuned
 
 IDENTITY = {"encoder": "timm", "model": "resnet10t", "weights": "a" * 64, "preprocess": "crop", "dtype": "float32"}
 RUN = Run("demo")
@@ -110,20 +110,20 @@ def test_adapters_of_earlier_versions_and_none(trained: Params) -> None:
 
 
 def test_answers_come_from_the_best_adapter_that_fits(trained: Params, capsys: pytest.CaptureFixture[str]) -> None:
-    losses = _finetuned(trained, "caption")
-    assert _best_adapter(trained, losses, IDENTITY).name == "query-captions"
+    losses = finetuned(trained, "caption")
+    assert best_adapter(trained, losses, IDENTITY).name == "query-captions"
     changed(BASE / "finetune/query-captions", encoder=IDENTITY | {"model": "resnet18"})
-    assert _best_adapter(trained, losses, IDENTITY).name == "mlp-captions"
+    assert best_adapter(trained, losses, IDENTITY).name == "mlp-captions"
     assert "left out: data/demo/finetune/query-captions: " in capsys.readouterr().err
     with pytest.raises(UserError, match="another vision encoder"):
-        _best_adapter(trained, losses, IDENTITY | {"weights": "c" * 64})
+        best_adapter(trained, losses, IDENTITY | {"weights": "c" * 64})
 
 
 def test_features_of_two_models_are_not_mixed(trained: Params) -> None:
-    _check_of_one_kind(RUN, "images", ["captions", "classes"])
+    check_of_one_kind(RUN, "images", ["captions", "classes"])
     Manifest("images", "other", [], encoder=IDENTITY).write(RUN.features("images", "classes"))
     with pytest.raises(
         UserError, match="captions and classes are of different encoders; run `dvc repro extract_images`"
     ):
-        _check_of_one_kind(RUN, "images", ["captions", "classes"])
-    _check_of_one_kind(RUN, "images", ["captions"])
+        check_of_one_kind(RUN, "images", ["captions", "classes"])
+    check_of_one_kind(RUN, "images", ["captions"])

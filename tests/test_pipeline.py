@@ -8,9 +8,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
-from pipeline.adapters.module import load_adapter
 from typer.testing import CliRunner
 
+from pipeline.adapters.module import load_adapter
 from pipeline.metrics.things import Things
 from pipeline.runs import Run
 from pipeline.store.reader import ImageTokens

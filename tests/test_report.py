@@ -141,7 +141,7 @@ def test_metrics_are_complete(params: Params) -> None:
     expected = {"captions/self_attention/captions/scratch_val_loss"}
     expected |= {f"classes/{key}" for key in ("probe", "chance", "test_images", "classes")}
     for name in params.run.adapters:
-        expected |= {f"emd/{name}/{key}" for key in DISTANCES}
+        expected |= {f"emd/{name}/{key}" for key in (*DISTANCES, "held_out", "parameters")}
         expected |= {f"retrieval/{name}/r1_raw", f"retrieval/{name}/r1_debiased"}
         keys = ("right", "right_pretrained", "right_shuffled", "captioned", "val_loss")
         expected |= {f"captions/{name}/captions/{key}" for key in keys}

@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.adapters.adapters import build_adapter
+from pipeline.adapters.module import build_adapter
 from pipeline.config import LLM
 from pipeline.config.schema import LoRA
 from pipeline.errors import UserError
-from pipeline.llms import load as backbone
+from pipeline.llms import quantise as backbone
 from pipeline.llms.load import load_embedding, load_llm
 from pipeline.origin import Origin, Words
 from pipeline.vlm import VLM, add_lora, load_vlm, tuned
@@ -105,13 +105,13 @@ def test_a_row_has_the_same_loss_in_a_batch_and_alone(kind, tiny_mistral, tmp_pa
 
 def test_answers_are_words_alone_and_no_longer_than_allowed(model):
     eos = model.tokenizer.eos_token_id
-    [plain, written] = model._answer_ids(["a cat", "a</s>cat"])
+    [plain, written] = model.answer_ids(["a cat", "a</s>cat"])
     assert plain.count(eos) == written.count(eos) == 1 and written[-1] == eos
     _, before = model.loss(torch.randn(1, 4, 8), "What is it?", ["a cat " * 99])
     model.max_answer_tokens = 7
     _, count = model.loss(torch.randn(1, 4, 8), "What is it?", ["a cat " * 99])
     assert (count, model.is_cut("a cat " * 99), model.is_cut("a cat")) == (7, True, False) and before > 99
-    assert eos not in model._answer_ids(["a cat " * 99])[0]
+    assert eos not in model.answer_ids(["a cat " * 99])[0]
 
 
 def test_nothing_goes_beyond_the_context(model):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +18,13 @@ from pipeline.errors import UserError
 from pipeline.extraction.captions import Captions, extract_captions, text_hash
 from pipeline.llms.load import load_embedding, load_tokenizer
 from pipeline.llms.text import Texts
-from pipeline.metrics.accuracy import find_class, linear_probe
+from pipeline.metrics.base import read_figures
+from pipeline.metrics.probe import linear_probe
 from pipeline.objectives.pairs import Pairs
+from pipeline.runs import Run
 from pipeline.store.reader import CaptionTokens, ImageTokens
+from pipeline.tasks.base import Task
+from pipeline.tasks.naming import find_class
 from pipeline.training.finetune import Examples
 from stages import cli
 
@@ -53,7 +56,7 @@ def rows_of(captions: list[list[str]], labels: list[str] | None = None) -> pd.Da
 
 
 def prepared(params: Params, data: str, rows: pd.DataFrame) -> None:
-    path = Path("data") / params.profile / "prepare" / f"{data}.parquet"
+    path = Run.of(params).manifest(data)
     path.parent.mkdir(parents=True, exist_ok=True)
     rows.to_parquet(path)
 
@@ -61,9 +64,8 @@ def prepared(params: Params, data: str, rows: pd.DataFrame) -> None:
 def extracted(params: Params, data: str) -> CaptionTokens:
     tokenizer, embedding = load_tokenizer(params.llm), load_embedding(params.llm)
     manifest = extract_captions(params, data, tokenizer, embedding, lambda n: None)
-    base = Path("data") / params.profile
-    manifest.write(base / "text" / data / "manifest.json")
-    return CaptionTokens.open(base, data)
+    manifest.write(Run.of(params).features("text", data))
+    return CaptionTokens.open(Run.of(params), data)
 
 
 def images_of(rows: pd.DataFrame) -> ImageTokens:
@@ -102,9 +104,8 @@ def test_a_context_cuts_too(tiny_params: Params) -> None:
     prepared(tiny_params, "captions", rows_of([[LONG]] * 5))
     tokenizer, embedding = load_tokenizer(tiny_params.llm), load_embedding(tiny_params.llm)
     manifest = extract_captions(tiny_params, "captions", tokenizer, embedding, lambda n: None, context=33)
-    base = Path("data") / tiny_params.profile
-    manifest.write(base / "text" / "captions" / "manifest.json")
-    assert len(CaptionTokens.open(base, "captions").captions("p00")[0]) == 33
+    manifest.write(Run.of(tiny_params).features("text", "captions"))
+    assert len(CaptionTokens.open(Run.of(tiny_params), "captions").captions("p00")[0]) == 33
 
 
 def test_prompts_are_tried_before_any_work(tiny_params: Params) -> None:
@@ -117,19 +118,24 @@ def test_prompts_are_tried_before_any_work(tiny_params: Params) -> None:
         check_prompts(tiny_params, tokenizer, None)
 
 
+def examples_of(params: Params, rows: pd.DataFrame, data: str) -> Examples:
+    task = Task.of(params.data[data].task, params.evaluate)
+    return Examples(images_of(rows), data, task, params.finetune.recipes[data], 0)
+
+
 @pytest.mark.parametrize("empty", [[], [""], ["  \n"]])
 def test_pictures_without_words_are_left_out_of_finetuning(
     tiny_params: Params, empty: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = rows_of([empty if i in (0, 3) else ["", "a cat"] for i in range(10)])
-    examples = Examples(images_of(rows), "captions", tiny_params.finetune.captions, 0)
+    examples = examples_of(tiny_params, rows, "captions")
     assert 0 not in examples.train and examples.val == [8]
     assert "captions: 2 pictures have no words and are left out: p00, p03" in capsys.readouterr().err
     assert {answer for _ in range(9) for answer in examples.draw([0, 1, 2])[2]} == {"a cat"}
     rows = rows_of([empty] * 10, labels=[""] * 10)
     for data in ("captions", "classes"):
         with pytest.raises(UserError, match="0 train and 0 val pictures with words"):
-            Examples(images_of(rows), data, tiny_params.finetune.captions, 0)  # type: ignore[arg-type]
+            examples_of(tiny_params, rows, data)
 
 
 def test_slow_tokenizers_read_no_special_token_either() -> None:
@@ -153,13 +159,13 @@ def test_the_probe_of_one_class_always_says_it() -> None:
 
 def test_one_class_and_captions_without_words_go_all_the_way(tiny_params: Params) -> None:
     values = yaml.safe_load(Path("params.yaml").read_text())
-    values["run"] = {"adapters": ["mlp"], "scratch": ["mlp"]}
+    values["run"] |= {"adapters": ["mlp"], "scratch": ["mlp"]}
     values["pretrain"]["objective"]["contrast"] = 0.5
     Path("params.yaml").write_text(yaml.safe_dump(values))
     params = load_params()
     for data in ("captions", "classes"):
         run("prepare", data)
-        path = Path("data") / params.profile / "prepare" / f"{data}.parquet"
+        path = Run.of(params).manifest(data)
         rows = pd.read_parquet(path)
         if data == "classes":
             rows["label"], rows["captions"] = "cat", [["cat"]] * len(rows)
@@ -176,9 +182,12 @@ def test_one_class_and_captions_without_words_go_all_the_way(tiny_params: Params
     run("pretrain", "mlp")
     for data in ("captions", "classes"):
         run("finetune", "mlp", data)
-    said = run("evaluate", "mlp")
+        said = run("evaluate", "mlp", data)
     assert "all pictures are of one class, 'cat': its accuracy says nothing" in said
     assert "classes: 1 test pictures are left out" in said
-    metrics = json.loads((Path("data") / params.profile / "evaluate" / "mlp" / "metrics.json").read_text())
-    assert (metrics["probe"], metrics["chance"], metrics["classes"]) == (1.0, 1.0, 1)
-    assert torch.isfinite(torch.tensor([v for v in metrics.values() if isinstance(v, float)])).all()
+    of_captions, of_classes = (
+        {figure.key: figure.value for figure in read_figures(Run.of(params), "mlp", data, data)}
+        for data in ("captions", "classes")
+    )
+    assert (of_classes["probe"], of_classes["chance"], of_classes["classes"]) == (1.0, 1.0, 1)
+    assert torch.isfinite(torch.tensor([*of_captions.values(), *of_classes.values()])).all()

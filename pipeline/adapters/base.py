@@ -66,13 +66,13 @@ class Architecture(ABC):
         try:
             found: type[Architecture] = components.find("adapter", kind)
         except ValueError as error:
-            raise UserError(f"adapters.*.architecture.kind is {kind}: {error}") from None
+            raise UserError(f"adapters.*.architecture.kind is {kind}", error) from None
         try:
             settings = found.Settings.model_validate(values)
         except ValidationError as error:
             fault = error.errors()[0]
             key = ".".join(["adapters.*.architecture", *map(str, fault["loc"])])
-            raise UserError(f"{key} is {fault['input']}: {message_of(dict(fault), found.Settings, values)}") from None
+            raise UserError(f"{key} is {fault['input']}", message_of(dict(fault), found.Settings, values)) from None
         return found(settings)
 
     @abstractmethod

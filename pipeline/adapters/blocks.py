@@ -20,8 +20,12 @@ class Positions(nn.Module):
         """[B, count, width] to the same; UserError for another number of tokens."""
         if tokens.shape[1] != len(self.bias):
             raise UserError(
-                f"adapters.mlp.architecture.positions is {len(self.bias)}, but the adapter has {tokens.shape[1]} "
-                "tokens of each picture (pool x pool, or as many as the encoder gives); set it to that"
+                "",
+                (
+                    f"adapters.mlp.architecture.positions is {len(self.bias)}, but the adapter has "
+                    f"{tokens.shape[1]} tokens of each picture (pool x pool, or as many as the encoder gives)"
+                ),
+                "set it to that",
             )
         return tokens + self.bias
 
@@ -75,7 +79,7 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         if width % heads:
-            raise UserError(f"adapters.*.architecture: width {width} is not a multiple of heads {heads}")
+            raise UserError("adapters.*.architecture", f"width {width} is not a multiple of heads {heads}")
         self.heads = heads
         self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
 

@@ -61,7 +61,7 @@ def pool_grid(tokens: Tensor, side: int) -> Tensor:
     count = tokens.shape[1]
     grid = round(count**0.5)
     if grid * grid != count:
-        raise UserError(f"adapters.*.architecture.pool: {count} image tokens are no square grid; leave pool out")
+        raise UserError("adapters.*.architecture.pool", f"{count} image tokens are no square grid", "leave pool out")
     if grid == side:
         return tokens
     square = tokens.transpose(1, 2).unflatten(2, (grid, grid))
@@ -95,5 +95,5 @@ def load_adapter(folder: Path, weights: str) -> Adapter:
         adapter.load_state_dict(state)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: cannot be loaded as an adapter ({reason}); run `dvc repro`") from None
+        raise UserError(path, f"cannot be loaded as an adapter ({reason})", "run `dvc repro`") from None
     return adapter.eval()

@@ -13,7 +13,7 @@ from pipeline.config import messages
 from pipeline.config.messages import message_of
 from pipeline.config.params import Params
 from pipeline.config.yaml12 import line_of, one_line, read_tree
-from pipeline.errors import UserError
+from pipeline.errors import UserError, UserErrors
 
 
 def load_params(path: Path = Path("params.yaml")) -> Params:
@@ -24,9 +24,9 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; run `terraalign profile use demo` in the project folder") from None
+        raise UserError(path, "no such file", "run `terraalign profile use demo` in the project folder") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as text: {error}") from None
+        raise UserError(path, f"cannot be read as text: {error}") from None
     return parse_params(text, str(path))
 
 
@@ -39,10 +39,10 @@ def parse_params(text: str, name: str) -> Params:
         # What is missing comes last: it is often only a key that an unknown one misspells.
         found = sorted(error.errors(), key=lambda fault: fault["type"] == "missing")
         faults = [_fault(name, tree, values, dict(fault)) for fault in found]
-        raise UserError("\n".join(faults)) from None
+        raise UserErrors(faults) from None
 
 
-def _fault(name: str, tree: Node, values: Mapping[str, Any], fault: dict[str, Any]) -> str:
+def _fault(name: str, tree: Node, values: Mapping[str, Any], fault: dict[str, Any]) -> UserError:
     """`params.yaml:12: pretrain.lr is -1: ...` for one pydantic fault."""
     loc = [part for part in fault["loc"] if part != "[key]"]
     found, message = fault["input"], message_of(fault, Params, values)
@@ -54,7 +54,7 @@ def _fault(name: str, tree: Node, values: Mapping[str, Any], fault: dict[str, An
     key = ".".join(map(str, loc)) or "the file"
     message = message.replace("{key}", key)
     value = "" if isinstance(found, dict) else f" is {one_line(found)}"
-    return f"{name}:{line_of(tree, loc)}: {key}{value}: {message}"
+    return UserError(f"{name}:{line_of(tree, loc)}", f"{key}{value}: {message}")
 
 
 def reads_text(key: Sequence[str], values: Mapping[str, Any]) -> bool | None:

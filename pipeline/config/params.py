@@ -110,13 +110,15 @@ class Params(Section):
     def data_set(self, name: str) -> DataSettings:
         """A data set by its name; UserError when there is none."""
         if name not in self.data:
-            raise UserError(f"params.yaml has no data set {name}; it has {', '.join(self.data)}")
+            raise UserError("", f"params.yaml has no data set {name}", f"it has {', '.join(self.data)}")
         return self.data[name]
 
     def adapter(self, name: str) -> AdapterSection:
         """The section of an adapter; UserError when there is none."""
         if name not in self.adapters:
-            raise UserError(f"params.yaml has no section adapters.{name}; add one, and the adapter to run.adapters")
+            raise UserError(
+                "", f"params.yaml has no section adapters.{name}", "add one, and the adapter to run.adapters"
+            )
         return self.adapters[name]
 
     def kind_of(self, adapter: str) -> str:
@@ -131,7 +133,7 @@ class Params(Section):
         """A recipe with this adapter's overrides; UserError when there is no such adapter or recipe."""
         if recipe not in self.finetune.recipes:
             names = ", ".join(self.finetune.recipes)
-            raise UserError(f"params.yaml has no recipe {recipe} under finetune.recipes; it has {names}")
+            raise UserError("", f"params.yaml has no recipe {recipe} under finetune.recipes", f"it has {names}")
         overrides = self.adapter(adapter).finetune.get(recipe, {})
         return _override(self.finetune.recipes[recipe], overrides, ("adapters", adapter, "finetune", recipe))
 

@@ -11,7 +11,7 @@ from ruamel.yaml.constructor import SafeConstructor
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, UserErrors
 
 
 def read_yaml(text: str, name: str) -> dict[str, Any]:
@@ -30,19 +30,19 @@ def read_tree(text: str, name: str) -> tuple[Node, dict[str, Any]]:
         tree = reader.compose(text)
         if not isinstance(tree, MappingNode):
             kind = {ScalarNode: "a single value", SequenceNode: "a list"}.get(type(tree), "nothing")
-            raise UserError(f"{name}: expected a mapping of sections, found {kind}")
+            raise UserError(name, f"expected a mapping of sections, found {kind}")
         build = SafeConstructor(loader=reader)
-        faults = [f"{name}:{line}: {fault}" for line, fault in _structure(tree, build)]
+        faults = [UserError(f"{name}:{line}", fault) for line, fault in _structure(tree, build)]
         if faults:
-            raise UserError("\n".join(faults))
+            raise UserErrors(faults)
         values: dict[str, Any] = build.construct_document(tree)
     except RecursionError:
-        raise UserError(f"{name}: not valid YAML: nested too deeply") from None
+        raise UserError(name, "not valid YAML: nested too deeply") from None
     except YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         at = mark.line if mark else text.count("\n", 0, getattr(error, "position", 0))
         why = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"{name}:{at + 1}: not valid YAML: {why}") from None
+        raise UserError(f"{name}:{at + 1}", f"not valid YAML: {why}") from None
     return tree, values
 
 

@@ -17,7 +17,6 @@ from pipeline.runs import Run
 from pipeline.sources.prepare import source_of
 
 GIB = 2**30
-ASSUMED_PICTURES = 100_000  # of a data set that is not there yet
 ASSUMED_TOKENS = (256, 1024)  # N x D of an encoder that only an extraction can ask
 ASSUMED_LLM = (7.25e9, 4096, 32)  # parameters, width and layers of an LLM that is not there yet
 TOKEN_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "int8": 1}
@@ -39,7 +38,8 @@ class Estimate:
 
 def pictures(params: Params, name: str) -> int:
     """How many pictures a data set has or, where only `prepare` can tell, is assumed to have."""
-    return source_of(params, name).pictures() or ASSUMED_PICTURES
+    source = source_of(params, name)
+    return source.pictures() or source.assumed
 
 
 def tokens_per_picture(params: Params) -> tuple[int, int]:

@@ -17,11 +17,11 @@ class Hub:
     def __init__(self, seconds: float = 3.0) -> None:
         self.seconds, self.reached = seconds, False
         self.offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "TRUE", "YES", "ON"}
-        self.thread = threading.Thread(target=self._probe, daemon=True)
+        self.thread = threading.Thread(target=self.probe, daemon=True)
         if not self.offline:
             self.thread.start()
 
-    def _probe(self) -> None:
+    def probe(self) -> None:
         from huggingface_hub import constants
 
         try:

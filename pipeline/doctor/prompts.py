@@ -29,7 +29,10 @@ def check_prompts(params: Params, tokenizer: Any, context: int | None) -> None:
             count = sum(map(len, texts.prompt(prompt, params.llm.system_prompt))) + image_tokens
             if context is not None and count + 1 >= context:
                 raise UserError(
-                    f"the prompt {prompt[:60]!r} and {image_tokens} image tokens of {name} are {count} tokens, the "
-                    f"context of llm.model {params.llm.model} is {context}; shorten the prompt or "
-                    f"adapters.{name}.architecture, or take another llm.model"
+                    "",
+                    (
+                        f"the prompt {prompt[:60]!r} and {image_tokens} image tokens of {name} are {count} "
+                        f"tokens, the context of llm.model {params.llm.model} is {context}"
+                    ),
+                    f"shorten the prompt or adapters.{name}.architecture, or take another llm.model",
                 )

@@ -14,7 +14,7 @@ from pydantic import model_validator
 from pipeline.config.schema import Vision
 from pipeline.encoders.base import RANDOM, Encoder
 from pipeline.errors import UserError
-from pipeline.needs import Need
+from pipeline.needs import Fault, Need
 from pipeline.weights import told_in_one_line, weights_fault
 
 
@@ -69,23 +69,25 @@ class LibraryEncoder(Encoder):
         if named == RANDOM:
             return Need(self.title, True, "random, as asked for")
         if self._file.is_file():
-            found, _, remedy = (_fault(self._file) or "").partition("; ")
-            return Need(self.title, not found, f"{self._file} {found}".rstrip(), remedy if found else "")
+            fault = _fault(self._file)
+            if fault:
+                return Need(self.title, False, f"{self._file} {fault.found}", fault.remedy)
+            return Need(self.title, True, str(self._file))
         source = self.hub_files()
         if source is None:
             return Need(self.title, False, f"{self.settings.encoder} knows no {named}", "correct vision.pretrained")
         path = source.cached()
         fault = weights_fault(path) if path else None
-        found = f"{path} {fault}".partition(";")[0] if fault else f"hub {source.repo}" if source.repo else source.url
+        found = f"{path} {fault.found}" if fault else f"hub {source.repo}" if source.repo else source.url
         ok = path is not None and not fault
         return Need(self.title, ok, found, "" if ok else self._how_to_fetch())
 
     def check_file(self, otherwise: str) -> None:
         """UserError where vision.pretrained is no file of weights that can be whole; `otherwise` if it is no file."""
         if not self._file.is_file():
-            raise UserError(f"vision.pretrained {self._file}: {otherwise}")
+            raise UserError(f"vision.pretrained {self._file}", otherwise)
         if fault := _fault(self._file):
-            raise UserError(f"vision.pretrained {self._file}: {fault}")
+            raise UserError(f"vision.pretrained {self._file}", fault.found, fault.remedy)
 
     @contextmanager
     def loading(self) -> Iterator[None]:
@@ -100,7 +102,7 @@ class LibraryEncoder(Encoder):
     def unfit(self, why: str) -> UserError:
         """The error for a model whose features are no image tokens."""
         model, library = self.settings.model, self.settings.encoder
-        return UserError(f"vision.model {model}: {library}'s model {why}; take another vision.model")
+        return UserError(f"vision.model {model}", f"{library}'s model {why}", "take another vision.model")
 
     @property
     def _file(self) -> Path:
@@ -116,10 +118,10 @@ class LibraryEncoder(Encoder):
             return f"hf download {'--force-download ' if damaged else ''}{source.repo}"
         return f"download {source.url} and set vision.pretrained to the file"
 
-    def _failure(self, error: Exception, reason: str) -> str:
+    def _failure(self, error: Exception, reason: str) -> UserError:
         own, what = self.settings, f"{self.settings.encoder} {self.settings.model}"
         if own.pretrained == RANDOM:
-            return f"vision.model {what} cannot be built: {reason}; take another vision.model"
+            return UserError(f"vision.model {what} cannot be built", reason, "take another vision.model")
         if self._file.is_file() and "weights_only" in str(error):
             reason = "it holds Python objects, not tensors alone, and code in a weights file is never run"
             mend = "save the state_dict alone, best as safetensors"
@@ -128,11 +130,11 @@ class LibraryEncoder(Encoder):
         else:
             source = self.hub_files()
             path = source.cached() if source else None
-            reason = f"{path} {fault}" if path and (fault := weights_fault(path)) else reason
+            reason = f"{path} {fault.found}" if path and (fault := weights_fault(path)) else reason
             mend = self._how_to_fetch()
-        return f"weights of {what} ({own.pretrained}) cannot be loaded: {reason}; {mend}"
+        return UserError(f"weights of {what} ({own.pretrained}) cannot be loaded", reason, mend)
 
 
-def _fault(path: Path) -> str | None:
+def _fault(path: Path) -> Fault | None:
     """What is wrong with a file of weights; JAX's, in numpy's formats, are left to timm."""
     return None if path.suffix in (".npz", ".npy") else weights_fault(path)

@@ -26,7 +26,7 @@ class OpenClip(LibraryEncoder):
 
         model, named = str(self.settings.model), self.settings.pretrained
         if model not in open_clip.list_models():
-            raise UserError(f"vision.model {model}: open_clip has no such model; see open_clip.list_models()")
+            raise UserError(f"vision.model {model}", "open_clip has no such model", "see open_clip.list_models()")
         if named != RANDOM and not open_clip.is_pretrained_cfg(model, named):
             tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "it has none"
             self.check_file(f"neither a file nor one of {model}'s tags: {tags}")
@@ -38,7 +38,7 @@ class OpenClip(LibraryEncoder):
         if hasattr(visual, "trunk"):  # a timm model, whose own head is left out
             return Parts(visual, TimmTokens(visual.trunk, self.unfit), preprocess)
         if not hasattr(visual, "output_tokens") or not hasattr(visual, "grid_size"):
-            raise UserError(f"vision.model {model}: open_clip gives no patch tokens of it; take a ViT or CoCa")
+            raise UserError(f"vision.model {model}", "open_clip gives no patch tokens of it", "take a ViT or CoCa")
         visual.output_tokens = True
         return Parts(visual, lambda x: self._own_tokens(visual, x), preprocess)
 

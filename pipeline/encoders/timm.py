@@ -23,7 +23,7 @@ class Timm(LibraryEncoder):
 
         model, named = str(self.settings.model), str(self.settings.pretrained)
         if not timm.is_model(model):
-            raise UserError(f"vision.model {model}: timm has no such model; see timm.list_models()")
+            raise UserError(f"vision.model {model}", "timm has no such model", "see timm.list_models()")
         of_file = named not in (RANDOM, HUB)
         if of_file:
             self.check_file("no such file; timm takes a weights file, or hub")

@@ -73,8 +73,9 @@ class _Frozen:
         tokens = self._features(pixels.to(self.dtype, memory_format=torch.channels_last))
         if tokens.ndim != 3 or len(tokens) != len(pixels):
             raise UserError(
-                f"vision.encoder {self.name}: gives {list(tokens.shape)} of {len(pixels)} pictures, where image tokens "
-                "[B, N, D] were due; correct what its build returns"
+                f"vision.encoder {self.name}",
+                f"gives {list(tokens.shape)} of {len(pixels)} pictures, where image tokens [B, N, D] were due",
+                "correct what its build returns",
             )
         return tokens
 

@@ -53,8 +53,9 @@ class Job:
         work = ImageShards(self.params, self.data, load_vision_encoder(self.params.vision, self.params.runtime.device))
         if work.fingerprint != self.fingerprint:
             raise UserError(
-                "a worker has another encoder, number type or pictures than the process that started it; give all the "
-                "same weights, pictures and vision.dtype"
+                "",
+                "a worker has another encoder, number type or pictures than the process that started it",
+                "give all the same weights, pictures and vision.dtype",
             )
         return work
 
@@ -62,7 +63,7 @@ class Job:
 def check_named_weights(params: Params) -> None:
     """UserError when each process would draw weights of its own."""
     if params.vision.pretrained == RANDOM:
-        raise UserError(f"vision.pretrained {RANDOM}: each process would draw its own weights; name a weights file")
+        raise UserError(f"vision.pretrained {RANDOM}", "each process would draw its own weights", "name a weights file")
 
 
 def with_workers(params: Params, data: str, count: int) -> Make:
@@ -79,7 +80,7 @@ def with_workers(params: Params, data: str, count: int) -> Make:
         number = min(count, len(paths))
         runtime = {"decode_threads": max(1, params.runtime.decode_threads // number)}
         job = Job(params, data, paths[0].parent.name, Path.cwd(), max(1, torch.get_num_threads() // number))
-        workers = [_Worker(i, _adapted(job, device=_device(params, i), **runtime)) for i in range(number)]
+        workers = [_Worker(i, _adapted(job, device=device_of(params, i), **runtime)) for i in range(number)]
         try:
             return _hand_out(paths, workers, advance)
         finally:
@@ -94,7 +95,7 @@ def _adapted(job: Job, **runtime: Any) -> Job:
     return replace(job, params=job.params.model_copy(update={"runtime": values}))
 
 
-def _device(params: Params, worker: int) -> str:
+def device_of(params: Params, worker: int) -> str:
     """GPUs in turn, where there are several and params.yaml names none."""
     device, count = params.runtime.device, torch.cuda.device_count()
     return f"cuda:{worker % count}" if device in ("auto", "cuda") and count > 1 else device
@@ -152,7 +153,7 @@ def _hand_out(paths: list[Path], workers: list[_Worker], advance: Advance) -> di
                 worker.give(waiting.popleft())
         busy = [worker for worker in workers if worker.alive and not worker.idle]
         if not busy:
-            raise UserError(f"{workers[-1].fate()}, and no other is left; {AGAIN}")
+            raise UserError("", f"{workers[-1].fate()}, and no other is left", AGAIN)
         speaking = wait([worker.connection for worker in busy])
         for worker in busy:
             if worker.connection not in speaking:
@@ -194,7 +195,7 @@ def with_ray(params: Params, data: str) -> Make:
     try:
         import ray
     except ImportError:
-        raise UserError("runtime.engine ray: Ray is not installed; `pip install -e '.[ray]'`") from None
+        raise UserError("runtime.engine ray", "Ray is not installed", "`pip install -e '.[ray]'`") from None
 
     def make(paths: list[Path], advance: Advance) -> dict[Path, Shard]:
         if not paths:
@@ -216,7 +217,7 @@ def with_ray(params: Params, data: str) -> Make:
             except ray.exceptions.RayTaskError as fault:
                 raise fault.cause from None
             except ray.exceptions.RayError as fault:
-                raise UserError(f"{path.name}: {' '.join(str(fault).split())}; {AGAIN}") from None
+                raise UserError(path.name, " ".join(str(fault).split()), AGAIN) from None
             advance(made[path].rows)
         return made
 

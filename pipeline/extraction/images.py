@@ -93,7 +93,7 @@ class ImageShards:
         self.donors = Donors(STORE / "images" / self.fingerprint)
         # A GPU encodes two at a time, so that one is copied while the other is computed; it decodes a third meanwhile.
         self.passes = {"cpu": torch.get_num_threads(), "cuda": 3}.get(device, 1)
-        self._on_gpu = device == "cuda"
+        self.on_gpu = device == "cuda"
         # Reading alone is mostly Python, of which one thread runs at a time: few threads, and long turns.
         self.together, decoders = (self.size, 1) if self.decoder.light else (1, decoders)
         self.threads = max(self.passes, decoders) if device == "cpu" else self.passes + decoders
@@ -120,7 +120,7 @@ class ImageShards:
         While a shard is brought to the disk the next one is in work, so that nothing stands still between them.
         """
         parts = {path: Part(self.parts[path]) for path in paths}
-        with closing(self._tokens(list(parts.values()))) as tokens:
+        with closing(self.tokens(list(parts.values()))) as tokens:
             made = {path: self._write(path, part, tokens, advance) for path, part in parts.items()}
         if refused := self.decoder.take_refused():
             print(f"{refused} JPEGs that {self.decoder.name} refuses were decoded by PIL", file=sys.stderr)
@@ -151,7 +151,7 @@ class ImageShards:
         arrow = schema.image_schema(shape, self.params.cache.dtype, self.fingerprint)
         return ShardFile(stream, arrow, [pa.array(rows["id"]), pa.array(rows["sha256"])])
 
-    def _tokens(self, parts: list[Part]) -> Generator[tuple[list[int], Columns], None, None]:
+    def tokens(self, parts: list[Part]) -> Generator[tuple[list[int], Columns], None, None]:
         """Positions and columns of all rows, part by part, a batch at a time; in each part copies come first.
 
         On a CPU a pass on one thread beside others is faster than all threads in one pass: nobody waits for anybody.
@@ -225,25 +225,25 @@ class ImageShards:
                 except Broken as error:
                     raise _does_not_decode(part.rows["image"][at[error.row]], error) from None
             with part.clock("encode"):
-                tokens = self._encode(pixels)[: len(at)]
+                tokens = self.encode(pixels)[: len(at)]
         dtype = self.params.cache.dtype
         try:
             return pack(tokens, dtype)
         except DoesNotFit as fault:
             finite = self.encoder.encode(pixels)[: len(at)].isfinite().all()
             mend = "set cache.dtype: float32" if finite else "the encoder gives no finite numbers"
-            raise UserError(f"{part.rows['image'][at[fault.row]]}: tokens do not fit {dtype}; {mend}") from None
+            raise UserError(part.rows["image"][at[fault.row]], f"tokens do not fit {dtype}", mend) from None
 
-    def _encode(self, pixels: Tensor) -> Tensor:
+    def encode(self, pixels: Tensor) -> Tensor:
         """Tokens of a batch, from a GPU in the type that is stored: half the bytes. int8 is scaled on the CPU."""
         dtype = self.params.cache.dtype
-        if self._on_gpu and dtype != "int8":
+        if self.on_gpu and dtype != "int8":
             return self.encoder.encode(pixels, getattr(torch, dtype))
         return self.encoder.encode(pixels)
 
 
 def _does_not_decode(name: str, error: ValueError) -> UserError:
-    return UserError(f"{name}: {error}; run `dvc repro --force` for the prepare stage")
+    return UserError(name, error, "run `dvc repro --force` for the prepare stage")
 
 
 @contextmanager
@@ -272,8 +272,8 @@ def read_picture(name: str, sha256: str) -> bytes:
         content = read(name)
     except OSError as error:
         raise UserError(
-            f"{name}: cannot be read ({error.strerror}); run `dvc repro --force` for the prepare stage"
+            name, f"cannot be read ({error.strerror})", "run `dvc repro --force` for the prepare stage"
         ) from None
     if hashlib.sha256(content).hexdigest() != sha256:
-        raise UserError(f"{name}: changed since it was prepared; run `dvc repro --force` for the prepare stage")
+        raise UserError(name, "changed since it was prepared", "run `dvc repro --force` for the prepare stage")
     return content

@@ -46,7 +46,7 @@ def usable(params: Params, data: str) -> pd.DataFrame:
     """The rows of a data set that have a usable picture; UserError when there is none."""
     rows = usable_rows(Run.of(params), data)
     if rows.empty:
-        raise UserError(f"{data}: no usable picture; see the quarantine column of the prepared manifest")
+        raise UserError(data, "no usable picture", "see the quarantine column of the prepared manifest")
     return rows
 
 
@@ -65,7 +65,7 @@ def parts_of(kind: str, print_: str, params: Params, rows: pd.DataFrame, digests
 def check_repair(kind: str, data: str, print_: str, parts: Parts, repair: Manifest | None) -> None:
     wanted = (print_, [path.name for path in parts])
     if repair is not None and wanted != (repair.fingerprint, [shard.name for shard in repair.shards]):
-        raise UserError(f"{kind} of {data}: its manifest is of other parameters or pictures; run `dvc repro`")
+        raise UserError(f"{kind} of {data}", "its manifest is of other parameters or pictures", "run `dvc repro`")
 
 
 def build_missing(parts: Parts, make: Make, advance: Advance) -> list[Shard]:

@@ -4,20 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from pipeline.config import LLM, components
-from pipeline.needs import Need
+from pipeline.errors import UserError
+from pipeline.needs import Fault, Need
 from pipeline.weights import told_in_one_line
-
-
-@dataclass(frozen=True)
-class Fault:
-    """What keeps a model from being loaded, and how to mend it."""
-
-    found: str
-    remedy: str
 
 
 class Loader(ABC):
@@ -65,8 +57,8 @@ class Loader(ABC):
     def loading(self) -> AbstractContextManager[None]:
         """Turns what libraries raise over the model's files into one line with its remedy."""
 
-        def tell(error: Exception, reason: str) -> str:
+        def tell(error: Exception, reason: str) -> UserError:
             remedy = "install the package it names" if isinstance(error, ImportError) else self.remedy()
-            return f"llm.model {self.settings.model} cannot be loaded: {reason}; {remedy}"
+            return UserError(f"llm.model {self.settings.model} cannot be loaded", reason, remedy)
 
         return told_in_one_line(tell)

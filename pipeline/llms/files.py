@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.files import Damaged, refuse_pointer
-from pipeline.llms.base import Fault
+from pipeline.needs import Fault
 from pipeline.weights import safetensors_table
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "sentencepiece.bpe.model", "vocab.txt")

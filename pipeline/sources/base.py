@@ -63,6 +63,8 @@ class Source(ABC):
     Settings: ClassVar[type[DataSettings]]
     tasks: ClassVar[tuple[str, ...]]
     """The tasks whose texts it holds."""
+    assumed: ClassVar[int] = 100_000
+    """Pictures to reckon with where only `prepare` can tell."""
 
     def __init__(self, name: str, settings: Any, seed: int, workers: int):
         self.name, self.settings, self.seed, self.workers = name, settings, seed, workers
@@ -119,7 +121,7 @@ class FolderSource(Source):
     def folder(self) -> Path:
         """Its root. Raises UserError when that is no folder."""
         if not self.settings.root.is_dir():
-            raise UserError(f"{self.settings.root}: no such folder; {self._how_to_set()}")
+            raise UserError(self.settings.root, "no such folder", self._how_to_set())
         return self.settings.root
 
     def _how_to_set(self) -> str:

@@ -37,6 +37,7 @@ class Coco(FolderSource):
     """A folder in the COCO captions layout."""
 
     Settings, tasks = CocoSettings, ("caption",)
+    assumed = 118_287
     settings: CocoSettings
     has_classes: ClassVar[bool] = False
 
@@ -103,14 +104,14 @@ def _load(path: Path, section: str) -> dict[str, Any]:
     try:
         content = parse_json(path.read_bytes())
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; set {section}.root and {section}.captions") from None
+        raise UserError(path, error.strerror, f"set {section}.root and {section}.captions") from None
     except json.JSONDecodeError as error:
         lines = "; it may be JSON Lines: write one object" if error.msg == "Extra data" and error.lineno > 1 else ""
-        raise UserError(f"{path}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}{lines}") from None
+        raise UserError(f"{path}:{error.lineno}:{error.colno}", f"not valid JSON: {error.msg}{lines}") from None
     except ValueError as error:
-        raise UserError(f"{path}: {error}; expected an object with images and annotations") from None
+        raise UserError(path, error, "expected an object with images and annotations") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: expected an object with images and annotations, found a {type(content).__name__}")
+        raise UserError(path, f"expected an object with images and annotations, found a {type(content).__name__}")
     return content
 
 
@@ -146,7 +147,7 @@ def _image_files(
 ) -> tuple[dict[str, Path], _Ids]:
     """Id -> picture, and what finds an id."""
     if content.get("images") == []:
-        raise UserError(f"{path}: the list images is empty; nothing to prepare")
+        raise UserError(path, "the list images is empty", "nothing to prepare")
 
     def picture(entry: Any) -> tuple[Any, Path]:
         return _id(entry, "id"), below(folder, _text(entry, "file_name"))
@@ -160,7 +161,7 @@ def _image_files(
         try:
             files[ids.add(value)] = file
         except ValueError as fault:
-            raise UserError(f"{path}: {name} {fault}") from None
+            raise UserError(path, f"{name} {fault}") from None
     return files, ids
 
 
@@ -189,7 +190,7 @@ def _usable(
     """(name, parsed entry) of those in the list `key` that can be used. Raises UserError when none can."""
     entries = content.get(key)
     if not isinstance(entries, list):
-        raise UserError(f"{path}: no list {key!r}; a COCO captions file has the lists images and annotations")
+        raise UserError(path, f"no list {key!r}", "a COCO captions file has the lists images and annotations")
     usable, faults = [], []
     for i, entry in enumerate(entries):
         try:
@@ -197,7 +198,7 @@ def _usable(
         except ValueError as fault:
             faults.append(LeftOut(f"{key}[{i}]", str(fault)))
     if faults and not usable:
-        raise UserError(f"{path}: {faults[0].name} {faults[0].reason}; mend it (none of {len(entries)} can be used)")
+        raise UserError(path, f"{faults[0].name} {faults[0].reason}", f"mend it (none of {len(entries)} can be used)")
     left_out += faults
     return usable
 

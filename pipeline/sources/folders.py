@@ -121,7 +121,7 @@ class _Walk:
                 return sorted(entries, key=lambda entry: entry.name)
         except OSError as error:
             if not key:
-                raise UserError(f"{self.tree.root}: can't be read: {error.strerror}; mend that") from None
+                raise UserError(self.tree.root, f"can't be read: {error.strerror}", "mend that") from None
             self.tree.leave(key, f"can't be read: {error.strerror}")
             return []
 

@@ -27,6 +27,7 @@ class Food101(FolderSource):
     """A folder in the Food-101 layout."""
 
     Settings, tasks = Food101Settings, ("classify",)
+    assumed = 101_000
     settings: Food101Settings
 
     @property
@@ -53,7 +54,7 @@ def read(root: Path, validation: float, count: int | None, section: str) -> Foun
     train = _part(root, "train", labels, left_out, section)
     test = _part(root, "test", labels, left_out, section)
     if both := sorted(train.keys() & test.keys()):
-        raise UserError(f"{root / 'meta'}: {both[0]} is in both train.txt and test.txt ({len(both)} in all)")
+        raise UserError(root / "meta", f"{both[0]} is in both train.txt and test.txt ({len(both)} in all)")
     left_out += unnamed(root / "images", [*train.values(), *test.values()], "named by neither train.txt nor test.txt")
     rows = [_row(train, key, labels, "val" if share(key) < validation else "train") for key in _cut(train, count)]
     return Found(rows + [_row(test, key, labels, "test") for key in _cut(test, count)], left_out)
@@ -72,12 +73,12 @@ def _labels(meta: Path, section: str) -> dict[str, str]:
     """Class name -> display name: line i of labels.txt belongs to line i of classes.txt."""
     classes, names = _lines(meta / "classes.txt", section), [text for _, text in _lines(meta / "labels.txt", section)]
     if len(classes) != len(names) or not classes:
-        raise UserError(f"{meta}: classes.txt has {len(classes)} lines, labels.txt {len(names)}; they belong together")
+        raise UserError(meta, f"classes.txt has {len(classes)} lines, labels.txt {len(names)}", "they belong together")
     labels: dict[str, str] = {}
     for (number, name), label in zip(classes, names, strict=True):
         if name in labels:
             where = f"{meta / 'classes.txt'}:{number}"
-            raise UserError(f"{where}: the class {name!r} is there twice; keep one, in labels.txt as well")
+            raise UserError(where, f"the class {name!r} is there twice", "keep one, in labels.txt as well")
         labels[name] = label
     joined = [(name, f"called {label!r}") for name, label in labels.items() if names.count(label) > 1]
     if joined:
@@ -93,11 +94,11 @@ def _part(root: Path, part: str, labels: dict[str, str], left_out: list[LeftOut]
         key = line.replace("\\", "/") if "/" not in line else line
         if "/" not in key or _class_of(key) not in labels:
             absolute = "an absolute path, and " if PurePosixPath(key).is_absolute() else ""
-            raise UserError(f"{path}:{number}: {line!r} is {absolute}not class/id with a class of classes.txt")
+            raise UserError(f"{path}:{number}", f"{line!r} is {absolute}not class/id with a class of classes.txt")
         try:
             key, picture = _picture(root / "images", key)
         except ValueError as fault:
-            raise UserError(f"{path}:{number}: {fault}; mend that line") from None
+            raise UserError(f"{path}:{number}", fault, "mend that line") from None
         if key in files:
             left_out.append(LeftOut(f"{part}.txt:{number}", "a repetition of an earlier line", id=key))
         files[key] = picture
@@ -124,8 +125,8 @@ def _lines(path: Path, section: str) -> list[tuple[int, str]]:
     try:
         text = texts.decode(path.read_bytes())
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; {section}.root must be in the Food-101 layout") from None
+        raise UserError(path, error.strerror, f"{section}.root must be in the Food-101 layout") from None
     except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(path, error) from None
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     return [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]

@@ -61,7 +61,7 @@ def read(root: Path, validation: float, count: int | None, section: str) -> Foun
         else:
             classes["/".join(folders[:depth])].append(key)
     if not classes and (depth == 2 or not any("/" not in folder for folder in tree.folders)):
-        raise UserError(f"{root}: no class folder in it; {section}.root must hold one folder of pictures per class")
+        raise UserError(root, "no class folder in it", f"{section}.root must hold one folder of pictures per class")
     _name_empty(tree, classes, depth)
     _name_joined(root, classes)
     given = {parts[folder.split("/")[0]] for folder in classes} if parts else set()
@@ -114,10 +114,10 @@ def _parts(root: Path, keys: Iterable[str]) -> dict[str, str]:
         return {}
     if not deep:
         if len(parts) > 1:
-            raise UserError(f"{root}: {names} hold pictures, and no class folders; put the pictures into one per class")
+            raise UserError(root, f"{names} hold pictures, and no class folders", "put the pictures into one per class")
         return {}
     if "train" not in {parts[top] for top in deep}:
-        raise UserError(f"{root}: {names} hold class folders, but there is none for training; name one of them train")
+        raise UserError(root, f"{names} hold class folders, but there is none for training", "name one of them train")
     return parts
 
 

@@ -60,7 +60,7 @@ def build(found: Found, data: str, max_broken: float, workers: int, progress: Pr
     _report_dark([(_named(row), check.brightest) for row, check in zip(rows, checked, strict=True)], data)
     _report_broken(broken, len(rows), data, max_broken, listing)
     if all(record["quarantine"] for record in records):
-        raise UserError(f"data.{data}: no usable picture among {len(rows)}; check what params.yaml names there")
+        raise UserError(f"data.{data}", f"no usable picture among {len(rows)}", "check what params.yaml names there")
     splits = [(row.label, str(record["split"] or "")) for row, record in zip(rows, records, strict=True)]
     remarks += labels.thin((label, split) for label, split in splits if label is not None)
     remarks += _copies(record for record in records if not record["quarantine"])
@@ -95,8 +95,9 @@ def check_splits(table: pa.Table, data: str) -> None:
     for part in ("train", "val", "test"):
         if part not in table["split"].to_pylist():
             raise UserError(
-                f"data.{data}: of {table.num_rows} pictures none falls into the {part} part; add pictures or raise "
-                f"data.{data}.count"
+                f"data.{data}",
+                f"of {table.num_rows} pictures none falls into the {part} part",
+                f"add pictures or raise data.{data}.count",
             )
 
 
@@ -181,7 +182,9 @@ def _check_unique(rows: Sequence[Row], data: str) -> None:
     for one, other in pairwise(rows):
         if one.id == other.id:
             raise UserError(
-                f"data.{data}: two pictures have the id {one.id!r}: {one.image} and {other.image}; rename or remove one"
+                f"data.{data}",
+                f"two pictures have the id {one.id!r}: {one.image} and {other.image}",
+                "rename or remove one",
             )
 
 
@@ -207,9 +210,12 @@ def _report_broken(broken: list[tuple[str, str]], total: int, data: str, max_bro
     if len(broken) > max_broken * total:
         first = ", ".join(f"{image} ({reason})" for image, reason in broken[:3])
         raise UserError(
-            f"data.{data}: {len(broken)} of {total} pictures can't be used, more than data.{data}.max_broken = "
-            f"{max_broken:g} allows; first: {first}; all: {listing}; mend or remove them, or raise "
-            f"data.{data}.max_broken in params.yaml"
+            f"data.{data}",
+            (
+                f"{len(broken)} of {total} pictures can't be used, more than data.{data}.max_broken = "
+                f"{max_broken:g} allows; first: {first}; all: {listing}"
+            ),
+            f"mend or remove them, or raise data.{data}.max_broken in params.yaml",
         )
 
 

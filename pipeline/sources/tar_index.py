@@ -65,7 +65,7 @@ def samples_of(shard: str, left_out: list[LeftOut]) -> list[Sample]:
             continue
         group, extension = groups.setdefault(match[1], {}), match[2].lower()
         if extension in group and (part.picture or extension.rpartition(".")[2] in PICTURES | TEXTS):
-            raise UserError(f"{shard}: two members are named {name!r}; write the shard anew with one of them")
+            raise UserError(shard, f"two members are named {name!r}", "write the shard anew with one of them")
         group[extension] = part
     samples = []
     for key, group in groups.items():
@@ -83,7 +83,7 @@ def _sample(shard: str, key: str, group: dict[str, Part]) -> Sample | None:
         e for e, part in group.items() if part.picture and "." not in e
     )
     if len(pictures) > 1:
-        raise UserError(f"{shard}: the key {key!r} has more than one picture ({', '.join(pictures)}); keep one")
+        raise UserError(shard, f"the key {key!r} has more than one picture ({', '.join(pictures)})", "keep one")
     if not pictures:
         return None
     image = part_of_tar(shard, group[pictures[0]].offset, group[pictures[0]].size)
@@ -119,7 +119,7 @@ def _parts(shard: str, left_out: list[LeftOut]) -> list[tuple[str, Part]]:
     start: int | None = 0
 
     def fault(reason: str) -> UserError:  # also what damage leads tarfile to
-        return UserError(f"{shard}: cannot be read as an uncompressed tar ({reason}); mend or remove it")
+        return UserError(shard, f"cannot be read as an uncompressed tar ({reason})", "mend or remove it")
 
     with foreign_faults(fault), fsspec.open(shard, "rb") as file:
         while start is not None:
@@ -164,7 +164,7 @@ def _checked_name(shard: str, member: tarfile.TarInfo) -> str:
         fault = "is a link, a device or another thing that is no plain file"
     else:
         return path.as_posix()
-    raise UserError(f"{shard}: the member {member.name!r} {fault}; write the shard anew without it")
+    raise UserError(shard, f"the member {member.name!r} {fault}", "write the shard anew without it")
 
 
 def _behind(shard: str, file: Any, offset: int, count: int, left_out: list[LeftOut]) -> int | None:
@@ -175,7 +175,7 @@ def _behind(shard: str, file: Any, offset: int, count: int, left_out: list[LeftO
     file.seek(offset)
     block = file.read(tarfile.BLOCKSIZE)
     if any(block):
-        raise UserError(f"{shard}: damaged at byte {offset}, after {count} members; copy or write it anew")
+        raise UserError(shard, f"damaged at byte {offset}, after {count} members", "copy or write it anew")
     if not block:
         warn(f"{shard}: no end mark, as if it were cut off; the {count} members before that are used")
     while block := file.read(2**20):

@@ -76,14 +76,18 @@ def _class_name(sample: Sample, number: int, names: dict[str, list[str]]) -> str
 
         def fault(reason: str) -> UserError:
             return UserError(
-                f"{path}: {reason}; {sample.key} of {sample.shard} has the class {number}: write there the classes' "
-                "names, one a line, that of class 0 first"
+                path,
+                reason,
+                (
+                    f"{sample.key} of {sample.shard} has the class {number}: write there the classes' names, "
+                    "one a line, that of class 0 first"
+                ),
             )
 
         with foreign_faults(fault, lambda _: fault("no such file")), fsspec.open(path, "rb") as file:
             names[path] = texts.decode(file.read()).splitlines()
     if number >= len(names[path]) or not names[path][number].strip():
-        raise UserError(f"{path}: no line for the class {number} of {sample.key} in {sample.shard}; complete it")
+        raise UserError(path, f"no line for the class {number} of {sample.key} in {sample.shard}", "complete it")
     return " ".join(names[path][number].replace("_", " ").split())
 
 

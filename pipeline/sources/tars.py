@@ -87,8 +87,7 @@ class Tars(Source):
         try:
             count, pictures = _look(self.settings, self.key)
         except UserError as error:
-            found, _, remedy = str(error).partition("; ")
-            return Need(self.title, False, found, remedy)
+            return Need(self.title, False, f"{error.where}: {error.what}", error.remedy)
         return Need(self.title, True, f"{shards}: {count} tars, {pictures} pictures in the first")
 
     def pictures(self) -> int | None:
@@ -109,8 +108,9 @@ class Tars(Source):
                 for row in part.rows:
                     if (other := shard_of.setdefault(row.id, shard)) != shard:
                         raise UserError(
-                            f"{shard}: the key {row.id!r} is also in {other}; keys must be unique: leave one of the "
-                            "shards out, or write it with other keys"
+                            shard,
+                            f"the key {row.id!r} is also in {other}",
+                            "keys must be unique: leave one of the shards out, or write it with other keys",
                         )
                 found.rows.extend(part.rows)
                 found.left_out.extend(part.left_out)
@@ -142,18 +142,14 @@ def _check_texts(found: Found, name: str, task: str) -> None:
     if not rows:
         there = by_reason((one.name, one.reason) for one in found.left_out)
         names = ", ".join(sorted(suffix.removeprefix(".") for suffix in SUFFIXES))
-        raise UserError(
-            f"{name}: no picture in it; members are named KEY.jpg (or {names})"
-            + (f"; it has: {there}" if there else "")
-        )
+        has = f"; it has: {there}" if there else ""
+        raise UserError(name, "no picture in it", f"members are named KEY.jpg (or {names}){has}")
     if not any(row.captions for row in rows):
         texts = {
             "caption": 'caption; each KEY.jpg needs KEY.txt, one caption, or KEY.json with "caption" or "captions"',
             "classify": 'class; each KEY.jpg needs KEY.cls, or KEY.json with "class" or "label"',
         }
-        raise UserError(
-            f"{name}: none of {len(rows)} pictures ({rows[0].id}: {rows[0].quarantine}) has a {texts[task]}"
-        )
+        raise UserError(name, f"none of {len(rows)} pictures ({rows[0].id}: {rows[0].quarantine}) has a {texts[task]}")
 
 
 def _to_row(settings: TarsSettings) -> _ToRow:
@@ -177,12 +173,12 @@ def find_shards(pattern: str, parameter: str) -> list[str]:
     found: dict[str, None] = {}
     for name in _expand(pattern):
         if not (matches := _matches(name)):
-            raise UserError(f"{name}: no such tar; set {parameter} in params.yaml to the shards, or put them there")
+            raise UserError(name, "no such tar", f"set {parameter} in params.yaml to the shards, or put them there")
         found |= dict.fromkeys(matches)
     for name in found:
         if not name.endswith(".tar"):
             raise UserError(
-                f"{name}: not a .tar; decompress it, as pictures are read by their offset, or mend {parameter}"
+                name, "not a .tar", f"decompress it, as pictures are read by their offset, or mend {parameter}"
             )
     return sorted(found)
 
@@ -193,7 +189,7 @@ def _expand(pattern: str) -> list[str]:
 
     for match in _RANGE.finditer(pattern):
         if int(match[1]) > int(match[2]):
-            raise UserError(f"{pattern}: the range {match[0]} is empty; write the smaller number first")
+            raise UserError(pattern, f"the range {match[0]} is empty", "write the smaller number first")
     try:
         return list(braceexpand(pattern, escape=False))
     except ValueError:  # a brace without its other: part of a name
@@ -205,7 +201,7 @@ def _matches(name: str) -> list[str]:
     import fsspec
 
     def fault(reason: str) -> UserError:
-        return UserError(f"{name}: cannot be looked up ({reason}); correct the address, or check network and access")
+        return UserError(name, f"cannot be looked up ({reason})", "correct the address, or check network and access")
 
     with foreign_faults(fault):
         system, path = fsspec.url_to_fs(name)

@@ -64,7 +64,7 @@ def verify(profile: str) -> list[Fault]:
     """
     uses = manifests(profile)
     if not uses:
-        raise UserError(f"{RESULTS / profile} has no feature manifest; run `dvc repro`")
+        raise UserError("", f"{RESULTS / profile} has no feature manifest", "run `dvc repro`")
     names = {shard.sha256: shard.name for use in manifests() for shard in use.manifest.files}
     faults: dict[Path, Fault] = {}
     for use in uses:
@@ -89,8 +89,7 @@ def _fault(path: Path, shard: Shard, print_: str, names: dict[str, str]) -> str 
     except UserError as error:
         if path.stat().st_size < shard.bytes:
             return f"truncated: {path.stat().st_size} of {shard.bytes} bytes"
-        reason = str(error).removeprefix(f"{path}: ").partition(";")[0]
-        return f"{'foreign' if 'another extraction' in reason else 'damaged'}: {reason}"
+        return f"{'foreign' if 'another extraction' in error.what else 'damaged'}: {error.what}"
     return "damaged: its SHA-256 is not the manifest's (a flipped bit, or another file under this name)"
 
 

@@ -22,7 +22,7 @@ def usable_rows(run: Run, data: str) -> pd.DataFrame:
     """The rows of a prepared manifest that are not in quarantine, sorted by id."""
     path = run.manifest(data)
     if not path.exists():
-        raise UserError(f"{path}: no such manifest; {remedy(path)}")
+        raise UserError(path, "no such manifest", remedy(path))
     rows = pq.read_table(path).to_pandas()
     return rows[rows["quarantine"].isna()].sort_values("id", ignore_index=True)
 
@@ -55,8 +55,9 @@ class ImageTokens:
         missing = [row_id for row_id in rows["id"] if row_id not in places]
         if missing:
             raise UserError(
-                f"{len(missing)} pictures of {data} have no image tokens, the first is {missing[0]}; "
-                f"run `dvc repro extract_images@{data}`"
+                "",
+                f"{len(missing)} pictures of {data} have no image tokens, the first is {missing[0]}",
+                f"run `dvc repro extract_images@{data}`",
             )
         shards = [{name: dense(table, name) for name in table.column_names[2:]} for table in tables]
         dtype = tables[0].schema.metadata[b"dtype"].decode()
@@ -107,7 +108,7 @@ class CaptionTokens:
         """Map the shards and the embedding table that data/<profile>/text/<data>/manifest.json names."""
         manifest = Manifest.read(run.features("text", data))
         if manifest.embeddings is None:
-            raise UserError(f"{run.features('text', data)} names no embedding table; run `dvc repro`")
+            raise UserError("", f"{run.features('text', data)} names no embedding table", "run `dvc repro`")
         captions: dict[str, list[list[int]]] = {}
         for shard in manifest.shards:
             table = open_shard(manifest.folder / shard.name, manifest.fingerprint)

@@ -34,7 +34,7 @@ def push(uses: list[Use], url: str, advance: Advance) -> int:
         with _faults_of(url):
             if not there.exists(target) or there.size(target) != shard.bytes:
                 if not local.exists() or sha256_of(local) != shard.sha256:
-                    raise UserError(f"{local}: not what its manifest names; run `terraalign store verify --repair`")
+                    raise UserError(local, "not what its manifest names", "run `terraalign store verify --repair`")
                 folder, _, name = target.rpartition("/")
                 there.makedirs(folder, exist_ok=True)
                 temporary = f"{folder}/{temporary_name(name)}"
@@ -73,22 +73,22 @@ def _fetch(there: Any, source: str, local: Path, shard: Shard) -> None:
                 digest.update(block)
                 file.write(block)
         if digest.hexdigest() != shard.sha256:
-            raise UserError(f"{source}: not what the manifest names (SHA-256); delete it there and push it again")
+            raise UserError(source, "not what the manifest names (SHA-256)", "delete it there and push it again")
         os.fchmod(file.fileno(), 0o444)
 
 
 def _faults_of(url: str) -> AbstractContextManager[None]:
     """Credentials, network: as one line; a full disk passes."""
     return foreign_faults(
-        lambda reason: UserError(f"{url}: {reason}; run the same command again to go on"),
-        lambda text: UserError(f"{url}: not there: {text}; push it first, from where it was extracted"),
+        lambda reason: UserError(url, reason, "run the same command again to go on"),
+        lambda text: UserError(url, f"not there: {text}", "push it first, from where it was extracted"),
     )
 
 
 def _connect(url: str) -> tuple[Any, str]:
     def fault(reason: str) -> UserError:
         hint = "; for s3:// install terraalign[s3]" if reason.startswith("ImportError") else ""
-        return UserError(f"{url}: {reason}{hint}")
+        return UserError(url, f"{reason}{hint}")
 
     with foreign_faults(fault):
         there, root = fsspec.core.url_to_fs(url)

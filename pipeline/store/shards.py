@@ -69,9 +69,9 @@ class Manifest:
             values["embeddings"] = Shard(**values["embeddings"]) if values["embeddings"] else None
             return cls(**values)
         except FileNotFoundError:
-            raise UserError(f"{path}: no such feature manifest; run `dvc repro`") from None
+            raise UserError(path, "no such feature manifest", "run `dvc repro`") from None
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: not a feature manifest ({error}); delete it and run `dvc repro`") from None
+            raise UserError(path, f"not a feature manifest ({error})", "delete it and run `dvc repro`") from None
 
 
 def remove_temporary(folder: Path, process: int) -> None:
@@ -92,7 +92,7 @@ def in_use(exclusive: bool = False) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB if exclusive else fcntl.LOCK_SH)
         except BlockingIOError:
-            raise UserError(f"{STORE}: an extraction is at work here; wait until it has ended") from None
+            raise UserError(STORE, "an extraction is at work here", "wait until it has ended") from None
         yield
 
 
@@ -265,10 +265,10 @@ def open_shard(path: Path, expected: str | None = None) -> pa.Table:
     try:
         table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
     except FileNotFoundError:
-        raise UserError(f"{path}: this shard is gone; {mend}") from None
+        raise UserError(path, "this shard is gone", mend) from None
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise UserError(f"{path}: not a whole Arrow file ({error}); {mend}") from None
+        raise UserError(path, f"not a whole Arrow file ({error})", mend) from None
     fault = schema.fault(table.schema, expected)
     if fault is not None:
-        raise UserError(f"{path}: {fault}; {mend}")
+        raise UserError(path, fault, mend)
     return table

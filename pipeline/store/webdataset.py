@@ -56,7 +56,7 @@ def identity(run: Run, data: str) -> str:
     ]
     for path in paths:
         if not path.exists():
-            raise UserError(f"{path}: no such manifest; run `dvc repro`, or `dvc pull`")
+            raise UserError(path, "no such manifest", "run `dvc repro`, or `dvc pull`")
     return hashlib.sha256(json.dumps([FORMAT, *map(sha256_of, paths)]).encode()).hexdigest()[:24]
 
 
@@ -75,7 +75,7 @@ def export(
     folder is not empty or a picture has no caption tokens; then, and when interrupted, no folder is left.
     """
     if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
-        raise UserError(f"{destination}: there already; name a new folder, or delete this one first")
+        raise UserError(destination, "there already", "name a new folder, or delete this one first")
     with atomic_folder(destination) as folder:
         order = np.argsort(captions.token_ids)
         np.save(folder / "token_ids.npy", captions.token_ids[order].astype(np.int32), allow_pickle=False)
@@ -144,7 +144,7 @@ def _captions(captions: CaptionTokens, row_id: str) -> list[list[int]]:
     try:
         return captions.captions(row_id)
     except KeyError:
-        raise UserError(f"{row_id}: has image tokens, but no caption tokens; run `dvc repro`") from None
+        raise UserError(row_id, "has image tokens, but no caption tokens", "run `dvc repro`") from None
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes, identity: str) -> dict[str, int]:
@@ -202,7 +202,7 @@ class _Files:
             self._system, self._root = fsspec.url_to_fs(folder)
 
     def fault(self, name: str, what: str) -> UserError:
-        return UserError(f"{self.folder}/{name}: {what}; {self.mend}")
+        return UserError(f"{self.folder}/{name}", what, self.mend)
 
     def _reading(self, name: str) -> AbstractContextManager[None]:
         return foreign_faults(

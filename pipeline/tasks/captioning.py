@@ -79,10 +79,10 @@ class Captioning(Task):
         try:
             table = pd.DataFrame(json.loads(path.read_text(encoding="utf-8")))
         except ValueError:
-            raise UserError(f"{path}: not valid JSON; {remedy(folder, force=True)}") from None
+            raise UserError(path, "not valid JSON", remedy(folder, force=True)) from None
         missing = [key for key in ("id", "image", "references", "pretrained", "finetuned") if key not in table]
         if missing:
-            raise UserError(f"{path}: no {', '.join(missing)} in it; {remedy(folder, force=True)}")
+            raise UserError(path, f"no {', '.join(missing)} in it", remedy(folder, force=True))
         return table
 
 

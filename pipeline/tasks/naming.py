@@ -71,7 +71,7 @@ class Naming(Task):
             table = pd.DataFrame()
         missing = [column for column in COLUMNS if column not in table]
         if missing:
-            raise UserError(f"{path}: no column {', '.join(missing)}; {remedy(folder, force=True)}")
+            raise UserError(path, f"no column {', '.join(missing)}", remedy(folder, force=True))
         for column in ("correct", "strict"):
             table[column] = table[column].str.lower().isin(("true", "1"))
         return table

@@ -42,7 +42,7 @@ class Examples:
             print(f"{name}: {len(unanswered)} pictures have no words and are left out: {names}", file=sys.stderr)
         if not self.train or not val:
             raise UserError(
-                f"{name}: {len(self.train)} train and {len(val)} val pictures with words; both are needed: add pictures"
+                name, f"{len(self.train)} train and {len(val)} val pictures with words", "both are needed: add pictures"
             )
         order = torch.randperm(len(val), generator=torch.Generator().manual_seed(seed)).tolist()
         self.val = [val[i] for i in order[: settings.validation_images]]
@@ -175,8 +175,12 @@ def _checkpoint(params: Params, name: str, recipe: str, scratch: bool, start: li
 def _check_fit(adapter: Adapter, d_in: int, d_out: int) -> None:
     if (adapter.config["d_in"], adapter.config["d_out"]) != (d_in, d_out):
         raise UserError(
-            f"the pre-trained adapter maps {adapter.config['d_in']} to {adapter.config['d_out']}, but the image tokens "
-            f"and the LLM need {d_in} to {d_out}; run `dvc repro`"
+            "",
+            (
+                f"the pre-trained adapter maps {adapter.config['d_in']} to {adapter.config['d_out']}, but the "
+                f"image tokens and the LLM need {d_in} to {d_out}"
+            ),
+            "run `dvc repro`",
         )
 
 
@@ -189,8 +193,9 @@ def _leave_room(model: VLM, examples: Examples, name: str) -> None:
     room = min(rooms, default=model.max_answer_tokens)
     if room < 2:
         raise UserError(
-            f"{count} image tokens of {name} and the prompt fill the LLM's context of {model.context} tokens; "
-            f"set adapters.{name}.architecture to give fewer, shorten finetune.*.prompts, or take another llm.model"
+            "",
+            f"{count} image tokens of {name} and the prompt fill the LLM's context of {model.context} tokens",
+            f"set adapters.{name}.architecture to give fewer, shorten finetune.*.prompts, or take another llm.model",
         )
     model.max_answer_tokens = min(model.max_answer_tokens, room)
 

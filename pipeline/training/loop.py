@@ -97,12 +97,12 @@ class Trainer:
                     continue
                 loss = started.popleft().result() / accumulate
             except NoPlan as error:
-                raise UserError(f"{self.name}: step {step}: {error}; lower lr") from None
+                raise UserError(self.name, f"step {step}: {error}", "lower lr") from None
             loss.backward()
             losses.append(loss.detach())
         total = sum(loss.item() for loss in losses)  # a GPU is waited for only here
         if not math.isfinite(total):
-            raise UserError(f"{self.name}: the loss is {total} at step {step}; lower lr")
+            raise UserError(self.name, f"the loss is {total} at step {step}", "lower lr")
         parameters = [parameter for group in self.groups for parameter in group["params"]]
         torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip)
         optimizer.step()

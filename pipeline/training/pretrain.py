@@ -38,7 +38,7 @@ def pretrain(params: Params, name: str) -> None:
     settings, run = params.pretrain_for(name), Run.of(params)
     pairs = Pairs.open(params, settings)
     for kind in EXTRACTED_BY:
-        _check_of_one_kind(run, kind, settings.data)
+        check_of_one_kind(run, kind, settings.data)
     if pairs.device.type == "cuda":
         torch.set_num_threads(1)  # for the small sums left to the CPU, many threads would wait for one another
     objective = _objective(params, settings, pairs)
@@ -64,13 +64,15 @@ def pretrain(params: Params, name: str) -> None:
     trainer.checkpoint.remove()
 
 
-def _check_of_one_kind(run: Run, kind: Kind, sets: list[str]) -> None:
+def check_of_one_kind(run: Run, kind: Kind, sets: list[str]) -> None:
     """UserError where the features of some data sets are of different models."""
     prints = {Manifest.read(run.features(kind, data)).fingerprint for data in sets}
     if len(prints) > 1:
         stage, model = EXTRACTED_BY[kind], "encoders" if kind == "images" else "LLMs"
         raise UserError(
-            f"{run.base / kind}: the features of {' and '.join(sets)} are of different {model}; run `dvc repro {stage}`"
+            run.base / kind,
+            f"the features of {' and '.join(sets)} are of different {model}",
+            f"run `dvc repro {stage}`",
         )
 
 

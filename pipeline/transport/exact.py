@@ -6,11 +6,12 @@ Importing numba takes most of a second, so solve.py imports this module when it 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numba import config, njit
+
+from pipeline.runs import RESULTS
 
 SOLVED, NOT_FINITE, NO_OPTIMUM = 0, 1, 2
 UNITS = 2.0**52  # of mass in a problem at most: whole numbers that float64 holds exactly
@@ -23,7 +24,7 @@ ZERO, ONE = np.uint64(0), np.uint64(1)  # indices are unsigned: no wrap-around t
 
 def can_keep_compiled() -> bool:
     """Whether numba finds a folder for compiled code: NUMBA_CACHE_DIR, beside this file, ~/.cache, else data/numba."""
-    for folder in (config.CACHE_DIR, str(Path("data/numba").resolve())):
+    for folder in (config.CACHE_DIR, str((RESULTS / "numba").resolve())):
         config.CACHE_DIR = folder
         try:
             njit(cache=True)(lambda: None)

