@@ -74,6 +74,7 @@ class Bench:
 
     def __init__(self, tiny: bool):
         from pipeline.config import load_params
+        from pipeline.runs import Run
 
         self.tiny = tiny
         self.pictures, self.labelled = (40, 40) if tiny else (4096, 512)
@@ -83,14 +84,14 @@ class Bench:
         values["vision"] |= {"pretrained": "random"}
         values["llm"] |= {"model": "llm", "revision": None}
         values["cache"]["shards"] = 4
-        values["run"] = {"adapters": ["mlp"], "scratch": ["mlp"]}
+        values["run"] |= {"adapters": ["mlp"], "scratch": ["mlp"]}
         values["pretrain"] |= {"epochs": 1, "validation_images": 64, "candidates": 32}
-        for task in ("captions", "classes"):
-            values["finetune"][task] |= {"max_steps": 4, "validations": 1, "validation_images": 16}
+        for recipe in values["finetune"]["recipes"].values():
+            recipe |= {"max_steps": 4, "validations": 1, "validation_images": 16}
         values["evaluate"] |= {"captions": 96}
         values["pca"] |= {"images": 24}
         if tiny:
-            values["vision"] |= {"encoder": "timm", "model": "resnet10t", "batch": 4, "dtype": "float32"}
+            values["vision"] |= {"encoder": "timm", "model": "test_resnet", "batch": 4, "dtype": "float32"}
             values["llm"] |= {"quantization": "none", "dtype": "float32"}
             values["pretrain"] |= {"batch": 4, "max_steps": 2, "validation_images": 4, "candidates": 3}
             values["evaluate"] |= {"captions": 2, "caption_tokens": 3, "class_tokens": 2}
@@ -100,7 +101,7 @@ class Bench:
             values["runtime"] |= {"decode_threads": os.cpu_count(), "emd_threads": max(1, (os.cpu_count() or 1) // 2)}
         Path("params.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
         self.params = load_params()
-        self.base = Path("data") / self.params.profile
+        self.run = Run.of(self.params)
 
     def make(self) -> None:
         """Pictures like photos (smooth, with edges), 640 x 480, and captions; a Mistral-7B of random weights."""
@@ -159,24 +160,27 @@ class Bench:
     def extraction(self) -> None:
         """Stages prepare, extract_captions and extract_images, the last with each decoder and nothing in the store."""
         from benchmarks.extraction import decoders_here, distance
-        from pipeline import sources
         from pipeline.encoders.vision import load_vision_encoder
+        from pipeline.extraction.captions import extract_captions
         from pipeline.extraction.images import ImageShards, extract_images
+        from pipeline.llms.load import load_embedding, load_tokenizer
         from pipeline.media.decoding import Decoder
+        from pipeline.sources import manifest
+        from pipeline.sources.prepare import prepare
         from pipeline.store.inventory import timings
-        from stages import extract_captions
 
+        words = load_tokenizer(self.params.llm), load_embedding(self.params.llm)
         for data in ("captions", "classes"):
-            manifest = sources.manifest_path(self.params, data)
-            spent = timed(lambda data=data, to=manifest: sources.write(sources.prepare(self.params, data), to))
+            to = self.run.manifest(data)
+            spent = timed(lambda data=data, to=to: manifest.write(prepare(self.params, data), to))
             line(f"prepare {data}", f"{spent:.1f} s")
-            extract_captions.make(self.params, data).write(self._manifest("text", data))
+            extract_captions(self.params, data, *words, lambda n: None).write(self.run.features("text", data))
         torch.manual_seed(0)
         encoder = load_vision_encoder(self.params.vision, self.params.runtime.device)
         decoders, by_pil = decoders_here(encoder), Decoder(encoder.preprocess)
         contents = [path.read_bytes() for path in sorted(Path("coco/images").iterdir())[:64]]
         pixels = by_pil.batch([by_pil.load(content) for content in contents], 64)
-        stored = torch.zeros(2**28, dtype=torch.uint8).numpy()
+        stored = torch.zeros(2**22 if self.tiny else 2**28, dtype=torch.uint8).numpy()
         spent = timed(lambda: hashlib.sha256(stored.data).digest())
         line("SHA-256, which every stored byte goes through", f"{len(stored) / spent / 1e9:.2f} GB/s")
         for name, decoder in decoders.items():
@@ -184,18 +188,13 @@ class Bench:
             params = self.params.model_copy(update={"vision": vision})
             for data, count in (("classes", self.labelled), ("captions", self.pictures)):
                 began = time.perf_counter()
-                extract_images(params, data, encoder, lambda n: None).write(self._manifest("images", data))
+                extract_images(params, data, encoder, lambda n: None).write(self.run.features("images", data))
                 spent = time.perf_counter() - began
                 line(f"extract_images {data}, decoder {name}", f"{count / spent:.0f} images/s", "349 images/s")
                 took = timings("images", ImageShards(params, data, encoder).fingerprint)
                 print(f"    seconds of all threads, since the first: {dict(took)}", flush=True)
             found = decoder.batch([decoder.load(content) for content in contents], 64).cpu()
             print(f"    {name} and PIL: {distance(encoder, found, pixels)}", flush=True)
-
-    def _manifest(self, kind: str, data: str) -> Path:
-        from pipeline.store.shards import manifest_path
-
-        return manifest_path(self.base, kind, data)
 
     def solver(self) -> None:
         """Plans alone, thesis's shapes, on as many threads as pre-training may have them found on."""
@@ -280,7 +279,7 @@ class Bench:
         from pipeline.vlm import VLM, add_lora
 
         fast_products()
-        images = ImageTokens.open(self.base, "captions")
+        images = ImageTokens.open(self.run, "captions")
         loaded: list[Any] = []
         line(
             "load_llm",
@@ -330,20 +329,14 @@ class Bench:
     def evaluation(self) -> None:
         """Stages finetune (a few steps), evaluate and pca."""
         from pipeline.metrics.alignment import pca
+        from pipeline.metrics.evaluate import evaluate
         from pipeline.training.finetune import finetune
-        from stages import evaluate
 
-        for data in ("captions", "classes"):
-            out = self.base / "finetune" / f"mlp-{data}"
-            spent = timed(
-                lambda data=data, out=out: finetune(self.params, "mlp", data, self.base / "pretrain/mlp", out)
-            )
-            line(f"finetune mlp {data}, the stage, 4 steps", f"{spent:.1f} s")
-        line(
-            "evaluate, the stage: names, and captions twice",
-            f"{timed(lambda: evaluate.evaluate('mlp')):.1f} s",
-            "58 s for 196 pictures",
-        )
+        for recipe in self.params.run.recipes:
+            spent = timed(lambda recipe=recipe: finetune(self.params, "mlp", recipe))
+            line(f"finetune mlp {recipe}, the stage, 4 steps", f"{spent:.1f} s")
+        spent = sum(timed(lambda r=recipe: evaluate(self.params, "mlp", r)) for recipe in self.params.run.recipes)
+        line("evaluate, the stages: names, and captions twice", f"{spent:.1f} s", "58 s for 196 pictures")
         line(f"pca, {self.params.pca.images} pictures", f"{timed(lambda: pca(self.params, 'mlp')):.1f} s", "49 s")
 
     def answers(self) -> None:
@@ -355,10 +348,9 @@ class Bench:
             ("classes", settings.class_tokens, "54 at batch 100"),
             ("captions", settings.caption_tokens, "2.6 to 2.9"),
         ):
-            images = ImageTokens.open(self.base, data)
-            model = load_vlm(
-                self.params.llm, self.base / "finetune" / f"mlp-{data}", "adapter", self.params.runtime.device
-            )
+            images = ImageTokens.open(self.run, data)
+            folder = self.run.finetuned("mlp", data)
+            model = load_vlm(self.params.llm, folder, "adapter", self.params.runtime.device)
             some = list(range(min(len(images), 4 if self.tiny else settings.batch)))
             model.answers(images, some[:2], "Describe", 2, 2)
             spent = timed(

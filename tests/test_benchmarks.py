@@ -16,7 +16,7 @@ def test_gpu_script_runs_every_step_tiny_on_a_cpu(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     for figure in ("extract_images captions, decoder torchvision", "solver, ", "constant token; constant set of 255",
-                   "pretrain mlp, steps", "fine-tune mlp, activations recomputed", "evaluate, the stage", "pca, ",
+                   "pretrain mlp, steps", "fine-tune mlp, activations recomputed", "evaluate, the stages", "pca, ",
                    "answers, captions"):  # fmt: skip
         assert figure in done.stdout
     assert "FAILED" not in done.stdout
