@@ -6,8 +6,8 @@
 FOLDER is a project whose pictures and captions are extracted; nothing but data/models is written there. Without --folds
 its own split counts; with it, the hash of a picture's id puts it into one of five folds, and each of the first --folds
 ones is held out in turn while the other four train; its number is added to the seed.
---finetune: each run is also fine-tuned on captions and on classes with the project's own settings, the same for every
-objective, and evaluated on the test pictures. Other --data, --epochs, --batch, and --finetune want another CSV.
+--finetune: each run is also fine-tuned by the recipes captions and classes with the project's own settings, the same for
+every objective, and evaluated on the test pictures. Other --data, --epochs, --batch, and --finetune want another CSV.
 Every finished run adds a row to the CSV, and a run that has its row is not repeated, so a killed script goes on.
 In the end (with --table at once) the means and standard deviations over seeds and folds are printed.
 """
@@ -29,6 +29,8 @@ import torch
 import yaml
 
 from pipeline.config import Params
+from pipeline.metrics.base import read_figures
+from pipeline.runs import EXTRACTED_BY, MODELS, STORE, Run
 from stages.evaluate import evaluate
 from stages.finetune import finetune
 from stages.pretrain import pretrain
@@ -67,8 +69,8 @@ FIGURES = {  # of the metrics: a column of the table, and its unit
     "nearest_in_shuffled": ("shuffled, %", 100),
     "loss_start": ("caption loss before fine-tuning", 1),
     "loss_captions": ("and after it", 1),
-    "captions_right_pretrained": ("captions right before, %", 100),
-    "captions_right": ("and after, %", 100),
+    "right_pretrained": ("captions right before, %", 100),
+    "right": ("and after, %", 100),
     "loss_classes": ("class loss", 1),
     "acc": ("class accuracy, %", 100),
 }
@@ -134,12 +136,13 @@ def changed(values: dict[str, Any], arguments: argparse.Namespace, variant: str,
 @contextlib.contextmanager
 def linked(project: Path, profile: str, fold: int) -> Iterator[None]:
     """Work in a new folder of links to the project's features, where the fold is the held-out split."""
-    base, source = Path("data") / profile, project / "data" / profile
+    base = Run(profile).base
+    source = project / base
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         (base / "prepare").mkdir(parents=True)
-        for shared in ("models", "store"):
-            (base.parent / shared).symlink_to(project / "data" / shared)
-        for kind in ("images", "text"):
+        for shared in (MODELS, STORE):
+            shared.symlink_to(project / shared)
+        for kind in EXTRACTED_BY:
             (base / kind).symlink_to(source / kind)
         for path in (source / "prepare").glob("*.parquet"):
             rows = pq.read_table(path).to_pandas()
@@ -155,21 +158,21 @@ def run_once(params: Params, adapter: Any, finetuned: bool) -> dict[str, float]:
     Runs of equal measure and seed share the constant sets.
     """
     Path("params.yaml").write_text(yaml.safe_dump(params.model_dump(mode="json", exclude_unset=True)))
-    base = Path("data") / params.profile
+    run = Run.of(params)
     began = time.perf_counter()
     pretrain(adapter)
-    metrics = _metrics(base / "pretrain" / adapter)
+    metrics = _metrics(run.pretrained(adapter))
     metrics |= {"below_blind": 1 - metrics["val"] / min(metrics["const_token"], metrics["const_set"])}
     metrics["seconds"] = time.perf_counter() - began
     if finetuned:
-        finetune(adapter, "captions")
-        finetune(adapter, "classes")
-        evaluate(adapter)
-        folder = base / "finetune"
-        metrics["loss_start"] = pd.read_csv(folder / f"{adapter}-captions" / "history.csv")["val_loss"].iloc[0]
-        for data in ("captions", "classes"):
-            metrics[f"loss_{data}"] = _metrics(folder / f"{adapter}-{data}")["val_loss"]
-        metrics |= _metrics(base / "evaluate" / adapter)
+        for recipe in ("captions", "classes"):
+            finetune(adapter, recipe)
+            evaluate(adapter, recipe)
+            metrics[f"loss_{recipe}"] = _metrics(run.finetuned(adapter, recipe))["val_loss"]
+            for data in params.finetune.recipes[recipe].data:
+                metrics |= {figure.key: figure.value for figure in read_figures(run, adapter, recipe, data)}
+        history = pd.read_csv(run.finetuned(adapter, "captions") / "history.csv")
+        metrics["loss_start"] = history["val_loss"].iloc[0]
     return metrics
 
 

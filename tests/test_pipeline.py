@@ -40,6 +40,8 @@ def test_every_stage_of_the_graph(tiny_params, tiny_mistral):
     values["adapters"]["mlp"]["architecture"]["positions"] = 9
     options = {"space": "whitened", "contrast": 0.1, "temperature": 1.0, "unmatched": 0.2}
     values["adapters"]["mlp"]["pretrain"] = {"objective": options}
+    for name in ("self_attention", "query"):
+        values["adapters"][name]["pretrain"] = {}  # as few epochs as the first
     Path("params.yaml").write_text(yaml.safe_dump(values))
     for data in ("captions", "classes"):
         terraalign("prepare", data)
@@ -98,7 +100,9 @@ def test_the_thesis_set_up_runs_through_the_same_code(tiny_params):
     values["vision"] = {**thesis["vision"], "pretrained": "random", "batch": 8}
     values["llm"]["quantization"] = thesis["llm"]["quantization"]
     values["adapters"] = thesis["adapters"]
-    values["pretrain"] |= {key: thesis["pretrain"][key] for key in ("data", "objective")} | {"max_steps": 2}
+    values["pretrain"] |= {key: thesis["pretrain"][key] for key in ("data", "objective")}
+    values["pretrain"] |= {"max_steps": 2, "batch": 8}
+    values["data"]["captions"]["count"] = 24
     Path("params.yaml").write_text(yaml.safe_dump(values))
     for command in ("prepare", "extract-images", "extract-captions"):
         terraalign(command, "captions")
