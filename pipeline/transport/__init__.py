@@ -1,1 +1,1 @@
-"""transport"""
+"""Exact Earth Mover's Distance and its gradient, in the order of docs/emd.md."""
