@@ -253,7 +253,7 @@ def test_an_unknown_figure_appears_everywhere(params: Params) -> None:
     write_figures("mlp-classes/classes", [Figure("odd", 3.25, "what <b>I</b> measured", (3, 3.5), kind="number")])
     results = read_results(params)
     assert figures.flat_metrics(results)["classes/mlp/classes/odd"] == 3.25
-    row = ("what <b>I</b> measured", "classes", "mlp/classes", "3.250 (3.000 to 3.500)")
+    row = ("what <b>I</b> measured", "classes", "mlp", "3.250 (3.000 to 3.500)")
     assert row in list(figures.main_figures(results))
     assert "what &lt;b&gt;I&lt;/b&gt; measured</th>" in report(params)
 
@@ -276,10 +276,10 @@ def test_no_figure_is_demanded(params: Params) -> None:
 
 def test_main_figures(params: Params) -> None:
     found = {row[:3]: row[3].replace("\u00a0", " ") for row in figures.main_figures(read_results(params))}
-    assert found["accuracy", "classes", "query/classes"] == "90.0 % (82.6 % to 94.5 %)"
+    assert found["accuracy", "classes", "query"] == "90.0 % (82.6 % to 94.5 %)"
     assert found["linear probe", "classes", ""] == "90.0 % (80.0 % to 95.0 %)"
     assert found["image gain of pre-training", "captions", "mlp"] == "0.250 EMD (0.250 to 0.250)"
-    assert found["validation loss from scratch", "captions", "self_attention/captions"] == "2.500"
+    assert found["validation loss from scratch", "captions", "self_attention"] == "2.500"
     assert found["classes", "classes", ""] == "4"
     assert "without 1 stage restored" in found["time of all stages, added up", "", ""]
     assert figures.terminal_table(read_results(params)).row_count == len(found)

@@ -58,14 +58,14 @@ def main_figures(results: Results) -> Iterator[tuple[str, str, str, str]]:
         for key, label in labels(outcomes).items():
             for outcome in outcomes:
                 if figure := outcome.figure(key):
-                    yield label, data, _by(outcome), with_interval(figure)
+                    yield label, data, results.name(outcome), with_interval(figure)
         for figure in results.baselines(data):
             yield figure.label, data, "", with_interval(figure)
         for outcome in outcomes:
             losses = (("", outcome.val_loss), (" from scratch", outcome.scratch_val_loss))
             for start, loss in losses:
                 if loss is not None:
-                    yield f"validation loss{start}", data, _by(outcome), f"{loss:.3f}"
+                    yield f"validation loss{start}", data, results.name(outcome), f"{loss:.3f}"
     for name, found in results.pretrain.items():
         if "image_gain" in found:
             ends = (found[key] for key in ("image_gain_low", "image_gain_high") if key in found)
@@ -73,10 +73,6 @@ def main_figures(results: Results) -> Iterator[tuple[str, str, str, str]]:
             value = f"{found['image_gain']:.3f} {measure(results.params)}" + (f" ({interval})" if interval else "")
             yield "image gain of pre-training", results.params.pretrain.data[0], name, value
     yield "time of all stages, added up", "", "", total_time(results)
-
-
-def _by(outcome: Outcome) -> str:
-    return f"{outcome.adapter}/{outcome.recipe}"
 
 
 def labels(outcomes: list[Outcome]) -> dict[str, str]:
