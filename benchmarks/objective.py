@@ -7,8 +7,8 @@ FOLDER is a project whose pictures and captions are extracted; nothing but data/
 its own split counts; with it, the hash of a picture's id puts it into one of five folds, and each of the first --folds
 ones is held out in turn while the other four train; its number is added to the seed.
 --finetune: each run is also fine-tuned by the recipes captions and classes with the project's own settings, the same
-for every objective, and evaluated on the test pictures. Other --data, --epochs, --batch, and --finetune want another CSV.
-Every finished run adds a row to the CSV, and a run that has its row is not repeated, so a killed script goes on.
+for every objective, and evaluated on the test pictures. Other --data, --epochs, --batch, and --finetune want another
+CSV. Every finished run adds a row to the CSV, and a run that has its row is not repeated, so a killed script goes on.
 In the end (with --table at once) the means and standard deviations over seeds and folds are printed.
 """
 
