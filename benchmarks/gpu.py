@@ -328,7 +328,7 @@ class Bench:
 
     def evaluation(self) -> None:
         """Stages finetune (a few steps), evaluate and pca."""
-        from pipeline.metrics.alignment import pca
+        from pipeline.alignment import pca
         from pipeline.metrics.evaluate import evaluate
         from pipeline.training.finetune import finetune
 

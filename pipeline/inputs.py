@@ -13,14 +13,14 @@ from pipeline.runs import EXTRACTED_BY, Run, require
 
 
 def write_inputs(params: Params) -> None:
-    """Write inputs/<recipe>.json for every recipe of the graph, and inputs/pretrain.json.
+    """Write inputs/<recipe>.json for every recipe of the graph, and the same for pre-training.
 
     Raises UserError naming the stage that writes what is missing.
     """
     run = Run.of(params)
     sets = {name: params.finetune.recipes[name].data for name in params.run.recipes}
     for name, names in {**sets, PRETRAIN: params.pretrain.data}.items():
-        digests = {data: _digests(run, data) for data in names}
+        digests = {data: {"task": params.data[data].task, **_digests(run, data)} for data in names}
         with atomically(run.inputs(name)) as file:
             file.write((json.dumps(digests, indent=1) + "\n").encode())
 

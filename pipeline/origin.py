@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pipeline.config import LLM
 from pipeline.errors import UserError
-from pipeline.runs import Run, remedy
+from pipeline.runs import EXTRACTED_BY, Kind, Run, remedy
 from pipeline.store.shards import Manifest
 
 FILE = "origin.json"
@@ -188,3 +188,15 @@ def check_results(run: Run, adapter: str, llm: LLM, recipes: Mapping[str, Sequen
             raise UserError(folder, f"this adapter was fine-tuned from other weights than {pretrained}", remedy(folder))
         folders.append(folder)
     return folders
+
+
+def check_of_one_kind(run: Run, kind: Kind, sets: list[str]) -> None:
+    """UserError where the features of some data sets are of different models."""
+    prints = {Manifest.read(run.features(kind, data)).fingerprint for data in sets}
+    if len(prints) > 1:
+        stage, model = EXTRACTED_BY[kind], "encoders" if kind == "images" else "LLMs"
+        raise UserError(
+            run.base / kind,
+            f"the features of {' and '.join(sets)} are of different {model}",
+            f"run `dvc repro {stage}`",
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from itertools import islice
 from pathlib import Path
@@ -12,7 +13,7 @@ import typer
 
 from pipeline.config import Params, load_params
 from pipeline.errors import UserError, readable
-from pipeline.runs import Run
+from pipeline.runs import Run, remedy
 
 if TYPE_CHECKING:
     from pipeline.media.decoding import Decoder, Loaded
@@ -98,20 +99,34 @@ def pictures_named(photos: list[Path]) -> tuple[list[Path], int]:
 
 
 def finetuned(params: Params, task: str) -> dict[Path, float]:
-    """The folders of the adapters that were fine-tuned for a task, with their validation losses on its data sets."""
+    """The folders of the adapters that were fine-tuned for a task, with their validation losses on one data set.
 
-    run, losses = Run.of(params), {}
-    for recipe in params.run.recipes:
-        sets = params.finetune.recipes[recipe].data
-        asked = [data for data in sets if params.data[data].task == task]
-        for folder in (run.finetuned(adapter, recipe) for adapter in params.run.adapters if asked):
-            if (folder / "metrics.json").exists():
-                metrics = json.loads((folder / "metrics.json").read_text())
-                own = [metrics[f"val_loss/{data}" if len(sets) > 1 else "val_loss"] for data in asked]
-                losses[folder] = sum(own) / len(own)
-    if not losses:
-        raise UserError(run.base / "finetune", f"nothing is fine-tuned for the task {task} yet", "run `dvc repro`")
-    return losses
+    That is the first of the task in run.data for which there are any: losses of different data sets do not compare.
+    """
+    run, recipes = Run.of(params), {name: params.finetune.recipes[name].data for name in params.run.recipes}
+    asked = [data for data in params.run.data if params.data[data].task == task]
+    if not any(data in sets for data in asked for sets in recipes.values()):
+        raise UserError("run.recipes", f"none is on a data set with the task {task}", "add one to params.yaml")
+    for data in asked:
+        pairs = [(adapter, name) for name, sets in recipes.items() if data in sets for adapter in params.run.adapters]
+        folders = [(run.finetuned(adapter, name), len(recipes[name]) > 1) for adapter, name in pairs]
+        losses = {folder: _loss(folder, data if several else None) for folder, several in folders}
+        if found := {folder: loss for folder, loss in losses.items() if loss is not None}:
+            return found
+    raise UserError(run.base / "finetune", f"nothing is fine-tuned for the task {task} yet", "run `dvc repro`")
+
+
+def _loss(folder: Path, data: str | None) -> float | None:
+    """The validation loss of a fine-tuned adapter, on one of several data sets; None where it is of another recipe."""
+    try:
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        loss = float(metrics[f"val_loss/{data}" if data else "val_loss"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        print(f"left out: {folder / 'metrics.json'}: not of this recipe ({error!r}); {remedy(folder)}", file=sys.stderr)
+        return None
+    return loss if math.isfinite(loss) else math.inf
 
 
 def best_adapter(params: Params, losses: dict[Path, float], identity: dict[str, str]) -> Path:

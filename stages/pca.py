@@ -23,7 +23,7 @@ def pca(adapter: Annotated[str, typer.Argument(help="the adapter whose image tok
     of the two centroids).
     """
     params = load_params()
-    from pipeline.metrics import alignment  # torch, scikit-learn and matplotlib: not needed for --help
+    from pipeline import alignment  # torch, scikit-learn and matplotlib: not needed for --help
 
     with timed(params, f"pca@{adapter}"):
         folder = alignment.pca(params, adapter)

@@ -111,7 +111,10 @@ def _changed(text: str, values: dict[str, Any], settings: list[str]) -> tuple[st
         key, value = _key_and_value(setting, wanted)
         _put(tree, key, value, setting)
         _put(values, key, value, setting)
+    given = {tuple(setting.partition("=")[0].strip().split(".")) for setting in settings}
     for place, name in _left_over(before, values):
+        if (*place, name) in given:
+            continue  # the check of the whole file refuses it
         del _at(tree, place)[name], _at(values, place)[name]
         typer.echo(f"{'.'.join([*place, name])} is left out: only what stood there before knows it")
     stream = io.StringIO()
@@ -163,7 +166,7 @@ def _left_over(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[list
         ["vision"],
         ["llm"],
         ["pretrain", "objective"],
-        *(["data", name] for name in after.get("data", {})),
+        *(["data", name] for name in _at(after, ["data"])),
     ]:
         old, new = keys_of(section, before), keys_of(section, after)
         found += [(section, key) for key in _at(after, section) if old and new and key in old and key not in new]
@@ -173,7 +176,7 @@ def _left_over(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[list
 def _at(tree: Any, section: list[str]) -> Any:
     for part in section:
         tree = tree.get(part, {}) if isinstance(tree, dict) else {}
-    return tree
+    return tree if isinstance(tree, dict) else {}
 
 
 def _put(tree: dict[str, Any], key: list[str], value: Any, setting: str) -> None:

@@ -91,7 +91,11 @@ def _repair(params: Params, faults: list[Fault]) -> None:
     from stages import extract_captions, extract_images
 
     make = {"images": extract_images.make, "text": extract_captions.make}
+    gone = {fault.use.data for fault in faults if fault.use} - set(params.data)
+    for data in sorted(gone):
+        typer.echo(f"data set {data}: not in params.yaml any more, so left as it is; its manifests may be deleted")
     with in_use():
+        faults = [fault for fault in faults if fault.use is None or fault.use.data not in gone]
         for fault in faults:
             fault.path.unlink(missing_ok=True)
             fault.path.with_suffix(".json").unlink(missing_ok=True)

@@ -150,6 +150,14 @@ def test_faults_are_named(tmp_path):
         load_adapter(tmp_path, "last")
 
 
+@pytest.mark.parametrize("content", ["[]", "null", '{"name": "mlp", "d_in": 4, "d_out": 4, "architecture": null}'])
+def test_a_damaged_description_is_one_line(project: Path, content: str) -> None:
+    build_adapter("linear", 4, 4).save(project / "adapter", "last")
+    (project / "adapter/adapter.json").write_text(content)
+    with pytest.raises(UserError, match="cannot be loaded as an adapter"):
+        load_adapter(project / "adapter", "last")
+
+
 def test_an_adapter_from_elsewhere_runs_no_code_that_the_parameters_do_not_name(project: Path) -> None:
     (project / "sneaky.py").write_text("raise SystemExit('run')")
     build_adapter("linear", 4, 4).save(project / "adapter", "last")

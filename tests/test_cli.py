@@ -173,6 +173,18 @@ def test_another_source_leaves_out_what_only_the_former_knows(folder: Path) -> N
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("setting", ["vision=5", "llm=5", "data=5", "data.captions=5", "pretrain.objective=null"])
+def test_a_section_that_is_none_is_one_line(folder: Path, setting: str) -> None:
+    code, output = terraalign("profile", "use", "demo", "--set", setting)
+    assert code == 2 and "Traceback" not in output and setting.partition("=")[0] in output, output
+
+
+def test_a_key_that_was_just_set_is_refused_and_not_left_out(folder: Path) -> None:
+    options = ("data.captions.source=webdataset", "data.captions.shards=/x.tar", "data.captions.root=/x")
+    code, output = terraalign("profile", "use", "photos", *(part for one in options for part in ("--set", one)))
+    assert code == 2 and "data.captions.root is /x: unknown key" in output, output
+
+
 def test_another_pipeline_on_the_path_is_not_taken(tmp_path: Path) -> None:
     (tmp_path / "pipeline.py").write_text("raise SystemExit('the wrong one')")
     code = "import stages.cli, pipeline.config; print(pipeline.__file__)"

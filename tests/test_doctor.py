@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -60,7 +61,10 @@ def test_missing_weights_come_with_their_command() -> None:
     assert "CUDA" in check(found, "GPU").remedy and not check(found, "GPU").ok
 
 
-def test_missing_folders_keep_the_other_one() -> None:
+def test_missing_folders_keep_the_other_one(tmp_path: Path) -> None:
+    found = checks.diagnose(params_of("photos", captions="/here", classes="/there"))
+    assert check(found, "data.classes").remedy == "set data.classes.root in params.yaml to the folder of the data set"
+    shutil.copytree(PROJECT / "profiles", tmp_path / "profiles")
     found = checks.diagnose(params_of("photos", captions="/here", classes="/there"))
     assert check(found, "data.captions").found == "missing: /here/captions.json, /here/images"
     assert check(found, "data.classes").remedy == (

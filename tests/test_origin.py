@@ -12,10 +12,18 @@ from torch import nn
 
 from pipeline.config import Params, load_params
 from pipeline.errors import UserError
-from pipeline.origin import FILE, Origin, Words, check_encoder, check_llm, check_results, check_tokens
+from pipeline.origin import (
+    FILE,
+    Origin,
+    Words,
+    check_encoder,
+    check_llm,
+    check_of_one_kind,
+    check_results,
+    check_tokens,
+)
 from pipeline.runs import Run
 from pipeline.store.shards import Manifest
-from pipeline.training.pretrain import check_of_one_kind
 from stages.answer import best_adapter, finetuned
 
 IDENTITY = {"encoder": "timm", "model": "resnet10t", "weights": "a" * 64, "preprocess": "crop", "dtype": "float32"}
@@ -117,6 +125,19 @@ def test_answers_come_from_the_best_adapter_that_fits(trained: Params, capsys: p
     assert "left out: data/demo/finetune/query-captions: " in capsys.readouterr().err
     with pytest.raises(UserError, match="another vision encoder"):
         best_adapter(trained, losses, IDENTITY | {"weights": "c" * 64})
+
+
+def test_losses_of_different_recipes_are_compared_on_one_data_set(trained: Params) -> None:
+    both = trained.finetune.recipes["captions"].model_copy(update={"data": ["captions", "classes"]})
+    recipes = trained.finetune.model_copy(update={"recipes": {**trained.finetune.recipes, "both": both}})
+    run = trained.run.model_copy(update={"recipes": ["captions", "classes", "both"]})
+    params = trained.model_copy(update={"finetune": recipes, "run": run})
+    for name, values in (("mlp-both", {"val_loss/captions": 0.5, "val_loss/classes": 9}), ("query-both", {"val_loss": 0.1})):
+        (BASE / "finetune" / name).mkdir()
+        (BASE / "finetune" / name / "metrics.json").write_text(json.dumps(values))
+    losses = {folder.name: loss for folder, loss in finetuned(params, "caption").items()}
+    assert losses == {"mlp-captions": 2.0, "query-captions": 1.0, "mlp-both": 0.5}  # query-both: of another recipe
+    assert set(finetuned(params, "classify").values()) == {1.0, 9.0}
 
 
 def test_features_of_two_models_are_not_mixed(trained: Params) -> None:

@@ -194,6 +194,41 @@ def test_a_recipe_may_mix_data_sets() -> None:
     assert "mixture has to name exactly the data sets" in fault_in(yaml.safe_dump(values))
 
 
+def test_an_override_keeps_to_what_adapters_may_differ_in() -> None:
+    text = of_mlp("    pretrain: {}", "    pretrain: {data: [classes]}")
+    assert "adapters.mlp.pretrain.data is [classes]: is the same for all adapters" in fault_in(text)
+    text = of_mlp("    finetune: {}", "    finetune: {captions: {data: [classes]}}")
+    assert "adapters.mlp.finetune.captions.data is [classes]: is the same" in fault_in(text)
+    text = of_mlp("    pretrain: {}", "    pretrain: {objective: {name: 'my.own:Loss'}}")
+    assert "adapters.mlp.pretrain.objective.name is my.own:Loss: is the same" in fault_in(text)
+    text = of_mlp("    finetune: {}", "    finetune: {captions: {mixture: {captions: 2}}}")
+    assert parse_params(text, "params.yaml").finetune_for("mlp", "captions").mixture == {"captions": 2}
+    assert "adapters.mlp.pretrain.lr" in fault_in(of_mlp("    pretrain: {}", "    pretrain: {lr: {a: 2}}"))
+
+
+def test_keys_that_dvc_watches_one_by_one_have_to_be_there() -> None:
+    for old, key in (("  dtype: float16\n", "cache.dtype"), ("    pretrain: {}\n", "adapters.linear.pretrain")):
+        assert f"{key}: this key is missing" in fault_in(DEMO.replace(old, "", 1))
+
+
+def test_a_task_that_no_data_set_has_needs_no_keys() -> None:
+    values = yaml.safe_load(DEMO)
+    del values["data"]["captions"], values["finetune"]["recipes"]["captions"]
+    values["run"] |= dict.fromkeys(("data", "recipes", "scratch_recipes"), ["classes"])
+    values["pretrain"]["data"], values["pca"] = ["classes"], values["pca"] | {"data": "classes", "recipe": "classes"}
+    for key in [key for key in values["evaluate"] if key.startswith(("pretrained", "finetuned"))]:
+        del values["evaluate"][key]
+    assert parse_params(yaml.safe_dump(values), "params.yaml").evaluate.batch == 64
+    del values["evaluate"]["class_prompt"]
+    assert "evaluate.class_prompt: this key is missing" in fault_in(yaml.safe_dump(values))
+
+
+def test_a_misspelt_section_of_finetune_is_not_an_earlier_one() -> None:
+    values = yaml.safe_load(DEMO)
+    values["finetune"]["recipe"] = values["finetune"].pop("recipes")
+    assert "finetune.recipe: unknown key; did you mean recipes?" in fault_in(yaml.safe_dump(values))
+
+
 def test_keys_of_earlier_files_say_where_they_went() -> None:
     values = yaml.safe_load(DEMO)
     values["finetune"] |= values["finetune"].pop("recipes")

@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline import alignment
 from pipeline.config import load_params
 from pipeline.errors import UserError
-from pipeline.metrics import alignment
 
 DEMO = Path(__file__).parent.parent / "profiles" / "demo.yaml"
 WIDTH = 24

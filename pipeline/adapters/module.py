@@ -97,7 +97,7 @@ def load_adapter(folder: Path, weights: str) -> Adapter:
         if "offset" in state:
             adapter.offset = nn.Parameter(torch.empty_like(state["offset"]))
         adapter.load_state_dict(state)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(path, f"cannot be loaded as an adapter ({reason})", "run `dvc repro`") from None
     return adapter.eval()

@@ -114,6 +114,9 @@ def _check(kind: str, module: str, attribute: str, found: Any) -> None:
     if not _is_a(found, base):
         raise ValueError(f"{module}:{attribute} is no {kind}: derive it from {KINDS[kind][1]}")
     lacking = [*sorted(found.__abstractmethods__), *(key for key in base.__annotations__ if not hasattr(found, key))]
+    settings, wanted = getattr(found, "Settings", None), getattr(base, "Settings", Section)
+    if settings is not None and not _is_a(settings, wanted):
+        raise ValueError(f"{module}:{attribute}.Settings is no {wanted.__name__}; derive it from {wanted.__module__}'s")
     if lacking:
         raise ValueError(f"{module}:{attribute} lacks {', '.join(lacking)}; {KINDS[kind][1]} says what each is")
 

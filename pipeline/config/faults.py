@@ -51,7 +51,7 @@ def _fault(name: str, tree: Node, values: Mapping[str, Any], fault: dict[str, An
     elif fault["type"] == "elsewhere":
         loc, found = list(fault["ctx"]["where"]), fault["ctx"]["value"]
         found = {} if found is None else found
-    key = ".".join(map(str, loc)) or "the file"
+    key = ".".join(map(str, loc)).replace("\n", "\\n") or "the file"
     message = message.replace("{key}", key)
     value = "" if isinstance(found, dict) else f" is {one_line(found)}"
     return UserError(f"{name}:{line_of(tree, loc)}", f"{key}{value}: {message}")

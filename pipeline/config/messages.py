@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import date
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+from pipeline.config import components
 from pipeline.config.base import Section
 from pipeline.config.schema import Part, Pretrain, Recipe, evaluate_model
 
@@ -29,7 +31,8 @@ def message_of(fault: Mapping[str, Any], model: type[Section], values: Mapping[s
 
 def _moved(loc: Sequence[Any], values: Mapping[str, Any]) -> str | None:
     """Where a key of earlier parameter files stands now."""
-    if len(loc) != 2 or loc[0] != "finetune" or not isinstance(values["finetune"][loc[1]], dict):
+    section = values["finetune"][loc[1]] if len(loc) == 2 and loc[0] == "finetune" else None
+    if not isinstance(section, dict) or not isinstance(section.get("prompts"), list):
         return None
     name = loc[1]
     return (
@@ -70,13 +73,14 @@ def keys_of(section: Sequence[str], values: Mapping[str, Any], whole: type[Secti
 
 def _model_at(model: Any, loc: Sequence[Any], values: Any) -> type[Section] | None:
     """The model of the section at `loc` below one that `model` checks; None where no model knows its keys."""
+    tasks = _tasks(values)
     for part in loc:
         values = values[part] if _has(values, part) else {}
         if isinstance(model, type) and issubclass(model, Section):
             field = model.model_fields.get(part)
             model = field.annotation if field else None
             if part == "evaluate":
-                model = evaluate_model(frozenset())
+                model = evaluate_model(tasks)
         else:  # an entry of a mapping or list
             model = get_args(model)[-1] if get_args(model) else None
         model = _plain(model)
@@ -86,6 +90,19 @@ def _model_at(model: Any, loc: Sequence[Any], values: Any) -> type[Section] | No
             except ValueError:
                 return None
     return model if isinstance(model, type) and issubclass(model, Section) else None
+
+
+def _tasks(values: Any) -> frozenset[str]:
+    """The tasks that the data sets of a file name, as far as there are such."""
+    sets = values.get("data") if isinstance(values, Mapping) else None
+    found = set()
+    for entry in sets.values() if isinstance(sets, Mapping) else ():
+        task = entry.get("task") if isinstance(entry, Mapping) else None
+        if isinstance(task, str):
+            with suppress(ValueError):
+                components.find("task", task)
+                found.add(task)
+    return frozenset(found)
 
 
 def _has(values: Any, part: Any) -> bool:

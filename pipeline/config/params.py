@@ -61,7 +61,9 @@ class Params(Section):
     @field_validator("evaluate", mode="before")
     @classmethod
     def _of_tasks(cls, value: object, info: ValidationInfo) -> object:
-        sets: dict[str, DataSettings] = info.data.get("data", {})
+        if "data" not in info.data:  # at fault itself, and so which tasks there are is not known
+            return Evaluate.model_construct()
+        sets: dict[str, DataSettings] = info.data["data"]
         return evaluate_model(frozenset(entry.task for entry in sets.values())).model_validate(value)
 
     @model_validator(mode="after")
@@ -123,7 +125,7 @@ class Params(Section):
 
     def kind_of(self, adapter: str) -> str:
         """The architecture of an adapter: its own name, if it names no other."""
-        return str(self.adapter(adapter).architecture.get("kind", adapter))
+        return str(self.adapter(adapter).architecture.get("kind") or adapter)
 
     def pretrain_for(self, adapter: str) -> Pretrain:
         """The pretrain section with this adapter's overrides; UserError when there is no such adapter."""
@@ -148,6 +150,12 @@ _S = TypeVar("_S", bound=Section)
 
 
 def _override(section: _S, changes: dict[str, Any], where: tuple[str, ...]) -> _S:
+    for key in (("data",), ("objective", "name")):
+        value: Any = changes
+        for name in key:
+            value = value.get(name) if isinstance(value, dict) else None
+        if value is not None:
+            raise fault_at((*where, *key), "is the same for all adapters; leave it out here", value)
     return _validated(type(section), merged(section.model_dump(), changes), where) if changes else section
 
 
@@ -163,5 +171,9 @@ def _validated(settings: type[_S], values: dict[str, Any], where: tuple[str, ...
 
 def merged(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """`values` with `changes`, section by section."""
-    nested = {key: merged(values[key], new) for key, new in changes.items() if isinstance(new, dict) and key in values}
+    nested = {
+        key: merged(values[key], new)
+        for key, new in changes.items()
+        if isinstance(new, dict) and isinstance(values.get(key), dict)
+    }
     return {**values, **changes, **nested}

@@ -154,8 +154,8 @@ class LLM(Part):
 class Cache(Section):
     """The feature store."""
 
-    shards: Positive = default("cache.shards")
-    dtype: Literal["float16", "bfloat16", "float32", "int8"] = default("cache.dtype")  # int8: with a scale per token
+    shards: Positive
+    dtype: Literal["float16", "bfloat16", "float32", "int8"]  # int8: with a scale per token
     reader: Literal["arrow", "webdataset"] = Field(
         default="arrow", description="what pretrain reads: the store, or the tars of `terraalign store export`"
     )
@@ -264,13 +264,15 @@ class PCA(Section):
 
 
 class AdapterSection(Section):
-    """One adapter: its architecture and its own values of pretrain.* and finetune.recipes.<recipe>.*."""
+    """One adapter: its architecture and its own values of pretrain.* and finetune.recipes.<recipe>.*.
 
-    architecture: dict[str, Annotated[Any, BeforeValidator(whole)]] = Field(
-        {}, description="kind, a name or an own package.module:Class, if not the key"
-    )
-    pretrain: dict[str, Any] = Field({})
-    finetune: dict[Key, dict[str, Any]] = Field({})
+    All three have to be there, empty where there is nothing to say: DVC watches each.
+    """
+
+    # Beside the architecture's own keys `kind`, a name or an own package.module:Class, where that is not the adapter's.
+    architecture: dict[str, Annotated[Any, BeforeValidator(whole)]]
+    pretrain: dict[str, Any]
+    finetune: dict[Key, dict[str, Any]]
 
 
 class Run(Section):
@@ -303,6 +305,10 @@ class Runtime(Section):
 
 @cache
 def evaluate_model(tasks: frozenset[str]) -> type[Evaluate]:
-    """The section evaluate: its own keys, and those of our tasks and of some more."""
-    own = [components.settings_of("task", name) for name in dict.fromkeys([*components.known("task"), *sorted(tasks)])]
-    return cast(type[Evaluate], create_model("Evaluate", __base__=cast(Any, (Evaluate, *own))))
+    """The section evaluate: its own keys and those of some tasks; those of our other tasks may be there."""
+    own = dict.fromkeys(components.settings_of("task", name) for name in sorted(tasks))
+    bases = [one for one in own if not any(other is not one and issubclass(other, one) for other in own)]
+    known = {key for base in bases for key in base.model_fields}
+    idle = [components.settings_of("task", name) for name in components.known("task") if name not in tasks]
+    rest: dict[str, Any] = {key: (Any, None) for part in idle for key in part.model_fields if key not in known}
+    return cast(type[Evaluate], create_model("Evaluate", __base__=cast(Any, (Evaluate, *bases)), **rest))

@@ -7,7 +7,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config import Params
+from pipeline.config import Params, read_yaml
 from pipeline.doctor import costs
 from pipeline.doctor.costs import GIB, Estimate, gib
 from pipeline.doctor.machine import Hub, cuda
@@ -44,13 +44,25 @@ def diagnose(params: Params) -> Diagnosis:
 def _data(params: Params, name: str) -> Need:
     """What a data set needs; where its files are missing, the command that names them and keeps the other data sets."""
     need = source_of(params, name).need()
-    if need.ok or not need.found.startswith("missing"):
+    if need.ok or not need.found.startswith("missing") or not _is_of_profile(params):
         return need
     settings = [
         setting for other in params.run.data for setting in source_of(params, other).settings_for_use(other == name)
     ]
     options = " ".join(f"--set {shlex.quote(setting)}" for setting in settings)
     return Need(need.name, False, need.found, f"terraalign profile use {params.profile} {options}")
+
+
+def _is_of_profile(params: Params) -> bool:
+    """Whether `profile use` would give this parameter file again, but for where its data sets are."""
+    path = Path("profiles") / f"{params.profile}.yaml"
+    if not path.is_file():
+        return False
+    profile = read_yaml(path.read_text(encoding="utf-8"), str(path))
+    sources = {name: section.get("source") for name, section in profile.get("data", {}).items()}
+    return profile.get("run") == params.run.model_dump() and sources == {
+        name: section.source for name, section in params.data.items()
+    }
 
 
 def _gpu(params: Params) -> Need:

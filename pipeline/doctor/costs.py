@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from pipeline.adapters.base import Architecture
@@ -74,17 +75,27 @@ def adapter_parameters(params: Params) -> int:
 
 
 def disk_bytes(params: Params) -> float:
-    """Image tokens, twice five checkpoints per adapter (DVC may have to copy), weights still to fetch, and 1 GiB."""
+    """Image tokens, weights of adapters (DVC may have to copy), weights still to fetch, and 1 GiB.
+
+    An adapter has weights of its first and last epoch, a checkpoint with two moments, and those of each fine-tuning.
+    """
     missing = 0.0 if Loader.of(params.llm).need().ok else 2 * llm_shape(params)[0]
-    return token_bytes(params) + 10 * len(params.run.adapters) * 4 * adapter_parameters(params) + missing + GIB
+    copies = 2 * (5 * len(params.run.adapters) + len(_fine_tunings(params)))
+    return token_bytes(params) + copies * 4 * adapter_parameters(params) + missing + GIB
 
 
 def memory_bytes(params: Params) -> float:
     """Fine-tuning: LLM weights, adapter with gradients and Adam's moments (16 bytes), activations."""
     count, width, layers = llm_shape(params)
-    batch = max(params.finetune.recipes[name].batch for name in params.run.recipes)
+    batch = max(params.finetune_for(*pair).batch for pair in _fine_tunings(params))
     activations = ACTIVATION_BYTES[params.runtime.activations] * batch * _sequence(params) * width * layers
     return BYTES_PER_WEIGHT[params.llm.quantization] * count + 16 * adapter_parameters(params) + activations
+
+
+def _fine_tunings(params: Params) -> list[tuple[str, str]]:
+    """Adapter and recipe of each, those from scratch too."""
+    run = params.run
+    return [*product(run.adapters, run.recipes), *product(run.scratch, run.scratch_recipes)]
 
 
 def _sequence(params: Params) -> int:
@@ -97,12 +108,11 @@ def finetune_seconds(params: Params) -> float:
     """All fine-tuning runs: 4 FLOP x LLM parameters x tokens (its weights get no gradient), at an assumed speed."""
     speed, _ = _speed(params)
     examples = 0
-    for adapter in params.run.adapters:
-        for name in params.run.recipes:
-            recipe = params.finetune_for(adapter, name)
-            pool = sum(pictures(params, data) for data in recipe.data)
-            whole = int(recipe.epochs * 0.7 * pool)  # about the training part of any layout
-            examples += min(whole, (recipe.max_steps or whole) * recipe.batch * recipe.accumulate)
+    for adapter, name in _fine_tunings(params):
+        recipe = params.finetune_for(adapter, name)
+        pool = sum(pictures(params, data) for data in recipe.data)
+        whole = int(recipe.epochs * 0.7 * pool)  # about the training part of any layout
+        examples += min(whole, (recipe.max_steps or whole) * recipe.batch * recipe.accumulate)
     return 4 * llm_shape(params)[0] * _sequence(params) * examples / speed
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from pydantic import field_validator
+
+from pipeline.config.schema import Vision
 from pipeline.encoders.base import Encoder, Parts
 from pipeline.needs import Need, package
 
@@ -11,8 +14,20 @@ if TYPE_CHECKING:
     from pipeline.media.preprocess import Preprocess
 
 
+class Lite0Settings(Vision):
+    """One network with its own weights."""
+
+    @field_validator("model", "pretrained")
+    @classmethod
+    def _none(cls, value: str | None) -> None:
+        if value is not None:
+            raise ValueError("encoder efficientnet_lite0 is one network with its own weights; set this to null")
+
+
 class Lite0(Encoder):
     """The small encoder of the demo; its weights come with pip, so it knows no vision.model and no hub."""
+
+    Settings = Lite0Settings
 
     def build(self) -> Parts:
         import torch

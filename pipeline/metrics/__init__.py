@@ -1,4 +1,4 @@
-"""What is measured, by the names of evaluate.metrics; and where image tokens lie among the words (alignment)."""
+"""What is measured of answers, by the names of evaluate.metrics."""
 
 METRICS = {
     "accuracy": "pipeline.metrics.accuracy:Accuracy",

@@ -32,7 +32,8 @@ class Models(Protocol):
 class Task(ABC):
     """One kind of question about pictures.
 
-    Settings are its own keys of the section evaluate.
+    Settings are its own keys of the section evaluate: they are for questions and answers in evaluation, and fine-tuning
+    does not watch them, so neither `answers` nor `loss` may depend on one.
     """
 
     Settings: ClassVar[type[Section]]

@@ -19,7 +19,7 @@ from pipeline.config.schema import Recipe
 from pipeline.devices import fast_products
 from pipeline.errors import UserError
 from pipeline.llms.load import load_llm
-from pipeline.origin import Origin, Words, check_llm, check_tokens
+from pipeline.origin import Origin, Words, check_llm, check_of_one_kind, check_tokens
 from pipeline.runs import Run
 from pipeline.started import Started
 from pipeline.store.reader import ImageTokens
@@ -121,6 +121,7 @@ def finetune(params: Params, name: str, recipe: str, scratch: bool = False) -> N
     """
     run, settings = Run.of(params), params.finetune_for(name, recipe)
     pretrained, out = None if scratch else run.pretrained(name), run.finetuned(name, recipe, scratch)
+    check_of_one_kind(run, "images", settings.data)
     if pretrained:
         for data in settings.data:
             check_tokens(pretrained, run, data)

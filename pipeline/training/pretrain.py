@@ -15,14 +15,12 @@ from pipeline.adapters.module import Adapter, build_adapter
 from pipeline.config import Params, components
 from pipeline.config.schema import Pretrain
 from pipeline.devices import fast_products, keep_freed_memory
-from pipeline.errors import UserError
 from pipeline.objectives.base import Keep, Means, Objective
 from pipeline.objectives.emd import EMD, EMDSettings
 from pipeline.objectives.pairs import Pairs
-from pipeline.origin import Origin, Words
-from pipeline.runs import EXTRACTED_BY, Kind, Run
+from pipeline.origin import Origin, Words, check_of_one_kind
+from pipeline.runs import EXTRACTED_BY, Run
 from pipeline.started import Started
-from pipeline.store.shards import Manifest
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.code import digest_of
 from pipeline.training.loop import Trainer, batch_at, steps_per_epoch, total_steps, write_history
@@ -62,18 +60,6 @@ def pretrain(params: Params, name: str) -> None:
     (out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
     Origin.of(run, settings.data[0], _words(pairs)).write(out)
     trainer.checkpoint.remove()
-
-
-def check_of_one_kind(run: Run, kind: Kind, sets: list[str]) -> None:
-    """UserError where the features of some data sets are of different models."""
-    prints = {Manifest.read(run.features(kind, data)).fingerprint for data in sets}
-    if len(prints) > 1:
-        stage, model = EXTRACTED_BY[kind], "encoders" if kind == "images" else "LLMs"
-        raise UserError(
-            run.base / kind,
-            f"the features of {' and '.join(sets)} are of different {model}",
-            f"run `dvc repro {stage}`",
-        )
 
 
 def _objective(params: Params, settings: Pretrain, pairs: Pairs) -> Objective:
