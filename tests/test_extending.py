@@ -247,7 +247,8 @@ def test_a_part_of_any_kind_is_named_where_it_stands(parts: Path) -> None:
 
     values = demo()
     captions, classes = values["data"]["captions"], values["data"]["classes"]
-    mlp = values["adapters"] | {"mlp": {"architecture": {"kind": "own_parts:Mine"}}}
+    own = {"architecture": {"kind": "own_parts:Mine"}, "pretrain": {}, "finetune": {}}
+    mlp = values["adapters"] | {"mlp": own}
     wrong = "own_parts:Mine"
     for changed, key in (
         (demo(data={"captions": captions | {"source": wrong}, "classes": classes}), "data.captions.source"),

@@ -132,7 +132,10 @@ def test_losses_of_different_recipes_are_compared_on_one_data_set(trained: Param
     recipes = trained.finetune.model_copy(update={"recipes": {**trained.finetune.recipes, "both": both}})
     run = trained.run.model_copy(update={"recipes": ["captions", "classes", "both"]})
     params = trained.model_copy(update={"finetune": recipes, "run": run})
-    for name, values in (("mlp-both", {"val_loss/captions": 0.5, "val_loss/classes": 9}), ("query-both", {"val_loss": 0.1})):
+    for name, values in (
+        ("mlp-both", {"val_loss/captions": 0.5, "val_loss/classes": 9}),
+        ("query-both", {"val_loss": 0.1}),
+    ):
         (BASE / "finetune" / name).mkdir()
         (BASE / "finetune" / name / "metrics.json").write_text(json.dumps(values))
     losses = {folder.name: loss for folder, loss in finetuned(params, "caption").items()}

@@ -231,7 +231,8 @@ def test_a_misspelt_section_of_finetune_is_not_an_earlier_one() -> None:
 
 def test_keys_of_earlier_files_say_where_they_went() -> None:
     values = yaml.safe_load(DEMO)
-    values["finetune"] |= values["finetune"].pop("recipes")
+    for name, recipe in values["finetune"].pop("recipes").items():
+        values["finetune"][name] = recipe | {"prompts": recipe["prompts"][name]}
     del values["run"]["data"], values["run"]["recipes"], values["data"]["captions"]["task"]
     faults = fault_in(yaml.safe_dump(values, sort_keys=False)).splitlines()
     for name in ("captions", "classes"):
