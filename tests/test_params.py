@@ -214,7 +214,7 @@ def test_keys_that_dvc_watches_one_by_one_have_to_be_there() -> None:
 def test_a_task_that_no_data_set_has_needs_no_keys() -> None:
     values = yaml.safe_load(DEMO)
     del values["data"]["captions"], values["finetune"]["recipes"]["captions"]
-    values["run"] |= dict.fromkeys(("data", "recipes", "scratch_recipes"), ["classes"])
+    values["run"] |= {key: ["classes"] for key in ("data", "recipes", "scratch_recipes")}
     values["pretrain"]["data"], values["pca"] = ["classes"], values["pca"] | {"data": "classes", "recipe": "classes"}
     for key in [key for key in values["evaluate"] if key.startswith(("pretrained", "finetuned"))]:
         del values["evaluate"][key]
