@@ -374,7 +374,7 @@ def test_remote_shards_are_read_by_range(memory: Any, monkeypatch: pytest.Monkey
         ("1.JPG", "two members are named '1.JPG'"),
         ("1.png", "the key '1' has more than one picture (jpg, png)"),
     ],
-    ids=str,
+    ids=lambda value: f"{value.name} of type {value.type!r}" if isinstance(value, tarfile.TarInfo) else value,
 )
 def test_unsafe_and_double_members_are_refused_by_name(member: Any, message: str) -> None:
     pack("set/0.tar", ("1.jpg", jpeg()), ("1.txt", b"a"), (member, b""))
