@@ -32,7 +32,8 @@ def message_of(fault: Mapping[str, Any], model: type[Section], values: Mapping[s
 def _moved(loc: Sequence[Any], values: Mapping[str, Any]) -> str | None:
     """Where a key of earlier parameter files stands now."""
     section = values["finetune"][loc[1]] if len(loc) == 2 and loc[0] == "finetune" else None
-    if not isinstance(section, dict) or not isinstance(section.get("prompts"), list):
+    sets = values.get("data")
+    if not isinstance(section, dict) or not isinstance(sets, dict) or loc[1] not in sets:
         return None
     name = loc[1]
     return (
