@@ -13,19 +13,21 @@ from pipeline.runs import EXTRACTED_BY, Run, require
 
 
 def write_inputs(params: Params) -> None:
-    """Write inputs/<recipe>.json for every recipe of the graph, and the same for pre-training.
+    """Write inputs/<recipe>.json for every recipe of the graph, and the same for pre-training and for naming.
 
     Raises UserError naming the stage that writes what is missing.
     """
     run = Run.of(params)
     sets = {name: params.finetune.recipes[name].data for name in params.run.recipes}
-    for name, names in {**sets, PRETRAIN: params.pretrain.data}.items():
+    sets |= {PRETRAIN: params.pretrain.data}
+    sets |= {CLASSES: [*params.pretrain.data, *(data for data in params.run.data if params.data[data].task == "classify")]}
+    for name, names in sets.items():
         digests = {data: {"task": params.data[data].task, **_digests(run, data)} for data in names}
         with atomically(run.inputs(name)) as file:
             file.write((json.dumps(digests, indent=1) + "\n").encode())
 
 
-PRETRAIN = "pretrain-data"  # no name of a recipe has a hyphen
+PRETRAIN, CLASSES = "pretrain-data", "name-data"  # no name of a recipe has a hyphen
 
 
 def _digests(run: Run, data: str) -> dict[str, str]:

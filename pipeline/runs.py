@@ -56,6 +56,10 @@ class Run:
     def pretrained(self, adapter: str) -> Path:
         return self.base / "pretrain" / adapter
 
+    def named(self, adapter: str) -> Path:
+        """Names of pictures without the LLM, a folder for each data set of classes."""
+        return self.base / "name" / adapter
+
     def finetuned(self, adapter: str, recipe: str, scratch: bool = False) -> Path:
         return self.base / ("finetune_scratch" if scratch else "finetune") / f"{adapter}-{recipe}"
 
@@ -87,6 +91,7 @@ def stages(params: Params) -> list[str]:
     run = params.run
     names = [f"{stage}@{data}" for stage in ("prepare", "extract_images", "extract_captions") for data in run.data]
     names += ["inputs", *(f"pretrain@{adapter}" for adapter in run.adapters)]
+    names += [f"name@{adapter}" for adapter in run.adapters]
     names += [f"finetune@{adapter}-{recipe}" for adapter in run.adapters for recipe in run.recipes]
     names += [f"finetune_scratch@{adapter}-{recipe}" for adapter in run.scratch for recipe in run.scratch_recipes]
     names += [f"evaluate@{adapter}-{recipe}" for adapter in run.adapters for recipe in run.recipes]

@@ -23,8 +23,8 @@ HELP = """Vision-language models on a budget: extract once, align without the LL
 `dvc repro` runs the stages below in this order, and repeats only what a change touches; `terraalign run` runs two at a
 time:
 
-prepare, extract-images, extract-captions (once), inputs, pretrain (EMD, no LLM), finetune, finetune-scratch (QLoRA),
-evaluate, pca, report.
+prepare, extract-images, extract-captions (once), inputs, pretrain (EMD, no LLM), name (no LLM), finetune, finetune-scratch
+(QLoRA), evaluate, pca, report.
 
 Parameters: params.yaml, written by `terraalign profile use NAME`.
 
@@ -40,6 +40,7 @@ COMMANDS = {
     "extract-captions": ("stages.extract_captions", STAGES),
     "inputs": ("stages.inputs", STAGES),
     "pretrain": ("stages.pretrain", STAGES),
+    "name": ("stages.name", STAGES),
     "finetune": ("stages.finetune", STAGES),
     "finetune-scratch": ("stages.finetune", STAGES),
     "evaluate": ("stages.evaluate", STAGES),

@@ -21,13 +21,14 @@ PROJECT = Path(__file__).parents[1]
 ROOMS = (
     *("errors", "progress", "files", "needs", "started", "versions", "config", "weights", "devices", "runs", "inputs"),
     *("media", "sources", "encoders", "llms", "store", "origin", "extraction", "adapters", "transport", "objectives"),
-    *("vlm", "tasks"),
+    *("naming", "vlm", "tasks"),
     *("training", "metrics", "alignment", "report", "doctor"),
 )
 LONGEST_MODULE, LONGEST_FUNCTION, MAY_BE_LONG = 400, 45, {"pipeline.transport.exact"}
 # The stages that train or measure, and the module that does their work.
 WORK = {
     "pretrain": "pipeline.training.pretrain",
+    "name": "pipeline.metrics.named",
     "finetune": "pipeline.training.finetune",
     "finetune_scratch": "pipeline.training.finetune",
     "evaluate": "pipeline.metrics.evaluate",

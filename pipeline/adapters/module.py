@@ -21,7 +21,8 @@ class Adapter(nn.Module):
     """A body, then a linear layer to the LLM's width.
 
     `pool` first averages a square grid of tokens down to pool x pool; `dropout` acts on the input tokens.
-    `offset` [M, d_out], absent at first, is a constant token set that pre-training may start from.
+    Absent at first, and where pre-training may start from: `offset` [M, d_out], a constant token set, and `skip`, a
+    linear map from the mean of the tokens past the body, which is added to each token that comes out.
     """
 
     def __init__(self, body: nn.Module, out: nn.Linear, pool: int | None = None, dropout: float = 0.0):
@@ -29,15 +30,20 @@ class Adapter(nn.Module):
         self.pool, self.dropout = pool, dropout
         self.body, self.out = body, out
         self.register_parameter("offset", None)
+        self.skip: nn.Linear | None = None
         self.config: dict[str, Any] = {}
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[B, N, d_in] to [B, M, d_out]."""
-        if self.pool is not None:
-            tokens = pool_grid(tokens, self.pool)
-        tokens = F.dropout(tokens, self.dropout, self.training)
-        tokens = self.out(self.body(tokens))
+        pooled = F.dropout(self.pooled(tokens), self.dropout, self.training)
+        tokens = self.out(self.body(pooled))
+        if self.skip is not None:
+            tokens = tokens + self.skip(pooled.mean(1, keepdim=True))
         return tokens if self.offset is None else tokens + self.offset
+
+    def pooled(self, tokens: Tensor) -> Tensor:
+        """What the body is given of image tokens [B, N, d_in]: [B, pool * pool, d_in], or all."""
+        return tokens if self.pool is None else pool_grid(tokens, self.pool)
 
     @torch.no_grad()
     def start_at(self, constant_set: Tensor, tokens: Tensor) -> None:
@@ -49,6 +55,15 @@ class Adapter(nn.Module):
         spread = self(tokens).std()
         self.out.weight.mul_(0.1 * constant_set.std() / spread)
         self.offset = nn.Parameter(constant_set.clone())
+
+    @torch.no_grad()
+    def skip_by(self, fitted: Tensor) -> None:
+        """Add a linear map of the mean token, the first d_in rows of [d_in + 1, d_out], less the last; after start_at."""
+        assert self.offset is not None, "start_at comes first"
+        weight, center = fitted[:-1], fitted[-1]
+        self.skip = nn.Linear(*weight.shape, bias=False, device=weight.device)
+        self.skip.weight.copy_(weight.T)
+        self.offset -= center
 
     def save(self, folder: Path, weights: str) -> None:
         """Write adapter.json and <weights>.safetensors."""
@@ -96,6 +111,8 @@ def load_adapter(folder: Path, weights: str) -> Adapter:
         adapter = build_adapter(config["name"], config["d_in"], config["d_out"], **config["architecture"])
         if "offset" in state:
             adapter.offset = nn.Parameter(torch.empty_like(state["offset"]))
+        if "skip.weight" in state:
+            adapter.skip = nn.Linear(config["d_in"], config["d_out"], bias=False)
         adapter.load_state_dict(state)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from pipeline.metrics.base import Figure, Metric, Tested, share_of
-from pipeline.tasks.naming import class_names
+from pipeline.naming.classes import class_names
 
 
 class Accuracy(Metric):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pipeline.metrics.base import Figure, Metric, Tested, wilson
-from pipeline.tasks.naming import labelled
+from pipeline.naming.classes import labelled
 
 if TYPE_CHECKING:
     from pipeline.store.reader import ImageTokens

@@ -29,12 +29,17 @@ class EMDSettings(ObjectiveSettings):
         "plain", description="whitened: costs where the words of the training captions spread alike in all directions"
     )
     word_weights: Literal["uniform", "idf", "idf_squared"]
-    start: Literal["random", "constant_set"]
+    start: Literal["random", "constant_set", "closed_form"] = Field(
+        description="closed_form: the constant set, and a linear map from image to words that needs no training"
+    )
     contrast: NotNegative = Field(
         0.0, description="weight of a second loss: telling the batch's own captions from the others by EMD; 0: none"
     )
     temperature: AboveZero = Field(
         0.1, description="of the contrast, in units of the EMD: about what it differs by between pictures"
+    )
+    names: NotNegative = Field(
+        0.0, description="weight of a third loss: telling a picture's class from all classes by EMD to their names"
     )
     unmatched: Share = Field(0.0, description="share of the image tokens' mass that need not become a word")
     solver: Literal["exact", "pot", "sinkhorn"] = Field(
@@ -84,18 +89,31 @@ class EMD(Objective):
         return self.distances(tokens, captions, None).view(len(tokens), -1)
 
     def start(self, tokens: Tensor, positions: list[int]) -> Started:
-        """The mean over the images of their EMD, and the contrast where there is one."""
-        loss, weight = super().start(tokens, positions), self.settings.contrast
-        if not weight:
-            return loss
+        """The mean over the images of their EMD, with the contrast and the loss of names where they have a weight."""
         from pipeline.objectives.contrast import start_contrast
+        from pipeline.objectives.names import start_names
+        from pipeline.started import Started
 
-        contrast = start_contrast(self, tokens, positions)
-        return loss.then(lambda mean: mean + weight * contrast.result())
+        own, losses = self.settings, [(1.0, super().start(tokens, positions))]
+        if own.contrast:
+            # A picture with a name is told from the names of all classes, where these have a loss.
+            rows = [i for i, p in enumerate(positions) if not (own.names and self.pairs.is_named(p))]
+            if len(rows) > 1:
+                losses.append((own.contrast, start_contrast(self, tokens[rows], [positions[i] for i in rows])))
+        if own.names:
+            losses.append((own.names, start_names(self, tokens, positions)))
+        return Started(lambda: sum(weight * loss.result() for weight, loss in losses))
 
     def initialise(self, adapter: Adapter, tokens: Tensor) -> None:
-        if self.settings.start == "constant_set":
-            adapter.start_at(self.constant_set(adapter(tokens[:1]).shape[1]), tokens)
+        if self.settings.start == "random":
+            return
+        adapter.start_at(self.constant_set(adapter(tokens[:1]).shape[1]), tokens)
+        if self.settings.start == "closed_form":
+            from pipeline.objectives.closed_form import fit_closed_form
+
+            decides = [self.settings.word_weights, adapter.pool]
+            name, fit = f"closed-form-{adapter.pool}", lambda: fit_closed_form(self, adapter.pooled)
+            adapter.skip_by(self.means.keep(name, decides, fit).to(self.pairs.device))
 
     def baselines(self, count: int) -> dict[str, float]:
         """EMD of the best constant token, and of the best constant set, on held-out images."""
@@ -105,7 +123,7 @@ class EMD(Objective):
         """The best image-blind set of `count` tokens, [count, D]: adapters that give equally many share it."""
         from pipeline.objectives.constant_set import fit_constant_set
 
-        decides = self.settings.model_dump(exclude={"start", "solver", "contrast", "temperature"})
+        decides = self.settings.model_dump(exclude={"start", "solver", "contrast", "temperature", "names"})
         fitted = self.means.keep(f"constant-set-{count}", [decides], lambda: fit_constant_set(self, count))
         return fitted.to(self.pairs.device)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,13 +19,22 @@ from pipeline.store.webdataset import open_tars
 
 
 @dataclass(frozen=True)
+class Names:
+    """The names of a data set's classes as captions, and which of them pictures have, by their positions."""
+
+    captions: list[list[int]]
+    of: dict[int, int]
+
+
+@dataclass(frozen=True)
 class Pairs:
     """Pictures, by their positions: image tokens, and captions as rows of one table of words.
 
     `tokens` gives image tokens [B, N, D_img], float32 on the table's device, of some positions; `table` [T, D] has the
     LLM's input embeddings of the words and `token_ids` [T] their numbers there. `train` and `val` are positions.
     Pictures of several data sets are numbered through. Those of the first, all that are before `first`, are the ones
-    that held-out figures and document frequencies are of.
+    that held-out figures and document frequencies are of. `names` has an entry for each data set of classes,
+    `starts` the first position of each data set.
     """
 
     tokens: Callable[[list[int]], Tensor]
@@ -35,6 +44,8 @@ class Pairs:
     train: list[int]
     val: list[int]
     first: int
+    names: list[Names] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
 
     @classmethod
     def open(cls, params: Params, settings: Pretrain) -> Pairs:
@@ -49,9 +60,14 @@ class Pairs:
         captions: list[list[list[int]]] = []
         train: list[int] = []
         val: list[int] = []
+        names: list[Names] = []
+        starts: list[int] = []
         for number, (data, image, text) in enumerate(zip(settings.data, images, texts, strict=True)):
             start = len(captions)
+            starts.append(start)
             captions += [[[row_of[t] for t in c] for c in text.captions(row_id) if c] for row_id in image.ids]
+            if params.data[data].task == "classify":
+                names.append(_names(captions, range(start, len(captions))))
             _name_wordless(data, [row_id for i, row_id in enumerate(image.ids) if not captions[start + i]])
             train += [start + i for i in image.split("train") if captions[start + i]]
             if number == 0:
@@ -62,11 +78,15 @@ class Pairs:
                 f"{len(train)} train and {len(val)} val pictures with words",
                 "both are needed: add pictures with texts",
             )
-        return cls(_Joined(images, device), captions, table.to(device), token_ids, train, val, len(images[0]))
+        return cls(_Joined(images, device), captions, table.to(device), token_ids, train, val, len(images[0]), names, starts)
 
     @property
     def device(self) -> torch.device:
         return self.table.device
+
+    def is_named(self, position: int) -> bool:
+        """Whether a picture is of a class."""
+        return any(position in names.of for names in self.names)
 
     def captions_of(self, positions: list[int]) -> tuple[list[list[int]], list[int]]:
         """All captions of some pictures, and which of the pictures each belongs to."""
@@ -74,10 +94,15 @@ class Pairs:
         return [caption for caption, _ in pairs], [i for _, i in pairs]
 
     def mean_by_image(self, image: list[int]) -> Callable[[Tensor], Tensor]:
-        """What averages values of captions, [P], to values of their images, [B]; image [P] as of `captions_of`."""
+        """What averages values of captions, [P, ...], to their images', [B, ...]; image [P] as of `captions_of`."""
         of = torch.tensor(image)
         index, count = to_device(of, self.device), to_device(torch.bincount(of), self.device)
-        return lambda values: torch.zeros(len(count), device=self.device).index_add(0, index, values) / count
+        
+        def mean(values: Tensor) -> Tensor:
+            sums = values.new_zeros(len(count), *values.shape[1:]).index_add(0, index, values)
+            return sums / count.view(-1, *[1] * (values.dim() - 1))
+
+        return mean
 
     def document_frequencies(self, positions: list[int]) -> Tensor:
         """How many of some pictures have each word in a caption, [T], float32 on the CPU."""
@@ -100,6 +125,14 @@ class _Joined:
                 found = images.tokens([self._places[positions[i]][1] for i in here], self._device)
                 tokens.index_copy_(0, to_device(torch.tensor(here), self._device), found)
         return tokens
+
+
+def _names(captions: list[list[list[int]]], positions: Sequence[int]) -> Names:
+    """The names among the captions at some positions, in the order of their words; a class has one caption."""
+    own = {position: tuple(captions[position][0]) for position in positions if captions[position]}
+    distinct = sorted(set(own.values()))
+    number = {name: i for i, name in enumerate(distinct)}
+    return Names([list(name) for name in distinct], {position: number[name] for position, name in own.items()})
 
 
 def _features(params: Params, data: str) -> tuple[ImageTokens, CaptionTokens]:

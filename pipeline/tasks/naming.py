@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.config.base import Positive, Prompt, Section
 from pipeline.errors import UserError
+from pipeline.naming.classes import class_names, labelled
 from pipeline.runs import remedy, require
 from pipeline.tasks.base import Models, Task
 
@@ -86,16 +87,6 @@ def find_class(output: str, names: Sequence[str]) -> str | None:
         name for name in names if name.strip() and re.search(rf"(?<!\w){re.escape(name)}(?!\w)", output, re.IGNORECASE)
     ]
     return max(found, key=len, default=None)
-
-
-def labelled(images: ImageTokens, *splits: str) -> list[int]:
-    """Positions of the pictures of some splits whose class has a name: one without words is no answer."""
-    return [i for split in splits for i in images.split(split) if str(images.rows["label"].iloc[i]).strip()]
-
-
-def class_names(images: ImageTokens) -> list[str]:
-    """The names of all classes, sorted."""
-    return sorted({label for label in images.rows["label"] if str(label).strip()})
 
 
 def per_class(predictions: pd.DataFrame) -> pd.DataFrame:

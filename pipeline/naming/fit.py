@@ -1,0 +1,173 @@
+"""Fitting a namer for each data set of classes, and naming all its pictures by it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from pipeline.adapters.module import load_adapter
+from pipeline.config import Params
+from pipeline.errors import UserError
+from pipeline.files import atomically
+from pipeline.naming.classes import class_names, labelled, numbers
+from pipeline.naming.discriminant import Discriminant, choose_shrinkage, cross_fitted, pooled
+from pipeline.naming.namer import RULES, Namer, Scales, by_rule, fit_weights
+from pipeline.naming.nearest import Nearest, adapted_by, many
+from pipeline.objectives.base import Means
+from pipeline.objectives.emd import EMD, EMDSettings
+from pipeline.objectives.pairs import Pairs
+from pipeline.origin import Origin, check_tokens
+from pipeline.runs import Run, remedy, require
+from pipeline.store.reader import ImageTokens
+
+KEPT = 10  # names of each picture, the likeliest first
+BLOCK, BLOCKS = 8, 4  # training pictures of a class in a row, and in how many parts they are dealt
+REFERENCE = 512  # training pictures that distances are debiased by
+TABLE = "names.parquet"
+PLAIN = EMDSettings.model_validate({"cost": "euclidean", "word_weights": "uniform", "start": "random"})
+
+
+@dataclass(frozen=True)
+class Named:
+    """The pictures of a data set with their likeliest names and, but for training pictures, all probabilities.
+
+    `rows` has a row for each labelled picture, by its id: split, label, candidates (names, the likeliest first) and
+    the log-probabilities of all names by each of RULES. Candidates of training pictures are from classifiers that did
+    not see them (`cross_fitted`).
+    """
+
+    names: list[str]
+    rows: pd.DataFrame
+
+    def candidates(self, row_id: str, count: int) -> list[str]:
+        """The likeliest names of a picture, the likeliest first; none where it has no label."""
+        return list(self.rows["candidates"].get(row_id, ())[:count])
+
+    def log_probabilities(self, rule: str, ids: Sequence[str]) -> Tensor:
+        """Of validation or test pictures, [n, C]."""
+        return torch.from_numpy(np.stack(self.rows.loc[list(ids), rule].to_list())).float()
+
+    def write(self, folder: Path) -> None:
+        table = pa.Table.from_pandas(self.rows.reset_index(), preserve_index=False)
+        with atomically(folder / TABLE) as file:
+            pq.write_table(table, file, compression="zstd")
+
+    @classmethod
+    def read(cls, run: Run, adapter: str, data: str) -> Named:
+        """Raises UserError when `name` has not run, or its table cannot be read."""
+        path = require(run.named(adapter) / data / TABLE)
+        try:
+            rows = pq.read_table(path).to_pandas().set_index("id")
+            return cls(sorted(set(rows["label"])), rows)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(path, f"cannot be read ({error})", remedy(path.parents[1])) from None
+
+
+def fit_namer(params: Params, adapter: str, data: str) -> Named:
+    """Fit the namer of a pre-trained adapter for a data set, save it, and name all its labelled pictures.
+
+    Both parts learn from training pictures; how they are weighed, and the discriminant's shrinkage, from validation
+    pictures, after which the discriminant is fitted on both. Raises UserError when features or adapter are missing or
+    do not fit together, or validation or training pictures with a name are missing.
+    """
+    run = Run.of(params)
+    folder = run.named(adapter) / data
+    check_tokens(run.pretrained(adapter), run, data)
+    images = ImageTokens.open(run, data)
+    names = class_names(images)
+    train, val, test = (labelled(images, split) for split in ("train", "val", "test"))
+    if not train or not val:
+        raise UserError(data, f"{len(train)} train and {len(val)} val pictures with a name", "both are needed")
+    classes, right = numbers(images, train, names), numbers(images, val, names)
+    known, held_out = pooled(images.tokens, train), pooled(images.tokens, val)
+    shrinkage = choose_shrinkage(known, classes, held_out, right, len(names))
+    early = Discriminant.fit(known, classes, len(names), shrinkage)
+    adapted = adapted_by(load_adapter(run.pretrained(adapter), "last"), images.tokens)
+    nearest = _nearest(params, adapter, data, images, names).debiased(adapted, train[:: -(-len(train) // REFERENCE)])
+    distances = many(nearest.scores, adapted, [*val, *test])
+    first = early.of_features(torch.from_numpy(held_out))
+    scales = _scales(distances[: len(val)], first, right)
+    whole = Discriminant.fit(np.concatenate([known, held_out]), [*classes, *right], len(names), shrinkage)
+    namer = Namer(names, nearest, whole, scales)
+    namer.save(folder)
+    Origin.read(run.pretrained(adapter)).write(folder)
+    last = whole.of_features(torch.from_numpy(pooled(images.tokens, test))) if test else first[:0]
+    rules = by_rule(distances, torch.cat([first, last]), scales)
+    crossed = cross_fitted(known, classes, _blocks(classes), len(names), shrinkage)
+    named = Named(names, _rows(images, names, train, crossed, [*val, *test], rules))
+    named.write(folder)
+    return named
+
+
+def _scales(emd: Tensor, discriminant: Tensor, right: list[int]) -> Scales:
+    """From the scores of validation pictures [V, C] and their classes."""
+    both = fit_weights({"emd": emd, "discriminant": discriminant}, right)
+    return Scales(
+        fit_weights({"emd": emd}, right)["emd"],
+        fit_weights({"discriminant": discriminant}, right)["discriminant"],
+        (both["emd"], both["discriminant"]),
+    )
+
+
+def _nearest(params: Params, adapter: str, data: str, images: ImageTokens, names: list[str]) -> Nearest:
+    """The names as the adapter's objective measures them: words, their weights and their space are pre-training's."""
+    settings = params.pretrain_for(adapter)
+    if data not in settings.data:
+        settings = settings.model_copy(update={"data": [*settings.data, data]})
+    pairs = Pairs.open(params, settings)
+    own = settings.objective if isinstance(settings.objective, EMDSettings) else PLAIN
+    start = pairs.starts[settings.data.index(data)]
+    label_at = {label: i for i, label in enumerate(images.rows["label"])}
+    objective = EMD(own, pairs, Means(params.seed, params.runtime.emd_threads))
+    return Nearest.of(objective, [pairs.captions[start + label_at[name]][0] for name in names])
+
+
+def _blocks(classes: list[int]) -> np.ndarray:
+    """The part of each training picture: BLOCK in a row, within their class, are of one."""
+    seen: dict[int, int] = {}
+    places = []
+    for one in classes:
+        places.append(seen.get(one, 0))
+        seen[one] = places[-1] + 1
+    parts = np.array(places) // BLOCK % BLOCKS
+    return parts if parts.any() else np.array(places) % 2  # classes of so few pictures have but one block
+
+
+def _rows(
+    images: ImageTokens, names: list[str], train: list[int], crossed: Tensor, rest: list[int], rules: dict[str, Tensor]
+) -> pd.DataFrame:
+    """The table of `Named`."""
+    rows = images.rows.iloc[[*train, *rest]][["id", "split", "label"]].set_index("id")
+    best = torch.cat([crossed, rules["namer"]]).argsort(1, descending=True, stable=True)[:, :KEPT]
+    rows["candidates"] = [[names[i] for i in row] for row in best.tolist()]
+    for rule in RULES:
+        rows[rule] = [*[None] * len(train), *rules[rule].numpy()]
+    return rows
+
+
+def name_all(params: Params, adapter: str) -> dict[str, Named]:
+    """Fit and apply the namers of an adapter, one for each data set of classes; what they get is said on stderr."""
+    found = {}
+    for data in params.run.data:
+        if params.data[data].task == "classify":
+            found[data] = fit_namer(params, adapter, data)
+            print(f"{adapter} on {data}: {_of_val(found[data])}", file=sys.stderr)
+    return found
+
+
+def _of_val(named: Named) -> str:
+    rows = named.rows[named.rows["split"] == "val"]
+    right = {
+        rule: np.mean([named.names[int(np.argmax(p))] == own for p, own in zip(rows[rule], rows["label"], strict=True)])
+        for rule in RULES
+    }
+    return ", ".join(f"{rule} {share:.1%}" for rule, share in right.items()) + " of the validation pictures"

@@ -1,0 +1,120 @@
+"""A namer: which class a picture is of, with probabilities, from its tokens and an adapter; no LLM."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pipeline.errors import UserError
+from pipeline.naming.discriminant import Discriminant
+from pipeline.naming.nearest import Nearest
+from pipeline.runs import remedy
+
+RULES = ("emd", "discriminant", "namer")
+WEIGHTS, TEXTS = "namer.safetensors", "namer.json"
+
+
+@dataclass(frozen=True)
+class Scales:
+    """What the scores of the two parts are multiplied by: each alone, and in their sum."""
+
+    emd: float
+    discriminant: float
+    together: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Namer:
+    """Names, the two parts that score them, and what makes probabilities of the scores."""
+
+    names: list[str]
+    nearest: Nearest
+    discriminant: Discriminant
+    scales: Scales
+
+    def rules(self, tokens: Tensor, adapted: Tensor) -> dict[str, Tensor]:
+        """Log-probabilities of the names [B, C] by each of RULES, on the CPU; tokens [B, N, D_img], adapted [B, M, D]."""
+        return by_rule(self.nearest.scores(adapted), self.discriminant.scores(tokens).cpu(), self.scales)
+
+    def save(self, folder: Path) -> None:
+        """Write namer.safetensors and namer.json."""
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors, texts = _split(self.nearest)
+        tensors |= _split(self.discriminant)[0]
+        save_file({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, folder / WEIGHTS)
+        texts |= {"names": self.names, "scales": asdict(self.scales)}
+        (folder / TEXTS).write_text(json.dumps(texts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path, threads: int) -> Namer:
+        """Raises UserError naming the file that is missing or is not what `save` wrote."""
+        try:
+            texts, tensors = json.loads((folder / TEXTS).read_text(encoding="utf-8")), load_file(folder / WEIGHTS)
+            names, scales = texts.pop("names"), texts.pop("scales")
+            discriminant = Discriminant(tensors.pop("weight"), tensors.pop("discriminant_bias"))
+            nearest = Nearest(**{"into_space": None, **tensors, **texts, "threads": threads})
+            return cls(names, nearest, discriminant, Scales(**scales | {"together": tuple(scales["together"])}))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(folder, f"cannot be loaded as a namer ({reason})", remedy(folder.parent)) from None
+
+
+def _split(part: Nearest | Discriminant) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a part by their names, and the rest."""
+    values = {field.name: getattr(part, field.name) for field in fields(part)}
+    if isinstance(part, Discriminant):
+        values["discriminant_bias"] = values.pop("bias")
+    tensors = {key: value for key, value in values.items() if isinstance(value, Tensor)}
+    rest = {key: value for key, value in values.items() if key not in tensors and value is not None}
+    return tensors, {key: value for key, value in rest.items() if key != "threads"}
+
+
+def by_rule(emd: Tensor, discriminant: Tensor, scales: Scales) -> dict[str, Tensor]:
+    """Log-probabilities by each of RULES, [n, C], from the scores of both parts."""
+    first, second = scales.together
+    return {
+        "emd": (scales.emd * emd).log_softmax(1),
+        "discriminant": (scales.discriminant * discriminant).log_softmax(1),
+        "namer": combined({"emd": emd, "discriminant": discriminant}, {"emd": first, "discriminant": second}),
+    }
+
+
+def combined(scores: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """Log-probabilities from a weighted sum of scores [n, C]; a weight of 0 leaves its scores out."""
+    parts = [weight * scores[key] for key, weight in weights.items() if weight]
+    found = torch.stack(parts).sum(0) if parts else torch.zeros_like(next(iter(scores.values())))
+    return found.log_softmax(1)
+
+
+def fit_weights(scores: Mapping[str, Tensor], own: list[int]) -> dict[str, float]:
+    """Weights, at least 0, by which the right names [n] of held-out pictures are most probable: a conditional logit.
+
+    With one kind of scores its weight is one over a temperature (Guo et al. 2017). Found by L-BFGS-B; scores without
+    an end (a class that nothing is known of) count as very low.
+    """
+    from scipy.optimize import minimize
+    from scipy.special import logsumexp
+
+    values = np.stack([score.double().numpy() for score in scores.values()])  # [K, n, C]
+    values = np.maximum(values - values.max(2, keepdims=True), -1e4)
+    spread = values.std(axis=(1, 2), keepdims=True).clip(1e-12)
+    values, rows, right = values / spread, np.arange(values.shape[1]), np.asarray(own)
+
+    def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
+        logits = np.tensordot(weights, values, 1)
+        total = logsumexp(logits, axis=1, keepdims=True)
+        shares = np.exp(logits - total)
+        slope = ((shares * values).sum(2) - values[:, rows, right]).mean(1)
+        return float((total[:, 0] - logits[rows, right]).mean()), slope
+
+    found = minimize(loss, np.ones(len(values)), jac=True, bounds=[(0, 1e3)] * len(values), method="L-BFGS-B")
+    return {key: float(weight / scale) for key, weight, scale in zip(scores, found.x, spread.ravel(), strict=True)}

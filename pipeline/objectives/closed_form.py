@@ -1,0 +1,110 @@
+"""A linear map from images to words, found without a gradient: where training may start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pipeline.devices import exact_products
+
+if TYPE_CHECKING:
+    from pipeline.objectives.emd import EMD
+
+RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # of the images' mean variance
+BLOCK, HELD_OUT = 8, 4  # consecutive pictures are of one series of shots; every fourth block of so many is held out
+JUDGED = 1024  # held-out images at most
+PART = 256  # images at a time
+
+
+def fit_closed_form(objective: EMD, pooled: Callable[[Tensor], Tensor]) -> Tensor:
+    """A linear map from an image's mean token to the mean word of its captions, less their means: [D_img + 1, D].
+
+    The last row is what it makes of the mean image, to be subtracted. `pooled` gives what an adapter makes of image tokens before its body, [B, M, D_img]. Words weigh as in the
+    objective. Two kinds of map are tried: ridge regression, and the orthogonal map from whitened images (Procrustes;
+    SITTA, Paischer et al. 2023) at the scale that fits best, each with RIDGES. Every fourth block of training pictures
+    is held out, and the map that ranks its captions best, by the cosine of centred words, is fitted again on all.
+    """
+    train = objective.pairs.train
+    judged = [p for i, p in enumerate(train) if i // BLOCK % HELD_OUT == HELD_OUT - 1]
+    rest = [p for i, p in enumerate(train) if i // BLOCK % HELD_OUT != HELD_OUT - 1]
+    if not judged:
+        judged = rest  # so few pictures that nothing can be held out
+    step = -(-len(judged) // JUDGED)
+    images, words = (torch.cat(parts) for parts in zip(*_means(objective, pooled, judged[::step]), strict=True))
+    with exact_products():
+        maps = list(_maps(objective, pooled, rest))
+        ranks = torch.stack([_reciprocal_rank(images @ one[:-1] - one[-1], words) for one in maps])
+        return list(_maps(objective, pooled, train))[int(ranks.argmax())].float()
+
+
+def _maps(objective: EMD, pooled: Callable[[Tensor], Tensor], positions: list[int]) -> Iterator[Tensor]:
+    """The maps that some images give, [D_img + 1, D] each: by ridge regression, then by Procrustes."""
+    sums = _Sums()
+    for images, words in _means(objective, pooled, positions):
+        sums.add(images, words)
+    mean, target = sums.images / sums.count, sums.words / sums.count
+    spread = sums.squares / sums.count - mean.outer(mean)
+    together = sums.products / sums.count - mean.outer(target)
+    variances, axes = torch.linalg.eigh(spread)
+    variances = variances.clamp_min(0)
+    for kind in ("ridge", "procrustes"):
+        for ridge in RIDGES:
+            scale = (variances + ridge * variances.mean() + torch.finfo(variances.dtype).tiny).rsqrt()
+            whitened = axes * scale  # [D_img, D_img]
+            found = whitened @ (whitened.T @ together)
+            if kind == "procrustes":
+                left, _, right = torch.linalg.svd(whitened.T @ together, full_matrices=False)
+                found = whitened @ left @ right
+                found = found * ((found * together).sum() / (found * (spread @ found)).sum())
+            yield torch.cat([found, (mean @ found)[None]])
+
+
+class _Sums:
+    """What a linear map is fitted on, added up over images."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.images, self.words, self.squares, self.products = (torch.zeros(()) for _ in range(4))
+
+    def add(self, images: Tensor, words: Tensor) -> None:
+        """images [B, D_img], words [B, D]."""
+        self.count += len(images)
+        self.images = self.images.to(images) + images.sum(0)
+        self.words = self.words.to(words) + words.sum(0)
+        self.squares = self.squares.to(images) + images.T @ images
+        self.products = self.products.to(images) + images.T @ words
+
+
+@torch.no_grad()
+def _means(
+    objective: EMD, pooled: Callable[[Tensor], Tensor], positions: list[int]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Mean tokens of images [B, D_img] and mean words of their captions [B, D], float64, part by part."""
+    pairs = objective.pairs
+    for at in range(0, len(positions), PART):
+        part = positions[at : at + PART]
+        captions, image = pairs.captions_of(part)
+        yield pooled(pairs.tokens(part)).mean(1).double(), pairs.mean_by_image(image)(_mean_word(objective, captions))
+
+
+def _mean_word(objective: EMD, captions: list[list[int]]) -> Tensor:
+    """The mean of each caption's words by their weights, [P, D], float64."""
+    words = objective.ground.words_of(captions)
+    lengths = torch.tensor([len(caption) for caption in captions])
+    caption_of = torch.repeat_interleave(torch.arange(len(captions)), lengths)
+    mass = words.weights.new_zeros(len(captions)).index_add(0, caption_of, words.weights)
+    weights = (words.weights / mass[caption_of]).double().to(words.places.device)
+    table = objective.pairs.table[words.rows].double() * weights[:, None]
+    return table.new_zeros(len(captions), table.shape[1]).index_add(0, caption_of.to(table.device), table)
+
+
+def _reciprocal_rank(found: Tensor, words: Tensor) -> Tensor:
+    """How far ahead images [V, D] have their own of all captions [V, D]: the mean of 1 / rank; equal ones are one."""
+    center = words.mean(0)
+    distinct, own = torch.unique(words, dim=0, return_inverse=True)
+    scores = found @ torch.nn.functional.normalize(distinct - center, dim=1).T  # [V, C]
+    ranks = 1 + (scores > scores.gather(1, own[:, None])).sum(1)
+    return ranks.double().reciprocal().mean()
