@@ -20,7 +20,9 @@ def write_inputs(params: Params) -> None:
     run = Run.of(params)
     sets = {name: params.finetune.recipes[name].data for name in params.run.recipes}
     sets |= {PRETRAIN: params.pretrain.data}
-    sets |= {CLASSES: [*params.pretrain.data, *(data for data in params.run.data if params.data[data].task == "classify")]}
+    sets |= {
+        CLASSES: [*params.pretrain.data, *(data for data in params.run.data if params.data[data].task == "classify")]
+    }
     for name, names in sets.items():
         digests = {data: {"task": params.data[data].task, **_digests(run, data)} for data in names}
         with atomically(run.inputs(name)) as file:

@@ -23,8 +23,8 @@ HELP = """Vision-language models on a budget: extract once, align without the LL
 `dvc repro` runs the stages below in this order, and repeats only what a change touches; `terraalign run` runs two at a
 time:
 
-prepare, extract-images, extract-captions (once), inputs, pretrain (EMD, no LLM), name (no LLM), finetune, finetune-scratch
-(QLoRA), evaluate, pca, report.
+prepare, extract-images, extract-captions (once), inputs, pretrain (EMD, no LLM), name (no LLM), finetune,
+finetune-scratch (QLoRA), evaluate, pca, report.
 
 Parameters: params.yaml, written by `terraalign profile use NAME`.
 

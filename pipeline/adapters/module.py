@@ -58,12 +58,14 @@ class Adapter(nn.Module):
 
     @torch.no_grad()
     def skip_by(self, fitted: Tensor) -> None:
-        """Add a linear map of the mean token, the first d_in rows of [d_in + 1, d_out], less the last; after start_at."""
+        """Add a linear map of the mean token, to be called after `start_at`.
+
+        Its values are the first d_in rows of `fitted` [d_in + 1, d_out]; the last row is subtracted.
+        """
         assert self.offset is not None, "start_at comes first"
-        weight, center = fitted[:-1], fitted[-1]
-        self.skip = nn.Linear(*weight.shape, bias=False, device=weight.device)
-        self.skip.weight.copy_(weight.T)
-        self.offset -= center
+        self.skip = nn.Linear(len(fitted) - 1, fitted.shape[1], bias=False, device=fitted.device)
+        self.skip.weight.copy_(fitted[:-1].T)
+        self.offset.sub_(fitted[-1])
 
     def save(self, folder: Path, weights: str) -> None:
         """Write adapter.json and <weights>.safetensors."""

@@ -36,6 +36,7 @@ from pipeline.config.base import (
     Rate,
     Section,
     Share,
+    Whole,
     whole,
 )
 
@@ -209,6 +210,9 @@ class Recipe(Optimisation):
     mixture: dict[Key, AboveZero] | None = default("finetune.recipe.mixture")  # shares of the batches; null: by size
     prompts: dict[Key, Annotated[list[Prompt], Field(min_length=1)]]
     adapter_lr: Rate = Field(description="learning rate of the adapter; lr is LoRA's")
+    # The likeliest names of a picture, as stage `name` found them without the LLM, that are written into the prompt,
+    # in fine-tuning and for answers; 0: none. At most 10; of data sets of classes alone.
+    hints: Annotated[Whole, Field(ge=0, le=10)] = default("finetune.recipe.hints")
     validations: Positive = default("finetune.recipe.validations")  # validation points over the run, besides the first
     max_steps: Positive | None = default("finetune.recipe.max_steps")
     accumulate: Positive = default("finetune.recipe.accumulate")

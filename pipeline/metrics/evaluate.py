@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pipeline.config import Params, components
 from pipeline.llms.load import LanguageModel, load_llm
 from pipeline.metrics.base import FIGURES, Metric, Tested
+from pipeline.naming.table import Named
 from pipeline.origin import check_results
 from pipeline.runs import Run
 from pipeline.store.reader import ImageTokens
@@ -25,6 +26,11 @@ class Candidate:
     run: Run
     adapter: str
     recipe: str
+    hints: int
+    classes: str | None  # the data set that is asked of, where it has classes
+
+    def named(self) -> Named | None:
+        return Named.read(self.run, self.adapter, self.classes) if self.classes else None
 
     @contextmanager
     def pretrained(self) -> Iterator[VLM]:
@@ -45,9 +51,10 @@ def evaluate(params: Params, adapter: str, recipe: str) -> None:
     run, sets = Run.of(params), params.finetune.recipes[recipe].data
     images = {data: ImageTokens.open(run, data) for data in sets}
     check_results(run, adapter, params.llm, {recipe: sets})
-    candidate = Candidate(load_llm(params.llm, params.runtime.device), run, adapter, recipe)
+    llm, hints = load_llm(params.llm, params.runtime.device), params.finetune_for(adapter, recipe).hints
     for data in sets:
         name = params.data[data].task
+        candidate = Candidate(llm, run, adapter, recipe, hints, data if name == "classify" else None)
         task, folder = Task.of(name, params.evaluate), run.evaluated(adapter, recipe) / data
         folder.mkdir(parents=True, exist_ok=True)
         predictions = task.predict(candidate, images[data], params.evaluate.batch, params.seed)

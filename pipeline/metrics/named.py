@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from hashlib import sha256
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,8 +13,9 @@ from torch import Tensor
 from pipeline.config import Params
 from pipeline.files import atomically
 from pipeline.metrics.base import FIGURES, Figure, share_of
-from pipeline.naming.fit import Named, name_all
+from pipeline.naming.fit import name_all
 from pipeline.naming.namer import RULES
+from pipeline.naming.table import TABLE, Named
 from pipeline.runs import Run
 
 LABELS = {
@@ -34,6 +37,16 @@ def name_and_measure(params: Params, adapter: str) -> None:
         figures = [figure for rule in RULES for figure in figures_without_llm(named, rule)]
         with atomically(folder / data / FIGURES) as file:
             file.write((json.dumps([figure.as_json() for figure in figures], indent=1) + "\n").encode())
+    for recipe in params.run.recipes:
+        _write_digests(params, folder, recipe)
+
+
+def _write_digests(params: Params, folder: Path, recipe: str) -> None:
+    """Which names a recipe reads, in a file of its own: DVC can't list the data sets of a recipe among its inputs."""
+    tables = {data: folder / data / TABLE for data in params.finetune.recipes[recipe].data}
+    digests = {data: sha256(path.read_bytes()).hexdigest() for data, path in tables.items() if path.exists()}
+    with atomically(folder / f"{recipe}.json") as file:
+        file.write((json.dumps(digests, indent=1) + "\n").encode())
 
 
 def figures_without_llm(named: Named, rule: str) -> list[Figure]:

@@ -28,7 +28,7 @@ def _root(means: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Discriminant:
-    """Linear scores of C classes: weight [C, D_img] and bias [C], float32; scores are log-probabilities but for a sum."""
+    """Linear scores of C classes: weight [C, D_img] and bias [C], float32."""
 
     weight: Tensor
     bias: Tensor
@@ -76,7 +76,9 @@ def choose_shrinkage(
     return max(SHRINKAGES, key=worth)
 
 
-def cross_fitted(features: np.ndarray, classes: Sequence[int], blocks: np.ndarray, count: int, shrinkage: float) -> Tensor:
+def cross_fitted(
+    features: np.ndarray, classes: Sequence[int], blocks: np.ndarray, count: int, shrinkage: float
+) -> Tensor:
     """Scores of training pictures [n, C] by classifiers that saw none of their own block, but one other each.
 
     So they are as weak on them as on new pictures: fitted on all the rest, a picture's neighbours in a series of shots

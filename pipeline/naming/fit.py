@@ -3,73 +3,31 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from pipeline.adapters.module import load_adapter
 from pipeline.config import Params
 from pipeline.errors import UserError
-from pipeline.files import atomically
 from pipeline.naming.classes import class_names, labelled, numbers
 from pipeline.naming.discriminant import Discriminant, choose_shrinkage, cross_fitted, pooled
 from pipeline.naming.namer import RULES, Namer, Scales, by_rule, fit_weights
 from pipeline.naming.nearest import Nearest, adapted_by, many
+from pipeline.naming.table import Named
 from pipeline.objectives.base import Means
 from pipeline.objectives.emd import EMD, EMDSettings
 from pipeline.objectives.pairs import Pairs
 from pipeline.origin import Origin, check_tokens
-from pipeline.runs import Run, remedy, require
+from pipeline.runs import Run
 from pipeline.store.reader import ImageTokens
 
 KEPT = 10  # names of each picture, the likeliest first
 BLOCK, BLOCKS = 8, 4  # training pictures of a class in a row, and in how many parts they are dealt
 REFERENCE = 512  # training pictures that distances are debiased by
-TABLE = "names.parquet"
 PLAIN = EMDSettings.model_validate({"cost": "euclidean", "word_weights": "uniform", "start": "random"})
-
-
-@dataclass(frozen=True)
-class Named:
-    """The pictures of a data set with their likeliest names and, but for training pictures, all probabilities.
-
-    `rows` has a row for each labelled picture, by its id: split, label, candidates (names, the likeliest first) and
-    the log-probabilities of all names by each of RULES. Candidates of training pictures are from classifiers that did
-    not see them (`cross_fitted`).
-    """
-
-    names: list[str]
-    rows: pd.DataFrame
-
-    def candidates(self, row_id: str, count: int) -> list[str]:
-        """The likeliest names of a picture, the likeliest first; none where it has no label."""
-        return list(self.rows["candidates"].get(row_id, ())[:count])
-
-    def log_probabilities(self, rule: str, ids: Sequence[str]) -> Tensor:
-        """Of validation or test pictures, [n, C]."""
-        return torch.from_numpy(np.stack(self.rows.loc[list(ids), rule].to_list())).float()
-
-    def write(self, folder: Path) -> None:
-        table = pa.Table.from_pandas(self.rows.reset_index(), preserve_index=False)
-        with atomically(folder / TABLE) as file:
-            pq.write_table(table, file, compression="zstd")
-
-    @classmethod
-    def read(cls, run: Run, adapter: str, data: str) -> Named:
-        """Raises UserError when `name` has not run, or its table cannot be read."""
-        path = require(run.named(adapter) / data / TABLE)
-        try:
-            rows = pq.read_table(path).to_pandas().set_index("id")
-            return cls(sorted(set(rows["label"])), rows)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(path, f"cannot be read ({error})", remedy(path.parents[1])) from None
 
 
 def fit_namer(params: Params, adapter: str, data: str) -> Named:
@@ -147,7 +105,7 @@ def _rows(
 ) -> pd.DataFrame:
     """The table of `Named`."""
     rows = images.rows.iloc[[*train, *rest]][["id", "split", "label"]].set_index("id")
-    best = torch.cat([crossed, rules["namer"]]).argsort(1, descending=True, stable=True)[:, :KEPT]
+    best = torch.cat([crossed, rules["namer"]]).argsort(dim=1, descending=True, stable=True)[:, :KEPT]
     rows["candidates"] = [[names[i] for i in row] for row in best.tolist()]
     for rule in RULES:
         rows[rule] = [*[None] * len(train), *rules[rule].numpy()]

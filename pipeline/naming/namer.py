@@ -42,7 +42,7 @@ class Namer:
     scales: Scales
 
     def rules(self, tokens: Tensor, adapted: Tensor) -> dict[str, Tensor]:
-        """Log-probabilities of the names [B, C] by each of RULES, on the CPU; tokens [B, N, D_img], adapted [B, M, D]."""
+        """Log-probabilities of the names by each of RULES, [B, C]; tokens [B, N, D_img], adapted [B, M, D]."""
         return by_rule(self.nearest.scores(adapted), self.discriminant.scores(tokens).cpu(), self.scales)
 
     def save(self, folder: Path) -> None:

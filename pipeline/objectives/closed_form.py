@@ -22,10 +22,11 @@ PART = 256  # images at a time
 def fit_closed_form(objective: EMD, pooled: Callable[[Tensor], Tensor]) -> Tensor:
     """A linear map from an image's mean token to the mean word of its captions, less their means: [D_img + 1, D].
 
-    The last row is what it makes of the mean image, to be subtracted. `pooled` gives what an adapter makes of image tokens before its body, [B, M, D_img]. Words weigh as in the
-    objective. Two kinds of map are tried: ridge regression, and the orthogonal map from whitened images (Procrustes;
-    SITTA, Paischer et al. 2023) at the scale that fits best, each with RIDGES. Every fourth block of training pictures
-    is held out, and the map that ranks its captions best, by the cosine of centred words, is fitted again on all.
+    The last row is what it makes of the mean image, to be subtracted. `pooled` gives what an adapter makes of image
+    tokens before its body, [B, M, D_img]. Words weigh as in the objective. Two kinds of map are tried: ridge
+    regression, and the orthogonal map from whitened images (Procrustes; SITTA, Paischer et al. 2023) at the scale that
+    fits best, each with RIDGES. Every fourth block of training pictures is held out, and the map that ranks its
+    captions best, by the cosine of centred words, is fitted again on all.
     """
     train = objective.pairs.train
     judged = [p for i, p in enumerate(train) if i // BLOCK % HELD_OUT == HELD_OUT - 1]
@@ -79,9 +80,7 @@ class _Sums:
 
 
 @torch.no_grad()
-def _means(
-    objective: EMD, pooled: Callable[[Tensor], Tensor], positions: list[int]
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _means(objective: EMD, pooled: Callable[[Tensor], Tensor], positions: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
     """Mean tokens of images [B, D_img] and mean words of their captions [B, D], float64, part by part."""
     pairs = objective.pairs
     for at in range(0, len(positions), PART):

@@ -90,6 +90,8 @@ class EMD(Objective):
 
     def start(self, tokens: Tensor, positions: list[int]) -> Started:
         """The mean over the images of their EMD, with the contrast and the loss of names where they have a weight."""
+        import torch
+
         from pipeline.objectives.contrast import start_contrast
         from pipeline.objectives.names import start_names
         from pipeline.started import Started
@@ -102,7 +104,7 @@ class EMD(Objective):
                 losses.append((own.contrast, start_contrast(self, tokens[rows], [positions[i] for i in rows])))
         if own.names:
             losses.append((own.names, start_names(self, tokens, positions)))
-        return Started(lambda: sum(weight * loss.result() for weight, loss in losses))
+        return Started(lambda: torch.stack([weight * loss.result() for weight, loss in losses]).sum())
 
     def initialise(self, adapter: Adapter, tokens: Tensor) -> None:
         if self.settings.start == "random":

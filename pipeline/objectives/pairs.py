@@ -78,7 +78,9 @@ class Pairs:
                 f"{len(train)} train and {len(val)} val pictures with words",
                 "both are needed: add pictures with texts",
             )
-        return cls(_Joined(images, device), captions, table.to(device), token_ids, train, val, len(images[0]), names, starts)
+        return cls(
+            _Joined(images, device), captions, table.to(device), token_ids, train, val, len(images[0]), names, starts
+        )
 
     @property
     def device(self) -> torch.device:
@@ -97,7 +99,7 @@ class Pairs:
         """What averages values of captions, [P, ...], to their images', [B, ...]; image [P] as of `captions_of`."""
         of = torch.tensor(image)
         index, count = to_device(of, self.device), to_device(torch.bincount(of), self.device)
-        
+
         def mean(values: Tensor) -> Tensor:
             sums = values.new_zeros(len(count), *values.shape[1:]).index_add(0, index, values)
             return sums / count.view(-1, *[1] * (values.dim() - 1))

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pipeline.config.schema import Evaluate
+    from pipeline.naming.table import Named
     from pipeline.store.reader import ImageTokens
     from pipeline.vlm import VLM
 
@@ -27,6 +28,13 @@ class Models(Protocol):
 
     def finetuned(self) -> AbstractContextManager[VLM]:
         """The fine-tuned adapter and the LLM with its LoRA."""
+
+    def named(self) -> Named | None:
+        """What stage `name` found without the LLM, where the data set has classes."""
+
+    @property
+    def hints(self) -> int:
+        """How many of these names the recipe writes into the prompt."""
 
 
 class Task(ABC):
@@ -67,9 +75,15 @@ class Task(ABC):
     def answers(self, rows: pd.DataFrame) -> list[list[str]]:
         """The right answers to each picture of a manifest; one without words is no answer."""
 
-    def loss(self, model: VLM, tokens: Tensor, prompt: str, answers: list[str]) -> tuple[Tensor, int]:
+    def hint(self, names: list[str]) -> str:
+        """How the likeliest names of a picture, found without the LLM, stand in the prompt, behind the picture."""
+        return f"It may be: {', '.join(names)}." if names else ""
+
+    def loss(
+        self, model: VLM, tokens: Tensor, prompt: str, answers: list[str], hints: list[str] | None = None
+    ) -> tuple[Tensor, int]:
         """What fine-tuning minimises: a sum over parts of answers, and their number. Here next-token cross-entropy."""
-        return model.loss(tokens, prompt, answers)
+        return model.loss(tokens, prompt, answers, hints)
 
     @abstractmethod
     def predict(self, models: Models, images: ImageTokens, batch: int, seed: int) -> pd.DataFrame:

@@ -45,9 +45,12 @@ class Naming(Task):
 
     def predict(self, models: Models, images: ImageTokens, batch: int, seed: int) -> pd.DataFrame:
         """Greedy answers for all labelled test pictures, columns COLUMNS."""
-        positions, names = labelled(images, "test"), class_names(images)
+        positions, names, named = labelled(images, "test"), class_names(images), models.named()
+        hints = None
+        if models.hints and named:
+            hints = [self.hint(named.candidates(images.ids[i], models.hints)) for i in positions]
         with models.finetuned() as model:
-            outputs = model.answers(images, positions, self.prompt, self.max_tokens, batch)
+            outputs = model.answers(images, positions, self.prompt, self.max_tokens, batch, hints)
         table = images.rows.iloc[positions][["id", "image", "label"]].reset_index(drop=True)
         table["output"] = outputs
         table["predicted"] = [find_class(output, names) for output in outputs]

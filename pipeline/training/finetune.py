@@ -19,6 +19,7 @@ from pipeline.config.schema import Recipe
 from pipeline.devices import fast_products
 from pipeline.errors import UserError
 from pipeline.llms.load import load_llm
+from pipeline.naming.table import Named
 from pipeline.origin import Origin, Words, check_llm, check_of_one_kind, check_tokens
 from pipeline.runs import Run
 from pipeline.started import Started
@@ -30,10 +31,15 @@ from pipeline.vlm import VLM, add_lora
 
 
 class Examples:
-    """Images of a data set with the prompts and answers of its task."""
+    """Images of a data set with the prompts and answers of its task, and hints where the recipe has some."""
 
-    def __init__(self, images: ImageTokens, name: str, task: Task, settings: Recipe, seed: int):
+    def __init__(
+        self, images: ImageTokens, name: str, task: Task, settings: Recipe, seed: int, named: Named | None = None
+    ):
         self.name, self.images, self.task, self.prompts = name, images, task, settings.prompts[name]
+        self.hints = (
+            None if named is None else [task.hint(named.candidates(row_id, settings.hints)) for row_id in images.ids]
+        )
         self.answers = [[text for text in texts if text and text.strip()] for texts in task.answers(images.rows)]
         self.train, val = self._answered("train"), self._answered("val")
         unanswered = [images.ids[i] for i, texts in enumerate(self.answers) if not texts]
@@ -63,17 +69,20 @@ class Examples:
             names = f"{', '.join(self.images.ids[i] for i in long[:3])}{', ...' if len(long) > 3 else ''}"
             print(f"answers of {len(long)} pictures are cut to {limit} tokens: {names}", file=sys.stderr)
 
-    def draw(self, batch: list[int]) -> tuple[Tensor, str, list[str]]:
+    def draw(self, batch: list[int]) -> tuple[Tensor, str, list[str], list[str] | None]:
         """Training images, a random prompt for all, and a random answer for each; random by torch's own state."""
         positions = [self.train[i] for i in batch]
         prompt = self.prompts[int(torch.randint(len(self.prompts), ()))]
         answers = [self.answers[p][int(torch.randint(len(self.answers[p]), ()))] for p in positions]
-        return self.images.tokens(positions), prompt, answers
+        return self.images.tokens(positions), prompt, answers, self._hints_of(positions)
 
-    def fixed(self, positions: list[int]) -> tuple[Tensor, str, list[str]]:
+    def fixed(self, positions: list[int]) -> tuple[Tensor, str, list[str], list[str] | None]:
         """The same images with the first prompt and the first answer."""
         answers = [self.answers[position][0] for position in positions]
-        return self.images.tokens(positions), self.prompts[0], answers
+        return self.images.tokens(positions), self.prompts[0], answers, self._hints_of(positions)
+
+    def _hints_of(self, positions: list[int]) -> list[str] | None:
+        return self.hints and [self.hints[position] for position in positions]
 
     @torch.no_grad()
     def mean_loss(self, model: VLM, batch: int) -> float:
@@ -125,7 +134,7 @@ def finetune(params: Params, name: str, recipe: str, scratch: bool = False) -> N
     if pretrained:
         for data in settings.data:
             check_tokens(pretrained, run, data)
-    sets = [_examples(params, run, data, settings) for data in settings.data]
+    sets = [_examples(params, run, data, settings, name) for data in settings.data]
     mixture, shape = Mixture(sets, settings.mixture), sets[0].images.shape
     torch.manual_seed(params.seed)
     fast_products()
@@ -148,7 +157,10 @@ def finetune(params: Params, name: str, recipe: str, scratch: bool = False) -> N
     for examples in sets:
         examples.warn_of_cuts(model)
     start = pretrained / "last.safetensors" if pretrained else None
-    checkpoint = _checkpoint(params, name, recipe, scratch, [start] if start else [])
+    read = [start] if start else []
+    if settings.hints:
+        read.append(run.named(name) / f"{recipe}.json")
+    checkpoint = _checkpoint(params, name, recipe, scratch, read)
     trainer = _trainer(model, lora, mixture, settings, params.seed, checkpoint)
     trainer.name = f"{'from scratch' if scratch else 'fine-tune'} {name} on {recipe}"
     history = trainer.run()
@@ -158,19 +170,20 @@ def finetune(params: Params, name: str, recipe: str, scratch: bool = False) -> N
     trainer.checkpoint.remove()
 
 
-def _examples(params: Params, run: Run, data: str, settings: Recipe) -> Examples:
-    task = Task.of(params.data_set(data).task, params.evaluate)
-    return Examples(ImageTokens.open(run, data), data, task, settings, params.seed)
+def _examples(params: Params, run: Run, data: str, settings: Recipe, adapter: str) -> Examples:
+    kind = params.data_set(data).task
+    named = Named.read(run, adapter, data) if settings.hints and kind == "classify" else None
+    return Examples(ImageTokens.open(run, data), data, Task.of(kind, params.evaluate), settings, params.seed, named)
 
 
-def _checkpoint(params: Params, name: str, recipe: str, scratch: bool, start: list[Path]) -> Checkpoint:
+def _checkpoint(params: Params, name: str, recipe: str, scratch: bool, read: list[Path]) -> Checkpoint:
     """A checkpoint that holds as long as all that decides this run is the same."""
     run, settings, section = Run.of(params), params.finetune_for(name, recipe), params.adapter(name)
     files = [path for data in settings.data for path in (run.features("images", data), run.manifest(data))]
     parts = [("task", params.data_set(data).task) for data in settings.data] + [("adapter", params.kind_of(name))]
     decides = [params.seed, settings.model_dump(), params.finetune.lora, params.llm, section.architecture, parts]
     stage = f"{'finetune_scratch' if scratch else 'finetune'}-{name}-{recipe}"
-    return Checkpoint.of(run, stage, decides, [*files, *start, *sources_of(parts)], __name__)
+    return Checkpoint.of(run, stage, decides, [*files, *read, *sources_of(parts)], __name__)
 
 
 def _check_fit(adapter: Adapter, d_in: int, d_out: int) -> None:
@@ -190,7 +203,8 @@ def _leave_room(model: VLM, examples: Examples, name: str) -> None:
     """Let answers be as long as the LLM's context allows after prompt and image tokens."""
     model.eval()  # dropout would draw random numbers, and so change the run
     count = model.adapter(examples.images.tokens(examples.train[:1]).to(model.device)).shape[1]
-    rooms = [room for prompt in examples.prompts if (room := model.room(prompt, count)) is not None]
+    longest = [max(examples.hints, key=len)] if examples.hints else []
+    rooms = [room for prompt in examples.prompts if (room := model.room(prompt, count, longest)) is not None]
     room = min(rooms, default=model.max_answer_tokens)
     if room < 2:
         raise UserError(

@@ -1,0 +1,56 @@
+"""What stage `name` found out about the pictures of a data set of classes, as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from pipeline.errors import UserError
+from pipeline.files import atomically
+from pipeline.runs import Run, remedy, require
+
+TABLE = "names.parquet"
+
+
+@dataclass(frozen=True)
+class Named:
+    """The pictures of a data set with their likeliest names and, but for training pictures, all probabilities.
+
+    `rows` has a row for each labelled picture, by its id: split, label, candidates (names, the likeliest first) and
+    the log-probabilities of all names by each of RULES. Candidates of training pictures are from classifiers that did
+    not see them (`cross_fitted`).
+    """
+
+    names: list[str]
+    rows: pd.DataFrame
+
+    def candidates(self, row_id: str, count: int) -> list[str]:
+        """The likeliest names of a picture, the likeliest first; none where it has no label."""
+        return list(self.rows["candidates"].get(row_id, ())[:count])
+
+    def log_probabilities(self, rule: str, ids: Sequence[str]) -> Tensor:
+        """Of validation or test pictures, [n, C]."""
+        return torch.from_numpy(np.stack(self.rows.loc[list(ids), rule].to_list())).float()
+
+    def write(self, folder: Path) -> None:
+        table = pa.Table.from_pandas(self.rows.reset_index(), preserve_index=False)
+        with atomically(folder / TABLE) as file:
+            pq.write_table(table, file, compression="zstd")
+
+    @classmethod
+    def read(cls, run: Run, adapter: str, data: str) -> Named:
+        """Raises UserError when `name` has not run, or its table cannot be read."""
+        path = require(run.named(adapter) / data / TABLE)
+        try:
+            rows = pq.read_table(path).to_pandas().set_index("id")
+            return cls(sorted(set(rows["label"])), rows)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(path, f"cannot be read ({error})", remedy(path.parents[1])) from None
