@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 SHRINKAGES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.8)
+LOWEST = -1e4  # log-probability of a class that no picture was known of
 PART = 256  # pictures at a time
 
 
@@ -35,23 +37,33 @@ class Discriminant:
 
     @classmethod
     def fit(cls, features: np.ndarray, classes: Sequence[int], count: int, shrinkage: float) -> Discriminant:
-        """Of features [n, D_img] and their classes, out of `count`; one without a picture is never named.
+        """Of features [n, D_img] and their classes, out of `count`; one without a picture is never named."""
+        return cls.fits(features, classes, count, [shrinkage])[0]
 
-        Fisher's discriminant with a common covariance, shrunk towards its diagonal (Friedman 1989), by scikit-learn.
+    @classmethod
+    def fits(
+        cls, features: np.ndarray, classes: Sequence[int], count: int, shrinkages: Sequence[float]
+    ) -> list[Discriminant]:
+        """One for each shrinkage: Fisher's discriminant with a common covariance, shrunk towards a multiple of the
+        identity (Friedman 1989).
+
+        scikit-learn's with the solver lsqr gives the same; that decomposes once per class and shrinkage, this once.
         """
-        from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-
         found, own = np.unique(classes, return_inverse=True)
-        weight, bias = torch.zeros(count, features.shape[1]), torch.full((count,), -torch.inf)
-        if len(found) == 1:
-            bias[found] = 0.0
-            return cls(weight, bias)
-        model = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=shrinkage).fit(features, own)
-        rows, sums = model.coef_, model.intercept_
-        if len(found) == 2:  # scikit-learn keeps the difference of the two alone
-            rows, sums = np.concatenate([np.zeros_like(rows), rows]), np.concatenate([[0.0], sums])
-        weight[found], bias[found] = torch.from_numpy(rows).float(), torch.from_numpy(sums).float()
-        return cls(weight, bias)
+        shares = np.bincount(own) / len(own)
+        means = np.stack([features[own == one].mean(0) for one in range(len(found))])
+        rest = features - means[own]
+        variances, axes = np.linalg.eigh(rest.T @ rest / len(rest))
+        level = max(variances.mean(), np.finfo(float).tiny)
+        turned = means @ axes  # [C, D_img] along the axes of the covariance
+        models = []
+        for shrinkage in shrinkages:
+            scaled = turned / ((1 - shrinkage) * variances.clip(0) + shrinkage * level)
+            weight, bias = torch.zeros(count, features.shape[1]), torch.full((count,), -torch.inf)
+            weight[found] = torch.from_numpy(scaled @ axes.T).float()
+            bias[found] = torch.from_numpy(np.log(shares) - (scaled * turned).sum(1) / 2).float()
+            models.append(cls(weight, bias))
+        return models
 
     def scores(self, tokens: Tensor) -> Tensor:
         """Log-probabilities of the classes, [B, C], from image tokens [B, N, D_img]."""
@@ -59,7 +71,8 @@ class Discriminant:
 
     def of_features(self, features: Tensor) -> Tensor:
         """The same from `pooled` ones [B, D_img]."""
-        return (features.float() @ self.weight.T.to(features.device) + self.bias.to(features.device)).log_softmax(1)
+        scores = features.float() @ self.weight.T.to(features.device) + self.bias.to(features.device)
+        return scores.log_softmax(1).clamp_min(LOWEST)
 
 
 def choose_shrinkage(
@@ -67,13 +80,12 @@ def choose_shrinkage(
 ) -> float:
     """The one of SHRINKAGES by which held-out pictures are named best: most right, then most probable."""
 
-    def worth(shrinkage: float) -> tuple[float, float]:
-        scores = Discriminant.fit(features, classes, count, shrinkage).of_features(torch.from_numpy(held_out))
-        own = torch.tensor(list(right))
+    own, best = torch.tensor(list(right)), (-1.0, -math.inf, 0.0)
+    for shrinkage, model in zip(SHRINKAGES, Discriminant.fits(features, classes, count, SHRINKAGES), strict=True):
+        scores = model.of_features(torch.from_numpy(held_out))
         probable = scores.gather(1, own[:, None]).clamp_min(-50).mean().item()
-        return (scores.argmax(1) == own).float().mean().item(), probable
-
-    return max(SHRINKAGES, key=worth)
+        best = max(best, ((scores.argmax(1) == own).float().mean().item(), probable, shrinkage))
+    return best[2]
 
 
 def cross_fitted(

@@ -55,8 +55,9 @@ def fit_namer(params: Params, adapter: str, data: str) -> Named:
     first = early.of_features(torch.from_numpy(held_out))
     scales = _scales(distances[: len(val)], first, right)
     whole = Discriminant.fit(np.concatenate([known, held_out]), [*classes, *right], len(names), shrinkage)
-    namer = Namer(names, nearest, whole, scales)
-    namer.save(folder)
+    told = by_rule(distances[: len(val)], first, scales)["namer"]
+    loss = -told.gather(1, torch.tensor(right)[:, None]).mean().item()
+    Namer(names, nearest, whole, scales, loss).save(folder)
     Origin.read(run.pretrained(adapter)).write(folder)
     last = whole.of_features(torch.from_numpy(pooled(images.tokens, test))) if test else first[:0]
     rules = by_rule(distances, torch.cat([first, last]), scales)

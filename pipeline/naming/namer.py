@@ -34,12 +34,16 @@ class Scales:
 
 @dataclass(frozen=True)
 class Namer:
-    """Names, the two parts that score them, and what makes probabilities of the scores."""
+    """Names, the two parts that score them, and what makes probabilities of the scores.
+
+    `val_loss` is minus the mean log-probability of the right names of validation pictures, by both parts.
+    """
 
     names: list[str]
     nearest: Nearest
     discriminant: Discriminant
     scales: Scales
+    val_loss: float
 
     def rules(self, tokens: Tensor, adapted: Tensor) -> dict[str, Tensor]:
         """Log-probabilities of the names by each of RULES, [B, C]; tokens [B, N, D_img], adapted [B, M, D]."""
@@ -51,7 +55,7 @@ class Namer:
         tensors, texts = _split(self.nearest)
         tensors |= _split(self.discriminant)[0]
         save_file({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, folder / WEIGHTS)
-        texts |= {"names": self.names, "scales": asdict(self.scales)}
+        texts |= {"names": self.names, "scales": asdict(self.scales), "val_loss": self.val_loss}
         (folder / TEXTS).write_text(json.dumps(texts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
     @classmethod
@@ -59,10 +63,10 @@ class Namer:
         """Raises UserError naming the file that is missing or is not what `save` wrote."""
         try:
             texts, tensors = json.loads((folder / TEXTS).read_text(encoding="utf-8")), load_file(folder / WEIGHTS)
-            names, scales = texts.pop("names"), texts.pop("scales")
+            names, scales, loss = (texts.pop(key) for key in ("names", "scales", "val_loss"))
             discriminant = Discriminant(tensors.pop("weight"), tensors.pop("discriminant_bias"))
             nearest = Nearest(**{"into_space": None, **tensors, **texts, "threads": threads})
-            return cls(names, nearest, discriminant, Scales(**scales | {"together": tuple(scales["together"])}))
+            return cls(names, nearest, discriminant, Scales(**scales | {"together": tuple(scales["together"])}), loss)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(folder, f"cannot be loaded as a namer ({reason})", remedy(folder.parent)) from None
@@ -98,14 +102,13 @@ def combined(scores: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tens
 def fit_weights(scores: Mapping[str, Tensor], own: list[int]) -> dict[str, float]:
     """Weights, at least 0, by which the right names [n] of held-out pictures are most probable: a conditional logit.
 
-    With one kind of scores its weight is one over a temperature (Guo et al. 2017). Found by L-BFGS-B; scores without
-    an end (a class that nothing is known of) count as very low.
+    With one kind of scores its weight is one over a temperature (Guo et al. 2017). Found by L-BFGS-B.
     """
     from scipy.optimize import minimize
     from scipy.special import logsumexp
 
     values = np.stack([score.double().numpy() for score in scores.values()])  # [K, n, C]
-    values = np.maximum(values - values.max(2, keepdims=True), -1e4)
+    values = values - values.max(2, keepdims=True)
     spread = values.std(axis=(1, 2), keepdims=True).clip(1e-12)
     values, rows, right = values / spread, np.arange(values.shape[1]), np.asarray(own)
 

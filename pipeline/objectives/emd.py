@@ -98,10 +98,12 @@ class EMD(Objective):
 
         own, losses = self.settings, [(1.0, super().start(tokens, positions))]
         if own.contrast:
-            # A picture with a name is told from the names of all classes, where these have a loss.
+            # A picture with a name is told from the names of all classes, where these have a loss: each picture counts
+            # once.
             rows = [i for i, p in enumerate(positions) if not (own.names and self.pairs.is_named(p))]
             if len(rows) > 1:
-                losses.append((own.contrast, start_contrast(self, tokens[rows], [positions[i] for i in rows])))
+                contrast = start_contrast(self, tokens[rows], [positions[i] for i in rows])
+                losses.append((own.contrast * len(rows) / len(positions), contrast))
         if own.names:
             losses.append((own.names, start_names(self, tokens, positions)))
         return Started(lambda: torch.stack([weight * loss.result() for weight, loss in losses]).sum())

@@ -19,16 +19,16 @@ NAMED = 256  # names of a data set at most: of more a random choice, with those 
 
 
 def start_names(objective: EMD, tokens: Tensor, positions: list[int]) -> Started:
-    """Cross-entropy over minus the EMD to the names of all classes, started; a scalar, the mean over named pictures.
+    """Cross-entropy over minus the EMD to the names of all classes, started; a scalar, by the number of all pictures.
 
-    tokens [B, N, D] of the images at `positions`; those whose data set has no names have no part in it.
+    tokens [B, N, D] of the images at `positions`; those whose data set has no names add nothing.
     """
     parts: list[Started] = []
     for names in objective.pairs.names:
         rows = [row for row, position in enumerate(positions) if position in names.of]
         if rows:
             parts.append(_start_of_one(objective, tokens[rows], [positions[row] for row in rows], names))
-    return Started(lambda: torch.cat([part.result() for part in parts]).mean() if parts else tokens.sum() * 0)
+    return Started(lambda: sum((part.result().sum() for part in parts), tokens.new_zeros(())) / len(positions))
 
 
 def _start_of_one(objective: EMD, tokens: Tensor, positions: list[int], names: Names) -> Started:
