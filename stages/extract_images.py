@@ -33,6 +33,7 @@ def extract_images(
     has a job array for SLURM.
     """
     params = load_params()
+    from pipeline.extraction.near import remark
     from pipeline.store.shards import in_use
 
     if worker is not None:
@@ -42,6 +43,8 @@ def extract_images(
     with timed(params, f"extract_images@{data}"), in_use():
         made = make(params, data, workers=workers)
         made.write(Run.of(params).features("images", data))
+        if told := remark(params, data):
+            typer.echo(f"warning: {told}", err=True)
 
 
 def make(params: Params, data: str, repair: Manifest | None = None, workers: int = 1) -> Manifest:
