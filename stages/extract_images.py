@@ -27,7 +27,8 @@ def extract_images(
 
     Writes data/<profile>/images/<data>/manifest.json, which names the shards. Shards that exist are not computed
     again, so an interrupted run goes on, and switching encoders and back costs nothing; of a shard that changed, only
-    the pictures that changed are encoded.
+    the pictures that changed are encoded. Says so when many pictures for validation or test are almost the same as one
+    for training.
 
     With --workers, --worker or runtime.engine: ray, many processes make the shards, with the same bytes. docs/store.md
     has a job array for SLURM.

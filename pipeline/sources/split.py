@@ -60,8 +60,9 @@ def in_blocks(rows: Iterable[Row], shares: Shares) -> dict[str, str]:
     its own hash is the lowest, and one picture more is held out where the share grows by one.
     """
     classes: defaultdict[str | None, defaultdict[tuple[str, str], int]] = defaultdict(lambda: defaultdict(int))
+    rows = sorted(rows, key=lambda row: _natural(row.id))
     units = {row.id: ("group", row.group) if row.group else ("id", row.id) for row in rows}
-    for row in sorted(rows, key=lambda row: _natural(row.id)):
+    for row in rows:
         classes[row.label][units[row.id]] += 1
     parts: dict[tuple[str, str], str] = {}
     for label, sizes in sorted(classes.items(), key=lambda one: (sum(one[1].values()), str(one[0]))):
