@@ -27,12 +27,14 @@ def extract_images(
 
     Writes data/<profile>/images/<data>/manifest.json, which names the shards. Shards that exist are not computed
     again, so an interrupted run goes on, and switching encoders and back costs nothing; of a shard that changed, only
-    the pictures that changed are encoded.
+    the pictures that changed are encoded. Says so when many pictures for validation or test are almost the same as one
+    for training.
 
     With --workers, --worker or runtime.engine: ray, many processes make the shards, with the same bytes. docs/store.md
     has a job array for SLURM.
     """
     params = load_params()
+    from pipeline.extraction.near import remark
     from pipeline.store.shards import in_use
 
     if worker is not None:
@@ -42,6 +44,8 @@ def extract_images(
     with timed(params, f"extract_images@{data}"), in_use():
         made = make(params, data, workers=workers)
         made.write(Run.of(params).features("images", data))
+        if told := remark(params, data):
+            typer.echo(f"warning: {told}", err=True)
 
 
 def make(params: Params, data: str, repair: Manifest | None = None, workers: int = 1) -> Manifest:

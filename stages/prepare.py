@@ -23,8 +23,9 @@ def prepare(
     Every picture is decoded once. A broken one is named on stderr and left out, and so is a picture without a caption
     and whatever else cannot be used; data/<profile>/quarantine/<data>.csv lists all of it with the reasons. More broken
     ones than the share data.<data>.max_broken stop the stage after all were looked at, without a manifest. A picture's
-    split depends on the hash of its id alone, so pictures added later never move the others; Food-101's lists, and
-    folders train, val and test around class folders, decide it themselves.
+    split depends on the hash of its id alone, so pictures added later never move the others; with data.<data>.split:
+    blocks, consecutive pictures and groups are held out together. Food-101's lists, and folders train, val and test
+    around class folders, decide it themselves.
     """
     params = load_params()
     from pipeline.runs import Run

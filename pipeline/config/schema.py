@@ -108,6 +108,8 @@ class DataSettings(Part):
     task: Name = Field(description="what its texts are: caption, classify, or an own package.module:Class")
     source: Name = Field(description="the layout of its files")
     max_broken: Share = default("data.max_broken")
+    # How parts are carved that its files do not give; blocks: of consecutive pictures, and groups whole.
+    split: Literal["hash", "blocks"] = default("data.split")
 
     @field_validator("task")
     @classmethod

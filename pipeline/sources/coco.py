@@ -17,13 +17,13 @@ from pipeline.errors import UserError
 from pipeline.files import Damaged
 from pipeline.sources.base import FolderSettings, FolderSource
 from pipeline.sources.folders import LeftOut, unnamed
-from pipeline.sources.rows import Found, Row, below, order, share
+from pipeline.sources.rows import SHARES, Found, Row, below, order
+from pipeline.sources.split import by_hash
 from pipeline.sources.texts import parse_json
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-TRAIN, VALIDATION = 0.70, 0.15  # the rest is the test part
 _NUMBER = re.compile(r"-?[0-9]{1,40}(\.[0-9]{1,40})?")
 _T = TypeVar("_T")
 
@@ -76,8 +76,8 @@ def read(root: Path, captions: str, images: str, count: int | None, section: str
 
     Left out are entries that lack a field or have one of a wrong type, annotations of unknown images, and files that no
     entry names; images without a caption are quarantined. An id is the same number or the same text: 7, 7.0 and "7"
-    meet. Raises UserError for JSON that is broken or not of this layout, lists two images under one id, or has no
-    entry that can be used.
+    meet. An entry may have a "group" (rows.Row). Raises UserError for JSON that is broken or not of this layout, lists
+    two images under one id, or has no entry that can be used.
     """
     path = root / captions
     content = _load(path, section)
@@ -86,18 +86,30 @@ def read(root: Path, captions: str, images: str, count: int | None, section: str
     texts = _captions_by_image(path, content, ids, left_out)
     left_out += unnamed(root / images, files.values(), f"named by no entry of {captions}")
     kept = sorted(files, key=order)[:count]
-    return Found([_row(image_id, files[image_id], texts[image_id]) for image_id in kept], left_out)
+    groups = _groups(content["images"])
+    return Found([_row(one, files[one], texts[one], groups.get(one)) for one in kept], left_out)
 
 
 def split_of(image_id: str) -> str:
     """train, val or test (70 : 15 : 15) by the hash of the id."""
-    place = share(image_id)
-    return "train" if place < TRAIN else "val" if place < TRAIN + VALIDATION else "test"
+    return by_hash(image_id, SHARES)
 
 
-def _row(image_id: str, image: Path, captions: list[str]) -> Row:
+def _row(image_id: str, image: Path, captions: list[str], group: str | None) -> Row:
     reason = None if captions else "no caption"
-    return Row(image_id, image, captions, label=None, split=split_of(image_id), quarantine=reason)
+    return Row(image_id, image, captions, label=None, quarantine=reason, group=group)
+
+
+def _groups(entries: list[Any]) -> dict[str, str]:
+    """Id -> "group", of the images that have one."""
+    groups = {str(one.get("id")): group_of(one.get("group")) for one in entries if isinstance(one, dict)}
+    return {image_id: group for image_id, group in groups.items() if group}
+
+
+def group_of(value: Any) -> str | None:
+    """The name of a group, as JSON has it: a text or a number; None for anything else, and for an empty text."""
+    named = isinstance(value, str | int) and not isinstance(value, bool)
+    return str(value).strip() or None if named else None
 
 
 def _load(path: Path, section: str) -> dict[str, Any]:

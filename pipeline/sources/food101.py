@@ -12,7 +12,7 @@ from pipeline.errors import UserError
 from pipeline.sources import texts
 from pipeline.sources.base import Carved, FolderSettings, FolderSource
 from pipeline.sources.folders import SUFFIXES, LeftOut, unnamed
-from pipeline.sources.rows import Found, Row, below, order, share, warn
+from pipeline.sources.rows import Found, Row, below, order, warn
 from pipeline.sources.texts import by_reason
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Food101Settings(FolderSettings):
-    validation: Carved = Field(0.1, description="share carved from train by hash")
+    validation: Carved = Field(0.1, description="share of train that is carved from it")
 
 
 class Food101(FolderSource):
@@ -43,7 +43,7 @@ class Food101(FolderSource):
 
 
 def read(root: Path, validation: float, count: int | None, section: str) -> Found:
-    """One row per line of meta/train.txt and meta/test.txt; `validation` of train becomes val, by hash of the id.
+    """One row per line of meta/train.txt and meta/test.txt; `validation` of train becomes val.
 
     `count` keeps at most that many pictures of a class in each of the two files. Pictures that no line names are left
     out. Raises UserError, naming file and line, for a missing file, an unknown or repeated class, or a picture that is
@@ -56,11 +56,12 @@ def read(root: Path, validation: float, count: int | None, section: str) -> Foun
     if both := sorted(train.keys() & test.keys()):
         raise UserError(root / "meta", f"{both[0]} is in both train.txt and test.txt ({len(both)} in all)")
     left_out += unnamed(root / "images", [*train.values(), *test.values()], "named by neither train.txt nor test.txt")
-    rows = [_row(train, key, labels, "val" if share(key) < validation else "train") for key in _cut(train, count)]
-    return Found(rows + [_row(test, key, labels, "test") for key in _cut(test, count)], left_out)
+    rows = [_row(train, key, labels, None) for key in _cut(train, count)]
+    rows += [_row(test, key, labels, "test") for key in _cut(test, count)]
+    return Found(rows, left_out, {"val": validation, "train": 1 - validation})
 
 
-def _row(files: dict[str, Path], key: str, labels: dict[str, str], split: str) -> Row:
+def _row(files: dict[str, Path], key: str, labels: dict[str, str], split: str | None) -> Row:
     label = labels[_class_of(key)]
     return Row(key, files[key], [label], label, split)
 

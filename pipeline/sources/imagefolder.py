@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,8 @@ from pipeline.errors import UserError
 from pipeline.sources.base import Carved, FolderSettings, FolderSource
 from pipeline.sources.folders import Tree, pictures_below
 from pipeline.sources.labels import clean
-from pipeline.sources.rows import Found, Row, order, share, warn
+from pipeline.sources.rows import Found, Row, order, warn
+from pipeline.sources.split import by_hash
 from pipeline.sources.texts import listed
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ PARTS = {
 
 
 class ImageFolderSettings(FolderSettings):
-    validation: Carved = Field(0.1, description="share carved from train by hash")
+    validation: Carved = Field(0.1, description="share of train that is carved from it")
 
 
 class ImageFolder(FolderSource):
@@ -39,14 +40,14 @@ class ImageFolder(FolderSource):
     settings: ImageFolderSettings
 
     def read(self, progress: Progress) -> Found:
-        return read(self.folder(), self.settings.validation, self.settings.count, self.key)
+        return read(self.folder(), self.settings.validation, self.settings.count, self.key, self.settings.split)
 
 
-def read(root: Path, validation: float, count: int | None, section: str) -> Found:
-    """One row per picture below each class folder; 15 % test, `validation` val, the rest train, by hash of the id.
+def read(root: Path, validation: float, count: int | None, section: str, how: str) -> Found:
+    """One row per picture below each class folder; 15 % test, `validation` val, the rest train.
 
     Class folders may lie in folders train, val and test (PARTS): then these are the splits, and one that is not there
-    is carved from train by hash. `count` keeps at most that many pictures per class folder. The id is the path below
+    is carved from train. `count` keeps at most that many pictures per class folder. The id is the path below
     `root`. Pictures beside the class folders, and class folders without pictures, are left out. Raises UserError if
     there is no class folder, or parts without train or without class folders.
     """
@@ -66,36 +67,32 @@ def read(root: Path, validation: float, count: int | None, section: str) -> Foun
     _name_joined(root, classes)
     given = {parts[folder.split("/")[0]] for folder in classes} if parts else set()
     rows = [
-        _row(tree.files[key], key, folder, _split(key, validation, given, parts.get(key.split("/")[0])))
+        _row(tree.files[key], key, folder, parts.get(key.split("/")[0]))
         for folder, keys in classes.items()
         for key in sorted(keys, key=order)[:count]
     ]
     if parts:
-        _tell_parts(parts, given, validation, section)
+        _tell_parts(parts, shares_of(validation, given), section, how)
     else:
         _tell_inner_parts(root, tree.files)
-    return Found(rows, tree.left_out)
+    return Found(rows, tree.left_out, shares_of(validation, given))
 
 
 def split_of(key: str, validation: float) -> str:
     """train, val or test (15 %; val: `validation` of all) by the hash of the key."""
-    place = share(key)
-    return "test" if place < TEST else "val" if place < TEST + validation else "train"
+    return by_hash(key, shares_of(validation))
 
 
-def _split(key: str, validation: float, given: set[str], part: str | None) -> str:
-    """The part whose folder holds the picture; of train those go to the parts without a folder that the hash says."""
-    if part in ("val", "test"):
-        return part
-    by_hash = split_of(key, validation if "val" not in given else 0)
-    if "test" in given:
-        by_hash = "val" if "val" not in given and share(key) < validation else "train"
-    return by_hash
+def shares_of(validation: float, given: Set[str] = frozenset()) -> dict[str, float]:
+    """The shares of the parts that training pictures come into: those that have no folder are carved from them."""
+    carved = {part: size for part, size in (("test", TEST), ("val", validation)) if part not in given}
+    return {**carved, "train": 1 - sum(carved.values())}
 
 
-def _row(path: Path, key: str, folder: str, split: str) -> Row:
+def _row(path: Path, key: str, folder: str, part: str | None) -> Row:
+    """`part` is that whose folder holds the picture, if there are such folders; from train others are carved."""
     label = clean(folder.rpartition("/")[2])
-    return Row(key, path, [label], label, split)
+    return Row(key, path, [label], label, None if part == "train" else part)
 
 
 def _parts(root: Path, keys: Iterable[str]) -> dict[str, str]:
@@ -121,9 +118,9 @@ def _parts(root: Path, keys: Iterable[str]) -> dict[str, str]:
     return parts
 
 
-def _tell_parts(parts: dict[str, str], given: set[str], validation: float, section: str) -> None:
-    carved = {"val": validation, "test": TEST}
-    rest = "".join(f"; {part} is {of:.0%} of train, by hash" for part, of in carved.items() if part not in given)
+def _tell_parts(parts: dict[str, str], shares: dict[str, float], section: str, how: str) -> None:
+    carved = [(part, size) for part, size in sorted(shares.items(), reverse=True) if part != "train"]
+    rest = "".join(f"; {part} is {size:.0%} of train, by {how}" for part, size in carved)
     print(f"{section}: the folders {', '.join(parts)} are taken as the parts{rest}", file=sys.stderr)
 
 
@@ -133,7 +130,7 @@ def _tell_inner_parts(root: Path, keys: Iterable[str]) -> None:
     if len(inner) > 1 and all(folder.casefold() in PARTS for folder in inner):
         names = ", ".join(sorted(inner))
         warn(
-            f"{root}: the folders {names} within the class folders are not taken as the parts, which the hash decides; "
+            f"{root}: the folders {names} within the class folders are not taken as the parts; "
             f"put the class folders into {names} to have them so"
         )
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pyarrow as pa
 from rich.progress import Progress
 
 from pipeline.config import Params, components
 from pipeline.files import check_writable
 from pipeline.runs import Run
-from pipeline.sources import manifest
+from pipeline.sources import manifest, split
 from pipeline.sources.base import Source
+from pipeline.sources.rows import warn
 
 
 def source_of(params: Params, data: str) -> Source:
@@ -32,8 +35,11 @@ def prepare(params: Params, data: str, progress: Progress | None = None) -> pa.T
     for path in (run.manifest(data), listing):
         check_writable(path.parent)
     found = source.read(progress)
+    rows, remarks = split.assign(found, source.settings.split, source.key)
+    for remark in remarks:
+        warn(f"{source.key}: {remark}")
     limit, workers = source.settings.max_broken, params.runtime.decode_threads
-    return manifest.build(found, data, limit, workers, progress, listing, source.check)
+    return manifest.build(replace(found, rows=rows), data, limit, workers, progress, listing, source.check)
 
 
 def restore_pictures(params: Params, data: str, progress: Progress | None = None) -> None:

@@ -4,34 +4,44 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from pipeline.sources.folders import LeftOut
 from pipeline.sources.texts import one_line
 
+SHARES = {"train": 0.70, "val": 0.15, "test": 0.15}
+
 
 @dataclass(frozen=True)
 class Row:
     """What a source says of one picture. `quarantine` is a reason not to use it, known before it is opened.
 
-    `image` is a path, also one with the ending of `pictures.part_of_tar`, or a text: the same of a remote tar.
+    `image` is a path, also one with the ending of `pictures.part_of_tar`, or a text: the same of a remote tar. `split`
+    is None where the files of the data set do not give it: then data.<name>.split decides, and where that is blocks,
+    pictures of one `group`, such as a series of shots, come into one part.
     """
 
     id: str
     image: Path | str
     captions: list[str]
     label: str | None
-    split: str
+    split: str | None = None
     quarantine: str | None = None
+    group: str | None = None
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a source found in a data set: a row for every picture, and whatever is not used and no row."""
+    """What a source found in a data set: a row for every picture, and whatever is not used and no row.
+
+    `shares` are those of the parts into which rows without a split come.
+    """
 
     rows: list[Row]
     left_out: list[LeftOut] = field(default_factory=list)
+    shares: Mapping[str, float] = field(default_factory=lambda: SHARES)
 
 
 def share(key: str) -> float:

@@ -9,7 +9,8 @@ import fsspec
 
 from pipeline.errors import UserError
 from pipeline.files import foreign_faults
-from pipeline.sources import coco, imagefolder, texts
+from pipeline.sources import texts
+from pipeline.sources.coco import group_of
 from pipeline.sources.folders import LeftOut
 from pipeline.sources.rows import Row
 from pipeline.sources.tar_index import LONGEST_TEXT, Sample
@@ -19,16 +20,16 @@ LONGEST_NUMBER = 9  # digits
 
 def caption_row(sample: Sample, left_out: list[LeftOut]) -> Row:
     """The row of a picture with its captions; those that can't be read go to `left_out` where there are others."""
-    captions, faults = _captions(sample)
+    values, faults = _json(sample)
+    captions, faults = _captions(sample, values, faults)
     if captions:
         left_out += [LeftOut(str(sample.place), fault, id=sample.key) for fault in faults]
     reason = None if captions else (faults or ["no caption"])[0]
-    return Row(sample.key, sample.place, captions, None, coco.split_of(sample.key), reason)
+    return Row(sample.key, sample.place, captions, None, None, reason, group_of(values.get("group")))
 
 
-def _captions(sample: Sample) -> tuple[list[str], list[str]]:
-    """The distinct captions, and the reasons why a text is not used."""
-    values, faults = _json(sample)
+def _captions(sample: Sample, values: dict[str, Any], faults: list[str]) -> tuple[list[str], list[str]]:
+    """The distinct captions, and the reasons why a text is not used; `values` and `faults` are those of its json."""
     several, one = values.get("captions") or [], values.get("caption")
     if not isinstance(several, list):
         several = []
@@ -41,19 +42,21 @@ def _captions(sample: Sample) -> tuple[list[str], list[str]]:
     return list(dict.fromkeys(usable)), faults + fault
 
 
-def class_row(validation: float, names: dict[str, list[str]], sample: Sample, left_out: list[LeftOut]) -> Row:
+def class_row(names: dict[str, list[str]], sample: Sample, left_out: list[LeftOut]) -> Row:
     """The row of a picture with its class. `names` keeps what is read of classes.txt files; UserError for them."""
-    label, faults = _label(sample, names)
+    values, faults = _json(sample)
+    label, faults = _label(sample, names, values, faults)
     if label:
         left_out += [LeftOut(str(sample.place), fault, id=sample.key) for fault in faults]
     reason = None if label else (faults or ["no class"])[0]
-    split = imagefolder.split_of(sample.key, validation)
-    return Row(sample.key, sample.place, [label] if label else [], label, split, reason)
+    group = group_of(values.get("group"))
+    return Row(sample.key, sample.place, [label] if label else [], label, None, reason, group)
 
 
-def _label(sample: Sample, names: dict[str, list[str]]) -> tuple[str | None, list[str]]:
+def _label(
+    sample: Sample, names: dict[str, list[str]], values: dict[str, Any], faults: list[str]
+) -> tuple[str | None, list[str]]:
     """The class in words, and why a text is not used; the words of json first, as cls often holds a number only."""
-    values, faults = _json(sample)
     given = [values.get(key) for key in ("class_name", "class", "label")]
     text, fault = _text(sample, "cls")
     faults += fault

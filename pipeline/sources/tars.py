@@ -21,6 +21,7 @@ from pipeline.config.schema import DataSettings
 from pipeline.errors import UserError
 from pipeline.files import foreign_faults
 from pipeline.needs import Need
+from pipeline.sources import imagefolder
 from pipeline.sources.base import Carved, Source
 from pipeline.sources.folders import SUFFIXES, LeftOut
 from pipeline.sources.rows import Found, Row, order
@@ -43,7 +44,7 @@ class TarsSettings(DataSettings):
     count: Positive | None = Field(
         None, description="at most this many pictures, of each class where there are classes"
     )
-    validation: Carved = Field(0.1, description="share carved from train by hash; of classes alone")
+    validation: Carved = Field(0.1, description="share of train that is carved from it; of classes alone")
 
     @field_validator("shards", mode="before")
     @classmethod
@@ -62,11 +63,11 @@ class Tars(Source):
     def read(self, progress: Progress) -> Found:
         """One row per picture of the shards, with the texts that the task needs.
 
-        Captions are those of its json ("captions", "caption") and its txt; split and `count` as in the COCO layout, by
-        hash of the key. A class is that of its cls or its json ("class_name", "class", "label"), a number the line of
-        that number (from 0) of classes.txt beside the shards; split as in plain folders, by hash of the key, and
-        `count` keeps at most that many pictures per class. Pictures without a text are quarantined; members that belong
-        to no picture, and texts that can't be read, are left out. Raises UserError, naming the shard, when a shard is
+        Captions are those of its json ("captions", "caption") and its txt; split and `count` as in the COCO layout. A
+        class is that of its cls or its json ("class_name", "class", "label"), a number the line of that number (from 0)
+        of classes.txt beside the shards; split as in plain folders, and `count` keeps at most that many pictures per
+        class. The json may have a "group" (rows.Row). Pictures without a text are quarantined; members that belong to
+        no picture, and texts that can't be read, are left out. Raises UserError, naming the shard, when a shard is
         missing or damaged, holds a link or a path that leads out of it, when two pictures have one key, or when no
         picture has a text.
         """
@@ -76,7 +77,8 @@ class Tars(Source):
         kept: defaultdict[str | None, list[Row]] = defaultdict(list)
         for row in found.rows:
             kept[row.label].append(row)
-        return Found([row for group in kept.values() for row in group[:count]], found.left_out)
+        rows = [row for group in kept.values() for row in group[:count]]
+        return Found(rows, found.left_out, imagefolder.shares_of(self.settings.validation))
 
     def need(self) -> Need:
         """Whether the tars are there and the first of them is sound; remote ones are left to `prepare`."""
@@ -160,7 +162,7 @@ def _check_texts(found: Found, name: str, task: str) -> None:
 def _to_row(settings: TarsSettings) -> _ToRow:
     from pipeline.sources.tar_rows import caption_row, class_row
 
-    return caption_row if settings.task == "caption" else partial(class_row, settings.validation, {})
+    return caption_row if settings.task == "caption" else partial(class_row, {})
 
 
 def _rows_of(to_row: _ToRow, shard: str) -> Found:

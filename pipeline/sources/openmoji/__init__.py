@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class FoodSettings(RenderedSettings):
-    validation: Carved = Field(0.1, description="share carved from train by hash")
+    validation: Carved = Field(0.1, description="share of train that is carved from it")
 
 
 class _Rendered(Source):

@@ -1,0 +1,203 @@
+"""Parts that are carved: by the hash of an id, or in blocks, so that a series of shots is not on both sides."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections import Counter
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from PIL import Image
+
+from pipeline.config import Params
+from pipeline.errors import UserError
+from pipeline.extraction.near import near_pictures
+from pipeline.sources import split
+from pipeline.sources.prepare import prepare
+from pipeline.sources.rows import SHARES, Found, Row
+from pipeline.store.reader import ImageTokens
+
+DEMO = yaml.safe_load((Path(__file__).parents[1] / "profiles" / "demo.yaml").read_text(encoding="utf-8"))
+VAL = {"val": 0.1, "train": 0.9}
+
+
+def row(at: str, label: str | None = None, group: str | None = None) -> Row:
+    return Row(at, Path(at), [], label, group=group)
+
+
+def shots(name: str, count: int, label: str | None = None) -> list[Row]:
+    return [row(f"{name}/img_{i}", label or name) for i in range(count)]
+
+
+def held_out(rows: list[Row], parts: dict[str, str], part: str = "val") -> list[int]:
+    """The numbers at the ends of the ids of a part, sorted."""
+    return sorted(int(one.id.rpartition("_")[2]) for one in rows if parts[one.id] == part)
+
+
+def test_a_small_class_has_one_block_of_consecutive_pictures_in_the_order_people_count() -> None:
+    for name in ("apple", "pear", "plum", "fig", "date"):
+        rows = shots(name, 120)
+        held = held_out(rows, split.in_blocks(reversed(rows), VAL))
+        assert 12 <= len(held) <= 13
+        assert held == list(range(held[0], held[0] + len(held))), "img_2 before img_10"
+
+
+def test_a_large_set_has_several_blocks_of_the_asked_size_in_each_part() -> None:
+    rows = [row(f"img_{i}") for i in range(4000)]
+    parts = split.in_blocks(rows, SHARES)
+    counts = Counter(parts.values())
+    assert [counts[part] for part in ("train", "val", "test")] == pytest.approx([2800, 600, 600], abs=2)
+    held = held_out(rows, parts)
+    edges = sum(b - a > 1 for a, b in pairwise(held)) + 1
+    assert 5 <= edges <= 60, "stretches: neither one alone nor single pictures"
+
+
+def test_every_class_keeps_a_picture_for_training_and_small_ones_have_their_share_together() -> None:
+    rows = [one for i in range(300) for one in shots(f"class{i}", 1 + i % 4)]
+    parts = split.in_blocks(rows, {"test": 0.3, "val": 0.49, "train": 0.21})
+    trained = {one.label for one in rows if parts[one.id] == "train"}
+    assert trained == {f"class{i}" for i in range(300)}
+    few = [one for i in range(300) for one in shots(f"class{i}", 4)]
+    counts = Counter(split.in_blocks(few, VAL).values())
+    assert counts["val"] == pytest.approx(120, abs=25)
+
+
+def test_a_group_is_wholly_on_one_side_even_with_pictures_of_several_classes() -> None:
+    rng = np.random.default_rng(0)
+    rows = [row(f"img_{i}", f"class{rng.integers(5)}", f"visit{i % 60}") for i in range(1500)]
+    parts = split.in_blocks(rows, VAL)
+    sides: dict[str | None, set[str]] = {}
+    for one in rows:
+        sides.setdefault(one.group, set()).add(parts[one.id])
+    assert all(len(there) == 1 for there in sides.values())
+    assert 0.05 < Counter(parts.values())["val"] / 1500 < 0.2
+    assert split.in_blocks([row(f"img_{i}", "x", "one visit") for i in range(50)], VAL) == {
+        f"img_{i}": "train" for i in range(50)
+    }, "one group alone is for training"
+
+
+def test_an_added_picture_moves_few_others_and_the_order_of_reading_none() -> None:
+    rows = [one for name in ("apple", "pear", "plum") for one in shots(name, 200)]
+    before = split.in_blocks(rows, VAL)
+    assert split.in_blocks(reversed(rows), VAL) == before
+    moved = []
+    for i in range(30):
+        after = split.in_blocks([*rows, row(f"apple/img_{7 * i}b", "apple")], VAL)
+        assert all(after[one.id] == before[one.id] for one in rows if one.label != "apple"), "nor any other class"
+        moved.append(sum(after[one.id] != before[one.id] for one in rows))
+    assert np.median(moved) <= 2
+
+
+def test_hash_is_as_ever_and_rows_with_a_part_keep_it() -> None:
+    given = replace(row("z", "a"), split="test")
+    rows, remarks = split.assign(Found([given, *shots("a", 50)], shares=VAL), "hash", "data.x")
+    assert rows[0].split == "test" and not remarks
+    assert {one.split for one in rows[1:]} == {"train", "val"}
+    assert [one.split for one in rows[1:]] == [split.by_hash(one.id, VAL) for one in rows[1:]]
+    with pytest.raises(UserError, match=r"data\.x\.split blocks: this source gives the part of every picture"):
+        split.assign(Found([given]), "blocks", "data.x")
+
+
+def test_ids_with_numbers_beyond_all_measure_are_sorted() -> None:
+    rows = [row(f"{'0' * (i % 3)}{'1' + '0' * 5000}_{i}") for i in range(120)]  # int() takes 4,300 digits
+    held = held_out(rows, split.in_blocks(rows, VAL))
+    assert held == list(range(held[0], held[0] + len(held))), "leading zeros say nothing"
+
+
+def params(name: str, **section: Any) -> Params:
+    task = {"captions": "caption", "classes": "classify"}[name]
+    data = {**DEMO["data"], name: {"task": task, "max_broken": 0.1, "split": "blocks", **section}}
+    return Params.model_validate({**DEMO, "data": data})
+
+
+def jpeg(colour: int) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (32, 24), (colour % 256, 80, 160)).save(stream, "JPEG")
+    return stream.getvalue()
+
+
+def food101(root: Path) -> None:
+    """Two classes of 40 pictures for training and 5 for the test."""
+    keys = [f"{name}/img_{i}" for name in ("fig", "pear") for i in range(45)]
+    (root / "meta").mkdir(parents=True)
+    for name in ("classes", "labels"):
+        (root / f"meta/{name}.txt").write_text("fig\npear\n")
+    test = [key for key in keys if int(key.rpartition("_")[2]) >= 40]
+    (root / "meta/test.txt").write_text("\n".join(test))
+    (root / "meta/train.txt").write_text("\n".join(key for key in keys if key not in test))
+    for i, key in enumerate(keys):
+        path = root / f"images/{key}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(jpeg(i))
+
+
+def numbers(table: list[dict[str, Any]], part: str, under: str = "") -> list[int]:
+    ids = [one["id"].removesuffix(".jpg") for one in table if one["split"] == part and one["id"].startswith(under)]
+    return sorted(int(one.rpartition("_")[2]) for one in ids)
+
+
+@pytest.mark.usefixtures("project")
+def test_folders_of_classes_keep_their_test_part_and_hold_out_blocks(capsys: pytest.CaptureFixture[str]) -> None:
+    food101(Path("set"))
+    table = prepare(params("classes", source="food101", root="set"), "classes").to_pylist()
+    for name in ("fig", "pear"):
+        held = numbers(table, "val", name)
+        assert len(held) in (4, 5) and held == list(range(held[0], held[0] + len(held)))
+        assert numbers(table, "test", name) == list(range(40, 45))
+    Path("set/parts").mkdir()
+    Path("set/images").rename("set/parts/train")
+    table = prepare(params("classes", source="imagefolder", root="set/parts"), "classes").to_pylist()
+    for part, least in (("val", 4), ("test", 6)):
+        held = numbers(table, part, "train/fig")
+        assert least <= len(held) <= least + 1, "of 45"
+    assert "val is 10% of train, by blocks; test is 15% of train, by blocks" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("project")
+@pytest.mark.parametrize("source", ["coco", "webdataset"])
+def test_groups_of_captioned_pictures_stay_together(source: str) -> None:
+    ids = [f"{i:03d}" for i in range(90)]
+    if source == "coco":
+        Path("set/images").mkdir(parents=True)
+        for i, one in enumerate(ids):
+            Path(f"set/images/{one}.jpg").write_bytes(jpeg(i))
+        images = [{"id": one, "file_name": f"{one}.jpg", "group": i % 9} for i, one in enumerate(ids)]
+        texts = [{"id": i, "image_id": one, "caption": "a thing"} for i, one in enumerate(ids)]
+        Path("set/captions.json").write_text(json.dumps({"images": images, "annotations": texts}))
+        section = {"root": "set"}
+    else:
+        with tarfile.open("a.tar", "w") as tar:
+            for i, one in enumerate(ids):
+                text = json.dumps({"caption": "a thing", "group": i % 9}).encode()
+                for ending, content in (("jpg", jpeg(i)), ("json", text)):
+                    member = tarfile.TarInfo(f"{one}.{ending}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+        section = {"shards": "a.tar"}
+    table = prepare(params("captions", source=source, **section), "captions").to_pylist()
+    parts = [{one["split"] for one in table if int(one["id"]) % 9 == group} for group in range(9)]
+    assert all(len(part) == 1 for part in parts)
+    assert set.union(*parts) == {"train", "val", "test"}
+
+
+def tokens_of(vectors: np.ndarray, parts: list[str]) -> ImageTokens:
+    """Image tokens [n, 2, D] as if they were in the store."""
+    rows = pd.DataFrame({"id": [str(i) for i in range(len(parts))], "split": parts})
+    stored = np.repeat(vectors[:, None].astype(np.float32), 2, axis=1)
+    return ImageTokens(rows, stored.shape[1:], "float32", lambda at: {"tokens": stored[at]})
+
+
+def test_pictures_of_one_series_on_both_sides_are_counted() -> None:
+    rng = np.random.default_rng(0)
+    train = rng.normal(size=(200, 64)) + 5
+    val = np.concatenate([train[:30] + 0.1 * rng.normal(size=(30, 64)), rng.normal(size=(70, 64)) + 5])
+    images = tokens_of(np.concatenate([train, val]), ["train"] * 200 + ["val"] * 100)
+    assert near_pictures(images) == {"val": (30, 100), "test": (0, 0)}
