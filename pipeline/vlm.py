@@ -16,6 +16,7 @@ from pipeline.config import LLM
 from pipeline.config.schema import LoRA
 from pipeline.errors import UserError
 from pipeline.llms.load import LanguageModel, context_of, load_llm
+from pipeline.llms.ranking import Forest, Trie, best, grow, tree_reach
 from pipeline.llms.text import Texts
 from pipeline.origin import check_llm
 from pipeline.progress import progress_bar
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from pipeline.store.reader import ImageTokens
 
 IGNORED = -100
+MOST_LOGITS = 2**26  # held at once in ranking: 256 MB of float32
 
 
 class VLM(nn.Module):
@@ -39,6 +41,7 @@ class VLM(nn.Module):
         # Whether the words before the image go through the LLM once for all rows: a CPU saves their work by it; a GPU
         # has done one long pass in less time than two short ones.
         self.shares_prompt = self.device.type == "cpu"
+        self.tree_reach = tree_reach(llm.network)
 
     def recompute_activations(self) -> None:
         """From now on a training step keeps each layer's input alone, and computes the rest again going back.
@@ -72,7 +75,15 @@ class VLM(nn.Module):
         end of the user's turn. The end-of-turn token is part of an answer, unless it is cut at `max_answer_tokens`.
         """
         answer_ids = self.answer_ids(answers)
-        before, afters = self._around(prompt, len(answers), hints)
+        logits, labels = self._taught(tokens, prompt, answer_ids, hints)
+        total = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+        return total, sum(map(len, answer_ids))
+
+    def _taught(
+        self, tokens: Tensor, prompt: str, answer_ids: list[list[int]], hints: Sequence[str] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Logits [B, T, V], float32, for the tokens of given answers, and these as labels [B, T]."""
+        before, afters = self._around(prompt, len(answer_ids), hints)
         ends = [after + ids for after, ids in zip(afters, answer_ids, strict=True)]
         inputs, mask, cache = self._splice(tokens, before, ends)
         done = cache.get_seq_length() if cache is not None else 0
@@ -81,7 +92,7 @@ class VLM(nn.Module):
         first = min(map(len, afters))
         kept = max(map(len, ends)) - first
         last = torch.arange(-kept - 1, 0, device=self.device)
-        labels = torch.full((len(answers), kept), IGNORED, device=self.device)
+        labels = torch.full((len(answer_ids), kept), IGNORED, device=self.device)
         for row, (after, ids) in enumerate(zip(afters, answer_ids, strict=True)):
             start = len(after) - first
             labels[row, start : start + len(ids)] = torch.tensor(ids, device=self.device)
@@ -89,9 +100,7 @@ class VLM(nn.Module):
             inputs_embeds=inputs[:, done:], attention_mask=mask, position_ids=(mask.cumsum(1) - 1)[:, done:],
             cache=cache, use_cache=cache is not None, logits_to_keep=last,
         )  # fmt: skip
-        logits = output.logits[:, :-1].float().flatten(0, 1)
-        total = F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORED, reduction="sum")
-        return total, sum(map(len, answer_ids))
+        return output.logits[:, :-1].float(), labels
 
     @torch.no_grad()
     def generate(
@@ -113,6 +122,54 @@ class VLM(nn.Module):
             eos_token_id=self.tokenizer.eos_token_id, pad_token_id=self.tokenizer.eos_token_id,
         )  # fmt: skip
         return [(prefix + text).strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+    @torch.no_grad()
+    def rank(
+        self, tokens: Tensor, prompt: str, names: Sequence[str] | Sequence[Sequence[str]],
+        hints: Sequence[str] | None = None, prior: Tensor | None = None, top: int | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Log-likelihood [B, C] of names, each with its end of turn, as answers about images; tokens [B, N, D_img].
+
+        `names`: the same for all images, or a list for each, then -inf stands behind the shorter ones. One pass reads
+        prompt, image and all names, as a tree; an LLM that can't (`tree_reach`) reads one name after the other.
+        `top`: only as many names are read as it takes to be sure of the `top` best by log-likelihood + prior [B, C]
+        (finite); the others get -inf. The best name by any prior is `(rank(...) + prior).argmax(1)`.
+        """
+        same = not names or isinstance(names[0], str)
+        listed: Sequence[Any] = [tuple(names)] * len(tokens) if same else [tuple(some) for some in names]
+        known = {some: self.answer_ids(some) for some in {*listed}}
+        answers, tries = [known[some] for some in listed], {some: Trie(ids) for some, ids in known.items()}
+        before, afters = self._around(prompt, len(tokens), hints)
+        most = max(len(trie.tokens) for trie in tries.values())
+        used = len(before) + len(self._adapted(tokens[:1])[0]) + max(map(len, afters))
+        self._within_context(used + max((len(ids) for row in answers for ids in row), default=1) - 1, 1)
+        if used + most > self.tree_reach:
+            return self._one_by_one(tokens, prompt, answers, hints)
+        if top is not None:
+            return best(self.network, *self._splice(tokens, before, afters), answers, prior, top)
+        step = max(1, MOST_LOGITS // ((most + 1) * len(self.tokenizer)))
+        scores = []
+        for start in range(0, len(tokens), step):
+            part = slice(start, start + step)
+            forest = Forest([tries[some] for some in listed[part]], self.device)
+            root, logits, _ = grow(self.network, *self._splice(tokens[part], before, afters[part]), forest)
+            found = forest.begun(root) + forest.gone_on(logits)
+            scores.append(F.pad(found, (0, max(map(len, listed)) - found.shape[1]), value=-torch.inf))
+        return torch.cat(scores)
+
+    def _one_by_one(
+        self, tokens: Tensor, prompt: str, answers: list[list[list[int]]], hints: Sequence[str] | None
+    ) -> Tensor:
+        """The same for any LLM, in a pass for each name."""
+        widest = max(map(len, answers))
+        scores = torch.full((len(answers), widest), -torch.inf, device=self.device)
+        for number in range(widest):
+            rows = [row for row, ids in enumerate(answers) if number < len(ids)]
+            said = None if hints is None else [hints[row] for row in rows]
+            logits, labels = self._taught(tokens[rows], prompt, [answers[row][number] for row in rows], said)
+            lost = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
+            scores[rows, number] = -lost.sum(1)
+        return scores
 
     def _within_context(self, used: int, wanted: int) -> int:
         """How many of the `wanted` new tokens the LLM's context has room for; UserError when there is none."""
@@ -173,7 +230,7 @@ class VLM(nn.Module):
         if self.shares_prompt and not left:
             cache = self.network(inputs_embeds=head, use_cache=True, logits_to_keep=1).cache
             cache.batch_repeat_interleave(len(ends))
-        soft_prompts = self.adapter(tokens.to(self.device).float()).to(head.dtype)  # [B, M, D]
+        soft_prompts = self._adapted(tokens).to(head.dtype)
         rows, masks = [], []
         for soft_prompt, ids in zip(soft_prompts.unbind(0), ends, strict=True):
             row = torch.cat([head[0], soft_prompt, embed(torch.tensor(ids, device=self.device))])
@@ -182,6 +239,11 @@ class VLM(nn.Module):
             rows.append(F.pad(row, (0, 0, *padding)))
             masks.append(F.pad(torch.ones(len(row), dtype=torch.long, device=self.device), padding))
         return torch.stack(rows), torch.stack(masks), cache
+
+    def _adapted(self, tokens: Tensor) -> Tensor:
+        """Soft prompts [B, M, D], float32."""
+        soft_prompts: Tensor = self.adapter(tokens.to(self.device).float())
+        return soft_prompts
 
     def answer_ids(self, answers: Sequence[str]) -> list[list[int]]:
         """Token ids of answers, each with its end of turn; one that is too long is cut and so does not end."""
