@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from pipeline.adapters.module import build_adapter, load_adapter
 from pipeline.errors import UserError
-from pipeline.metrics.named import calibration_error, figures_of
+from pipeline.metrics.rules import calibration_error, figures_of
 from pipeline.naming.discriminant import Discriminant, choose_shrinkage, cross_fitted
 from pipeline.naming.namer import Namer, Scales, fit_weights
 from pipeline.naming.nearest import Nearest

@@ -6,6 +6,7 @@ import sys
 
 from pipeline.metrics.base import Figure, Metric, Tested, share_of
 from pipeline.naming.classes import class_names
+from pipeline.tasks.naming import LLM_RULES
 
 
 class Accuracy(Metric):
@@ -14,6 +15,11 @@ class Accuracy(Metric):
     tasks = ("classify",)
 
     def figures(self, tested: Tested) -> list[Figure]:
+        import numpy as np
+        import torch
+
+        from pipeline.metrics.rules import figures_of
+
         rows, names = tested.predictions, class_names(tested.images)
         left_out = len(tested.images.split("test")) - len(rows)
         if left_out:
@@ -26,10 +32,18 @@ class Accuracy(Metric):
                 "chance is 100 %",
                 file=sys.stderr,
             )
+        own = [names.index(label) for label in rows["label"]]
+        ranked = [
+            figure
+            for rule in LLM_RULES
+            if rule in rows
+            for figure in figures_of(rule, torch.from_numpy(np.stack(rows[rule].to_list())), own)
+        ]
         return [
             share_of("acc", rows["correct"], "accuracy"),
             share_of("acc_strict", rows["strict"], "accuracy, word for word"),
             share_of("valid_name", rows["predicted"].notna(), "answers that are the name of a class"),
+            *ranked,
             Figure("chance", 1 / len(names), "chance", baseline=True),
             Figure("test_images", len(rows), "test pictures", kind="count", baseline=True),
             Figure("classes", len(names), "classes", kind="count", baseline=True),

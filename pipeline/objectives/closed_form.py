@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -36,31 +37,37 @@ def fit_closed_form(objective: EMD, pooled: Callable[[Tensor], Tensor]) -> Tenso
     step = -(-len(judged) // JUDGED)
     images, words = (torch.cat(parts) for parts in zip(*_means(objective, pooled, judged[::step]), strict=True))
     with exact_products():
-        maps = list(_maps(objective, pooled, rest))
-        ranks = torch.stack([_reciprocal_rank(images @ one[:-1] - one[-1], words) for one in maps])
-        return list(_maps(objective, pooled, train))[int(ranks.argmax())].float()
+        first = _Fit(objective, pooled, rest)
+        tried = [(kind, ridge) for kind in ("ridge", "procrustes") for ridge in RIDGES]
+        ranks = [_reciprocal_rank(images @ one[:-1] - one[-1], words) for one in itertools.starmap(first.map, tried)]
+        return _Fit(objective, pooled, train).map(*tried[ranks.index(max(ranks))]).float()
 
 
-def _maps(objective: EMD, pooled: Callable[[Tensor], Tensor], positions: list[int]) -> Iterator[Tensor]:
-    """The maps that some images give, [D_img + 1, D] each: by ridge regression, then by Procrustes."""
-    sums = _Sums()
-    for images, words in _means(objective, pooled, positions):
-        sums.add(images, words)
-    mean, target = sums.images / sums.count, sums.words / sums.count
-    spread = sums.squares / sums.count - mean.outer(mean)
-    together = sums.products / sums.count - mean.outer(target)
-    variances, axes = torch.linalg.eigh(spread)
-    variances = variances.clamp_min(0)
-    for kind in ("ridge", "procrustes"):
-        for ridge in RIDGES:
-            scale = (variances + ridge * variances.mean() + torch.finfo(variances.dtype).tiny).rsqrt()
-            whitened = axes * scale  # [D_img, D_img]
-            found = whitened @ (whitened.T @ together)
-            if kind == "procrustes":
-                left, _, right = torch.linalg.svd(whitened.T @ together, full_matrices=False)
-                found = whitened @ left @ right
-                found = found * ((found * together).sum() / (found * (spread @ found)).sum())
-            yield torch.cat([found, (mean @ found)[None]])
+class _Fit:
+    """What linear maps of some images are made of: means, covariances and the images' main axes."""
+
+    def __init__(self, objective: EMD, pooled: Callable[[Tensor], Tensor], positions: list[int]):
+        sums = _Sums()
+        for images, words in _means(objective, pooled, positions):
+            sums.add(images, words)
+        self.mean, target = sums.images / sums.count, sums.words / sums.count
+        self.spread = sums.squares / sums.count - self.mean.outer(self.mean)
+        self.together = sums.products / sums.count - self.mean.outer(target)
+        variances, self.axes = torch.linalg.eigh(self.spread)
+        self.variances = variances.clamp_min(0)
+
+    def map(self, kind: str, ridge: float) -> Tensor:
+        """A map, [D_img + 1, D]; the last row is what it makes of the mean image."""
+        level = ridge * self.variances.mean() + torch.finfo(self.variances.dtype).tiny
+        whitening = self.axes * (self.variances + level).rsqrt()  # [D_img, D_img]
+        found = whitening.T @ self.together
+        if kind == "procrustes":
+            left, _, right = torch.linalg.svd(found, full_matrices=False)
+            found = left @ right
+        found = whitening @ found
+        if kind == "procrustes":
+            found = found * ((found * self.together).sum() / (found * (self.spread @ found)).sum())
+        return torch.cat([found, (self.mean @ found)[None]])
 
 
 class _Sums:
@@ -100,10 +107,10 @@ def _mean_word(objective: EMD, captions: list[list[int]]) -> Tensor:
     return table.new_zeros(len(captions), table.shape[1]).index_add(0, caption_of.to(table.device), table)
 
 
-def _reciprocal_rank(found: Tensor, words: Tensor) -> Tensor:
+def _reciprocal_rank(found: Tensor, words: Tensor) -> float:
     """How far ahead images [V, D] have their own of all captions [V, D]: the mean of 1 / rank; equal ones are one."""
     center = words.mean(0)
     distinct, own = torch.unique(words, dim=0, return_inverse=True)
     scores = found @ torch.nn.functional.normalize(distinct - center, dim=1).T  # [V, C]
     ranks = 1 + (scores > scores.gather(1, own[:, None])).sum(1)
-    return ranks.double().reciprocal().mean()
+    return ranks.double().reciprocal().mean().item()

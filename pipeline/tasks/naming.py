@@ -7,23 +7,35 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import Field
+
 from pipeline.config.base import Positive, Prompt, Section
 from pipeline.errors import UserError
-from pipeline.naming.classes import class_names, labelled
+from pipeline.naming.classes import class_names, labelled, numbers
 from pipeline.runs import remedy, require
 from pipeline.tasks.base import Models, Task
 
 if TYPE_CHECKING:
     import pandas as pd
+    from torch import Tensor
 
+    from pipeline.naming.table import Named
     from pipeline.store.reader import ImageTokens
+    from pipeline.vlm import VLM
 
 COLUMNS = ("id", "image", "label", "output", "predicted", "correct", "strict")
+
+
+LLM_RULES = ("ranked", "calibrated", "combined")
+FITTED = 128  # validation pictures that the weights of rules are fitted on
 
 
 class NamingSettings(Section):
     class_tokens: Positive = 16
     class_prompt: Prompt
+    rank_names: bool = Field(
+        False, description="have the LLM rank all names, too: one pass a picture, however many names there are"
+    )
 
 
 class Naming(Task):
@@ -44,11 +56,9 @@ class Naming(Task):
         return [[label] for label in rows["label"]]
 
     def predict(self, models: Models, images: ImageTokens, batch: int, seed: int) -> pd.DataFrame:
-        """Greedy answers for all labelled test pictures, columns COLUMNS."""
+        """Greedy answers for all labelled test pictures, columns COLUMNS; and LLM_RULES where names are ranked."""
         positions, names, named = labelled(images, "test"), class_names(images), models.named()
-        hints = None
-        if models.hints and named:
-            hints = [self.hint(named.candidates(images.ids[i], models.hints)) for i in positions]
+        hints = self._hints(models, named, images, positions)
         with models.finetuned() as model:
             outputs = model.answers(images, positions, self.prompt, self.max_tokens, batch, hints)
         table = images.rows.iloc[positions][["id", "image", "label"]].reset_index(drop=True)
@@ -56,10 +66,64 @@ class Naming(Task):
         table["predicted"] = [find_class(output, names) for output in outputs]
         table["correct"] = table["predicted"] == table["label"]
         table["strict"] = table["output"] == table["label"]
+        if self.settings.rank_names and named:
+            for rule, scores in self._ranked(models, named, images, positions, batch).items():
+                table[rule] = list(scores.numpy())
         return table
 
+    def _ranked(
+        self, models: Models, named: Named, images: ImageTokens, positions: list[int], batch: int
+    ) -> dict[str, Tensor]:
+        """Log-probabilities of all names of some test pictures by each of LLM_RULES, [n, C].
+
+        ranked: the LLM's likelihood alone. calibrated: less what a name gets on average of validation pictures (its
+        log; Holtzman et al. 2021 call it surface form competition). combined: that and the namer's, by weights that
+        make the right names of these validation pictures most probable.
+        """
+        from pipeline.naming.namer import combined, fit_weights
+
+        val = labelled(images, "val")
+        val = val[:: -(-len(val) // FITTED)]
+        with models.finetuned() as model:
+            known = self._log_likelihoods(model, models, named, images, val, batch)
+            found = self._log_likelihoods(model, models, named, images, positions, batch)
+        right, bias = numbers(images, val, named.names), known.mean(0)
+        own = [named.log_probabilities("namer", [images.ids[i] for i in some]) for some in (val, positions)]
+        weights = fit_weights({"llm": known - bias, "namer": own[0]}, right)
+        alone, less = (fit_weights({"llm": scores}, right) for scores in (known, known - bias))
+        return {
+            "ranked": combined({"llm": found}, alone),
+            "calibrated": combined({"llm": found - bias}, less),
+            "combined": combined({"llm": found - bias, "namer": own[1]}, weights),
+        }
+
+    def _log_likelihoods(
+        self, model: VLM, models: Models, named: Named, images: ImageTokens, positions: list[int], batch: int
+    ) -> Tensor:
+        """What the LLM gives each name as the answer, [n, C], on the CPU."""
+        import torch
+
+        from pipeline.progress import progress_bar
+
+        hints, scores = self._hints(models, named, images, positions), []
+        with progress_bar("rank names", len(positions), "images") as advance:
+            for at in range(0, len(positions), batch):
+                part = positions[at : at + batch]
+                said = hints and hints[at : at + batch]
+                scores.append(model.rank(images.tokens(part, model.device), self.prompt, named.names, said).cpu())
+                advance(len(part))
+        return torch.cat(scores)
+
+    def _hints(
+        self, models: Models, named: Named | None, images: ImageTokens, positions: list[int]
+    ) -> list[str] | None:
+        """The likeliest names of some pictures as they stand in the prompt; None where the recipe has none."""
+        if not (models.hints and named):
+            return None
+        return [self.hint(named.candidates(images.ids[i], models.hints)) for i in positions]
+
     def write(self, predictions: pd.DataFrame, folder: Path) -> None:
-        predictions.to_csv(folder / "predictions.csv", index=False)
+        predictions.drop(columns=list(LLM_RULES), errors="ignore").to_csv(folder / "predictions.csv", index=False)
         per_class(predictions).to_csv(folder / "per_class.csv", index=False)
         confusions(predictions).to_csv(folder / "confusions.csv", index=False)
 
