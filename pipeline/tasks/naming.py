@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -33,8 +33,8 @@ FITTED = 128  # validation pictures that the weights of rules are fitted on
 class NamingSettings(Section):
     class_tokens: Positive = 16
     class_prompt: Prompt
-    rank_names: bool = Field(
-        False, description="have the LLM rank all names, too: one pass a picture, however many names there are"
+    class_names: Literal["generated", "ranked"] = Field(
+        "generated", description="ranked: the LLM also ranks all names, in one pass a picture"
     )
 
 
@@ -66,7 +66,7 @@ class Naming(Task):
         table["predicted"] = [find_class(output, names) for output in outputs]
         table["correct"] = table["predicted"] == table["label"]
         table["strict"] = table["output"] == table["label"]
-        if self.settings.rank_names and named:
+        if self.settings.class_names == "ranked" and named:
             for rule, scores in self._ranked(models, named, images, positions, batch).items():
                 table[rule] = list(scores.numpy())
         return table
