@@ -12,6 +12,7 @@ from pydantic import Field
 from pipeline.config.base import Positive, Prompt, Section
 from pipeline.errors import UserError
 from pipeline.naming.classes import class_names, labelled, numbers
+from pipeline.naming.weigh import LLM_RULES
 from pipeline.runs import remedy, require
 from pipeline.tasks.base import Models, Task
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 COLUMNS = ("id", "image", "label", "output", "predicted", "correct", "strict")
 
 
-LLM_RULES = ("ranked", "calibrated", "combined")
 FITTED = 128  # validation pictures that the weights of rules are fitted on
 
 
@@ -80,7 +80,7 @@ class Naming(Task):
         log; Holtzman et al. 2021 call it surface form competition). combined: that and the namer's, by weights that
         make the right names of these validation pictures most probable.
         """
-        from pipeline.naming.namer import combined, fit_weights
+        from pipeline.naming.weigh import combined, fit_weights
 
         val = labelled(images, "val")
         val = val[:: -(-len(val) // FITTED)]
