@@ -257,7 +257,7 @@ class VLM(nn.Module):
         head, cache = embed(torch.tensor([before], device=self.device)), None
         longest = max(map(len, ends))
         left = decoding and min(map(len, ends)) < longest
-        if self.shares_prompt and not left:
+        if self.shares_prompt and not left and len(ends) > 1:
             cache = self.network(inputs_embeds=head, use_cache=True, logits_to_keep=1).cache
             cache.batch_repeat_interleave(len(ends))
         soft_prompts = self._adapted(tokens).to(head.dtype)
