@@ -15,7 +15,7 @@ from pipeline.metrics.rules import calibration_error, figures_of
 from pipeline.naming.discriminant import Discriminant, choose_shrinkage, cross_fitted, deal
 from pipeline.naming.namer import Namer, Scales
 from pipeline.naming.nearest import Nearest
-from pipeline.naming.weigh import fit_weights
+from pipeline.naming.weigh import LOWEST, fit_weights
 from pipeline.objectives.base import Means
 from pipeline.objectives.closed_form import fit_closed_form
 from pipeline.objectives.emd import EMD, EMDSettings
@@ -122,6 +122,9 @@ def test_weights_are_those_of_the_likeliest_model():
     weights = fit_weights({"useful": useful, "useless": useless}, own)
     assert weights["useful"] == pytest.approx(2.5, rel=0.06)
     assert weights["useless"] < 0.1
+    ruled_out = torch.where(torch.rand_like(useful) < 0.3, LOWEST, useful)
+    ruled_out[torch.arange(len(own)), own] = useful[torch.arange(len(own)), own]
+    assert fit_weights({"useful": ruled_out}, own)["useful"] == pytest.approx(2.5, rel=0.3)
     alone = fit_weights({"useful": useful}, own)["useful"]
     losses = {
         scale: F.cross_entropy(scale * useful, torch.tensor(own)).item() for scale in (alone * 0.9, alone, alone * 1.1)

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.naming.weigh import LOWEST
+
 SHRINKAGES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.8)
-LOWEST = -1e4  # log-probability of a class that no picture was known of
 PART = 256  # pictures at a time
 
 

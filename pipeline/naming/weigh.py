@@ -10,6 +10,7 @@ from torch import Tensor
 
 RULES = ("emd", "discriminant", "namer")  # without the LLM; namer: both together
 LLM_RULES = ("ranked", "calibrated", "combined")  # combined: the LLM's and the namer's
+LOWEST = -1e4  # log-probability of what counts as impossible
 
 
 def combined(scores: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
@@ -29,7 +30,7 @@ def fit_weights(scores: Mapping[str, Tensor], own: list[int]) -> dict[str, float
 
     values = np.stack([score.double().numpy() for score in scores.values()])  # [K, n, C]
     values = values - values.max(2, keepdims=True)
-    spread = values.std(axis=(1, 2), keepdims=True).clip(1e-12)
+    spread = np.array([one[one > LOWEST / 2].std() for one in values]).clip(1e-12)[:, None, None]
     values, rows, right = values / spread, np.arange(values.shape[1]), np.asarray(own)
 
     def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
