@@ -26,9 +26,9 @@ from pipeline.adapters.module import build_adapter
 from pipeline.config import load_params
 from pipeline.config.schema import LoRA
 from pipeline.llms.load import load_llm
+from pipeline.naming.classes import class_names, labelled
 from pipeline.runs import Run
 from pipeline.store.reader import ImageTokens
-from pipeline.tasks.naming import class_names, labelled
 from pipeline.vlm import VLM, add_lora
 
 TRAINED_AT_ONCE, LIKELIEST = 8, 10

@@ -56,7 +56,9 @@ class Naming(Task):
 
     def predict(self, models: Models, images: ImageTokens, batch: int, seed: int) -> pd.DataFrame:
         """Greedy answers for all labelled test pictures, columns COLUMNS; and LLM_RULES where names are ranked."""
-        positions, names, named = labelled(images, "test"), class_names(images), models.named()
+        positions, names = labelled(images, "test"), class_names(images)
+        ranks = self.settings.class_names == "ranked"
+        named = models.named() if models.hints or ranks else None
         hints = self._hints(models, named, images, positions)
         with models.finetuned() as model:
             outputs = model.answers(images, positions, self.prompt, self.max_tokens, batch, hints)
@@ -65,7 +67,7 @@ class Naming(Task):
         table["predicted"] = [find_class(output, names) for output in outputs]
         table["correct"] = table["predicted"] == table["label"]
         table["strict"] = table["output"] == table["label"]
-        if self.settings.class_names == "ranked" and named:
+        if ranks and named:
             for rule, scores in self._ranked(models, named, images, positions, batch).items():
                 table[rule] = list(scores.numpy())
         return table
