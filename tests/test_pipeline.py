@@ -43,7 +43,7 @@ def test_every_stage_of_the_graph(tiny_params, tiny_mistral):
     for name in ("self_attention", "query"):
         values["adapters"][name]["pretrain"] = {}  # as few epochs as the first
     values["finetune"]["recipes"]["classes"]["hints"] = 2
-    values["evaluate"]["rank_names"] = True
+    values["evaluate"]["class_names"] = "ranked"
     Path("params.yaml").write_text(yaml.safe_dump(values))
     for data in ("captions", "classes"):
         terraalign("prepare", data)
