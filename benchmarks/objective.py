@@ -170,7 +170,7 @@ def run_once(params: Params, adapter: Any, finetuned: bool) -> dict[str, float]:
             evaluate(adapter, recipe)
             metrics[f"loss_{recipe}"] = _metrics(run.finetuned(adapter, recipe))["val_loss"]
             for data in params.finetune.recipes[recipe].data:
-                metrics |= {figure.key: figure.value for figure in read_figures(run, adapter, recipe, data)}
+                metrics |= {figure.key: figure.value for figure in read_figures(run.evaluated(adapter, recipe), data)}
         history = pd.read_csv(run.finetuned(adapter, "captions") / "history.csv")
         metrics["loss_start"] = history["val_loss"].iloc[0]
     return metrics

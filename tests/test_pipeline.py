@@ -42,6 +42,8 @@ def test_every_stage_of_the_graph(tiny_params, tiny_mistral):
     values["adapters"]["mlp"]["pretrain"] = {"objective": options}
     for name in ("self_attention", "query"):
         values["adapters"][name]["pretrain"] = {}  # as few epochs as the first
+    values["finetune"]["recipes"]["classes"]["hints"] = 2
+    values["evaluate"]["class_names"] = "ranked"
     Path("params.yaml").write_text(yaml.safe_dump(values))
     for data in ("captions", "classes"):
         terraalign("prepare", data)
@@ -78,6 +80,7 @@ def test_every_stage_of_the_graph(tiny_params, tiny_mistral):
     assert blind[0]["const_set"] == blind[1]["const_set"]
 
     for name in ("mlp", "self_attention", "query"):
+        terraalign("name", name)
         for data in ("captions", "classes"):
             terraalign("finetune", name, data)
             terraalign("evaluate", name, data)
@@ -88,6 +91,7 @@ def test_every_stage_of_the_graph(tiny_params, tiny_mistral):
     figures = json.loads((base / "metrics.json").read_text())
     assert {"emd/mlp/val", "retrieval/query/r1_debiased", "classes/mlp/classes/acc", "classes/probe", "classes/chance",
             "classes/mlp/classes/acc_strict", "captions/mlp/captions/right", "captions/mlp/captions/right_shuffled",
+            "classes/discriminant", "classes/mlp/acc/emd", "classes/mlp/ece/namer", "classes/mlp/classes/acc/combined",
             "captions/mlp/captions/val_loss", "captions/mlp/captions/scratch_val_loss", "pca/mlp/epoch1/k80",
             "pca/mlp/finetuned/k80", "seconds/pretrain@mlp"} <= figures.keys()  # fmt: skip
     _check_answers()
@@ -126,9 +130,14 @@ def _check_answers():
     lines = terraalign("caption", "--json", folder).output.strip().splitlines()
     photographed = [json.loads(line)["photo"] for line in lines if line.startswith("{")]
     assert photographed == sorted(map(str, folder.iterdir()))
-    result = terraalign("classify", photos[0], broken, code=1)
-    assert f"{photos[0]}: " in result.output
-    assert "broken.jpg: not a readable picture" in result.output
+    names = {folder.name.replace("_", " ") for folder in photos[0].parent.parent.iterdir()}
+    for how, key in ((), "probability"), (("--llm",), "recipe"):
+        result = terraalign("classify", "--json", *how, photos[0], broken, code=1)
+        [row] = [json.loads(line) for line in result.output.splitlines() if line.startswith("{")]
+        assert row["photo"] == str(photos[0]) and key in row
+        assert "broken.jpg: not a readable picture" in result.output
+        if not how:  # without the LLM no answer but the name of a class
+            assert row["answer"] in names and len(row["names"]) == 5 and 0 < row["probability"] <= 1
     assert "no such file" in terraalign("caption", "nowhere.jpg", code=2).output
 
 

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+import shutil
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -18,6 +19,7 @@ from PIL import Image
 from pipeline.config import Params, load_params
 from pipeline.errors import UserError
 from pipeline.metrics.base import Figure, share_of
+from pipeline.metrics.rules import LABELS
 from pipeline.report import convergence, figures, page, sections, tables
 from pipeline.report.results import read_results
 from pipeline.runs import stages
@@ -88,6 +90,21 @@ def named(path: str, correct: int) -> None:
     write_figures(path, found)
 
 
+def by_rule(rule: str, correct: int) -> list[Figure]:
+    return [
+        hits(f"acc/{rule}", correct, LABELS[rule]),
+        hits(f"top5/{rule}", 95, f"{LABELS[rule]}: among the first five"),
+        Figure(f"macro/{rule}", 0.5, f"{LABELS[rule]}: mean over the classes"),
+        Figure(f"ece/{rule}", 0.0625, f"{LABELS[rule]}: calibration error"),
+    ]
+
+
+def named_without_llm(name: str) -> None:
+    found = [*by_rule("emd", 55), *by_rule("discriminant", 73), *by_rule("namer", 75 + len(name))]
+    write(f"name/{name}/classes/figures.json", [figure.as_json() for figure in found])
+    write(f"name/{name}/classes/namer.json", {"val_loss": 0.5 if name == "mlp" else 0.75})
+
+
 @pytest.fixture
 def params(project: Path) -> Params:
     """The demo's parameters, in a folder with results of every stage but one timing."""
@@ -95,6 +112,7 @@ def params(project: Path) -> Params:
     Image.new("RGBA", (600, 400), (200, 30, 30, 128)).save("picture.png")
     for name in found.run.adapters:
         pretrained(name)
+        named_without_llm(name)
         captioned(f"{name}-captions/captions")
         named(f"{name}-classes/classes", ACCURACY[name])
         for recipe, loss in (("captions", 1.5), ("classes", 2 - ACCURACY[name] / 100)):
@@ -139,13 +157,16 @@ class Page(HTMLParser):
 def test_metrics_are_complete(params: Params) -> None:
     metrics = figures.flat_metrics(read_results(params))
     expected = {"captions/self_attention/captions/scratch_val_loss"}
-    expected |= {f"classes/{key}" for key in ("probe", "chance", "test_images", "classes")}
+    expected |= {f"classes/{key}" for key in ("probe", "chance", "test_images", "classes", "discriminant")}
+    expected |= {f"classes/{measure}/discriminant" for measure in ("top5", "macro", "ece")}
     for name in params.run.adapters:
         expected |= {f"emd/{name}/{key}" for key in (*DISTANCES, "held_out", "parameters")}
         expected |= {f"retrieval/{name}/r1_raw", f"retrieval/{name}/r1_debiased"}
         keys = ("right", "right_pretrained", "right_shuffled", "captioned", "val_loss")
         expected |= {f"captions/{name}/captions/{key}" for key in keys}
         expected |= {f"classes/{name}/classes/{key}" for key in ("acc", "acc_strict", "val_loss")}
+        rules = [f"{key}/{rule}" for key in ("acc", "top5", "macro", "ece") for rule in ("emd", "namer")]
+        expected |= {f"classes/{name}/{key}" for key in (*rules, "val_loss/namer")}
         expected |= {f"pca/{name}/{state}/k80" for state in page.STATES}
     expected |= {f"seconds/{stage}" for stage in stages(params)[1:]}
     assert set(metrics) == expected
@@ -190,8 +211,49 @@ def test_head_of_the_page(params: Params) -> None:
     tiles = page.tiles(results, convergence.collect(params))
     assert [tile.value.replace("\u00a0", " ") for tile in tiles] == ["90 %", "25 %", "20 of 30", "40 %"]
     assert tiles[0].label == "of unseen pictures named, out of 4 names"
-    note = "classes: query; 83 % to 94 % with 95 % confidence, chance 25.0 %, linear probe 90.0 %"
+    note = "classes: query; 83 % to 94 % with 95 % confidence, EMD and discriminant analysis, no LLM 78.0 %"
+    note += ", chance 25.0 %, linear probe 90.0 %, discriminant analysis 73.0 %"
     assert tiles[0].note.replace("\u00a0", " ") == note
+
+
+def test_every_way_of_naming_is_beside_what_it_is_compared_with(params: Params) -> None:
+    write_figures("query-classes/classes", [hits("acc", 90, "accuracy"), *by_rule("ranked", 40)])
+    results = read_results(params)
+    chart = {head: [way.name for way in rows] for head, rows in sections.chart(results, "classes").items()}
+    aided = {"mlp": ["said by the LLM"], "query": ["said by the LLM", "ranked by the LLM"]}
+    for name in ("mlp", "query"):
+        assert chart[name] == ["EMD alone", "EMD and discriminant", *aided[name]]
+    assert list(chart) == [*params.run.adapters, "for comparison"]
+    assert chart["for comparison"] == ["linear probe", "discriminant analysis", "chance"]
+    table = tables.ways_table(results, "classes")
+    rows = {name: [cell.text.replace("\u00a0", " ") for cell in cells] for name, cells in table.rows}
+    assert len(table.head) == 5 and rows["query: EMD and discriminant"] == ["80.0 %", "95.0 %", "50.0 %", "6.2 %"]
+    assert rows["query: ranked by the LLM"][0] == "40.0 %" and rows["discriminant analysis"][:2] == ["73.0 %", "95.0 %"]
+    assert rows["query: said by the LLM"] == ["90.0 %", "–", "–", "–"]
+    text = report(params)
+    assert text.count("likeliest name to the LLM") == 1, "the answers' own table does not say everything again"
+    assert "without\nthe language model mlp, with it (<code>--llm</code>) query" in text
+
+
+def test_ways_of_several_recipes_are_told_apart(params: Params) -> None:
+    chart = sections.chart(read_results(both(params)), "classes")
+    assert [way.name for way in chart["mlp"]][2:] == ["said by the LLM, classes", "said by the LLM, both"]
+
+
+def test_without_stage_name_there_is_less_to_show(params: Params) -> None:
+    shutil.rmtree(BASE / "name")
+    results = read_results(params)
+    assert not [key for key in figures.flat_metrics(results) if "emd" in key.split("/")[1:] or "discriminant" in key]
+    assert [way.name for way in sections.chart(results, "classes")["mlp"]] == ["said by the LLM"]
+    assert "EMD alone" not in report(params) and "terraalign classify" not in report(params)
+
+
+@pytest.mark.parametrize("file", ["figures.json", "namer.json"])
+@pytest.mark.parametrize("content", ["{", "[3]", '{"val_loss": "low"}'])
+def test_broken_names_name_file_and_stage(params: Params, file: str, content: str) -> None:
+    write(f"name/mlp/classes/{file}", content)
+    with pytest.raises(UserError, match=rf"name/mlp/classes/{re.escape(file)}.*dvc repro --force name@mlp"):
+        read_results(params)
 
 
 def test_captions_that_name_a_right_thing_are_told(params: Params) -> None:
@@ -219,6 +281,7 @@ MISSING = [
     ("finetune/query-captions/history.csv", "finetune@query-captions"),
     ("finetune/mlp-classes/metrics.json", "finetune@mlp-classes"),
     ("finetune_scratch/self_attention-captions/metrics.json", "finetune_scratch@self_attention-captions"),
+    ("name/mlp/classes/namer.json", "name@mlp"),
     ("evaluate/mlp-captions/captions/figures.json", "evaluate@mlp-captions"),
     ("evaluate/query-captions/captions/captions.json", "evaluate@query-captions"),
     ("evaluate/query-classes/classes/predictions.csv", "evaluate@query-classes"),
@@ -259,6 +322,7 @@ def test_an_unknown_figure_appears_everywhere(params: Params) -> None:
 
 
 def test_no_figure_is_demanded(params: Params) -> None:
+    shutil.rmtree(BASE / "name")
     for name in params.run.adapters:
         write(f"pretrain/{name}/metrics.json", {"val": 0.5})
         write(f"pretrain/{name}/history.csv", "epoch,step,val\n1,1,0.5\n")
@@ -271,12 +335,15 @@ def test_no_figure_is_demanded(params: Params) -> None:
     assert [tile.label for tile in page.tiles(read_results(params), convergence.collect(params))] == [
         "fine-tuning steps suffice after pre-training"
     ]
-    assert not [key for key in json.loads((BASE / "metrics.json").read_text()) if key.startswith(("classes/", "pca/"))]
+    kept = [key for key in json.loads((BASE / "metrics.json").read_text()) if key.startswith(("classes/", "pca/"))]
+    assert not kept
 
 
 def test_main_figures(params: Params) -> None:
     found = {row[:3]: row[3].replace("\u00a0", " ") for row in figures.main_figures(read_results(params))}
     assert found["accuracy", "classes", "query"] == "90.0 % (82.6 % to 94.5 %)"
+    assert found[LABELS["namer"], "classes", "mlp"] == "78.0 % (68.9 % to 85.0 %)"
+    assert found["discriminant analysis", "classes", ""].startswith("73.0 %")
     assert found["linear probe", "classes", ""] == "90.0 % (80.0 % to 95.0 %)"
     assert found["image gain of pre-training", "captions", "mlp"] == "0.250 EMD (0.250 to 0.250)"
     assert found["validation loss from scratch", "captions", "self_attention"] == "2.500"

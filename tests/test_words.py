@@ -186,7 +186,7 @@ def test_one_class_and_captions_without_words_go_all_the_way(tiny_params: Params
     assert "all pictures are of one class, 'cat': its accuracy says nothing" in said
     assert "classes: 1 test pictures are left out" in said
     of_captions, of_classes = (
-        {figure.key: figure.value for figure in read_figures(Run.of(params), "mlp", data, data)}
+        {figure.key: figure.value for figure in read_figures(Run.of(params).evaluated("mlp", data), data)}
         for data in ("captions", "classes")
     )
     assert (of_classes["probe"], of_classes["chance"], of_classes["classes"]) == (1.0, 1.0, 1)

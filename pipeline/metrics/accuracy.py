@@ -10,7 +10,8 @@ from pipeline.naming.weigh import LLM_RULES
 
 
 class Accuracy(Metric):
-    """acc: the class's name stands in the answer (thesis, 3.7); acc_strict: it is the answer."""
+    """acc: the class's name stands in the answer (thesis, 3.7); macro: its mean over the classes; acc_strict: the name
+    is the answer; and the figures of LLM_RULES where names were ranked."""
 
     tasks = ("classify",)
 
@@ -41,6 +42,7 @@ class Accuracy(Metric):
         ]
         return [
             share_of("acc", rows["correct"], "accuracy"),
+            Figure("macro", float(rows.groupby("label")["correct"].mean().mean()), "accuracy, mean over the classes"),
             share_of("acc_strict", rows["strict"], "accuracy, word for word"),
             share_of("valid_name", rows["predicted"].notna(), "answers that are the name of a class"),
             *ranked,

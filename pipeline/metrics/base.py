@@ -6,6 +6,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pipeline.config.schema import MetricSettings
@@ -45,15 +46,14 @@ class Figure:
         return cls(**values | {"value": float(values["value"]), "interval": ends})
 
 
-def read_figures(run: Run, adapter: str, recipe: str, data: str) -> list[Figure]:
-    """The figures that `evaluate` wrote. Raises UserError naming the file that is missing or is no list of them."""
-    folder = run.evaluated(adapter, recipe)
-    path = require(folder / data / FIGURES)
+def read_figures(made: Path, data: str) -> list[Figure]:
+    """Those of a data set that a stage wrote into its folder. Raises UserError when the file is missing or damaged."""
+    path = require(made / data / FIGURES)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         return [Figure.from_json(figure) for figure in (values if isinstance(values, list) else [values])]
     except (ValueError, TypeError, AttributeError, LookupError) as error:
-        raise UserError(path, f"not what `evaluate` writes ({error})", remedy(folder, force=True)) from None
+        raise UserError(path, f"no list of figures ({error})", remedy(made, force=True)) from None
 
 
 def share_of(key: str, hits: Iterable[bool], label: str, baseline: bool = False) -> Figure:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from pipeline.config import Params
 from pipeline.metrics.base import Figure
 from pipeline.report.results import Outcome, Results
+from pipeline.report.ways import is_detail
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -20,8 +21,8 @@ RETRIEVAL = re.compile(r"r\d+_\w+")  # r1_raw, r5_debiased: of what pre-training
 def flat_metrics(results: Results) -> dict[str, float | None]:
     """The figures of a profile under flat keys, for `dvc metrics diff`; null where a figure is not finite.
 
-    emd/<adapter>/<key>, retrieval/<adapter>/<key>, pca/<adapter>/<state>/k80, <data>/<adapter>/<recipe>/<figure>,
-    <data>/<baseline> and seconds/<stage>.
+    emd/<adapter>/<key>, retrieval/<adapter>/<key>, pca/<adapter>/<state>/k80, <data>/<adapter>/<figure> of names
+    without the LLM, <data>/<adapter>/<recipe>/<figure>, <data>/<baseline> and seconds/<stage>.
     """
     flat: dict[str, float | None] = {}
     for name, found in results.pretrain.items():
@@ -34,7 +35,11 @@ def flat_metrics(results: Results) -> dict[str, float | None]:
         flat |= {f"{at}/{figure.key}": figure.value for figure in outcome.figures if not figure.baseline}
         losses = {"val_loss": outcome.val_loss, "scratch_val_loss": outcome.scratch_val_loss}
         flat |= {f"{at}/{key}": loss for key, loss in losses.items() if loss is not None}
-    for data in results.measured:
+    for named in results.without_llm:
+        at = f"{named.data}/{named.adapter}"
+        flat |= {f"{at}/{figure.key}": figure.value for figure in named.figures if not figure.baseline}
+        flat[f"{at}/val_loss/namer"] = named.val_loss
+    for data in results.params.run.data:
         flat |= {f"{data}/{figure.key}": figure.value for figure in results.baselines(data)}
     flat |= {f"seconds/{stage}": seconds for stage, seconds in results.seconds.items() if seconds is not None}
     return {key: value if value is not None and math.isfinite(value) else None for key, value in flat.items()}
@@ -53,13 +58,14 @@ def terminal_table(results: Results) -> Table:
 
 def main_figures(results: Results) -> Iterator[tuple[str, str, str, str]]:
     """(what, data set, adapter/recipe, value with its interval); an empty text where it is of none."""
-    for data in results.measured:
+    for data in results.params.run.data:
+        yield from _named(results, data)
         outcomes = results.of(data)
         for key, label in labels(outcomes).items():
             for outcome in outcomes:
                 if figure := outcome.figure(key):
                     yield label, data, results.name(outcome), with_interval(figure)
-        for figure in results.baselines(data):
+        for figure in compared(results, data):
             yield figure.label, data, "", with_interval(figure)
         for outcome in outcomes:
             losses = (("", outcome.val_loss), (" from scratch", outcome.scratch_val_loss))
@@ -75,9 +81,23 @@ def main_figures(results: Results) -> Iterator[tuple[str, str, str, str]]:
     yield "time of all stages, added up", "", "", total_time(results)
 
 
+def _named(results: Results, data: str) -> Iterator[tuple[str, str, str, str]]:
+    """The accuracies of names without the LLM, rule by rule."""
+    found = [(one.adapter, figure) for one in results.without_llm_on(data) for figure in one.figures]
+    shown = [(adapter, figure) for adapter, figure in found if not figure.baseline and not is_detail(figure)]
+    for label in dict.fromkeys(figure.label for _, figure in shown):
+        yield from ((label, data, adapter, with_interval(f)) for adapter, f in shown if f.label == label)
+
+
+def compared(results: Results, data: str) -> list[Figure]:
+    """What the adapters on a data set are compared with."""
+    return [figure for figure in results.baselines(data) if not is_detail(figure)]
+
+
 def labels(outcomes: list[Outcome]) -> dict[str, str]:
-    """The figures of some outcomes that are no baselines: key and label, in the order in which they were measured."""
-    return {figure.key: figure.label for outcome in outcomes for figure in outcome.figures if not figure.baseline}
+    """The figures of some outcomes that are no baselines or details: key and label, in the order of measuring."""
+    figures = [figure for outcome in outcomes for figure in outcome.figures]
+    return {figure.key: figure.label for figure in figures if not figure.baseline and not is_detail(figure)}
 
 
 def measure(params: Params) -> str:

@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pipeline.metrics.base import Figure
 from pipeline.report import convergence
-from pipeline.report.figures import duration, flat_metrics, interval, measure, percent, total_time, written
+from pipeline.report.figures import compared, duration, flat_metrics, interval, measure, percent, total_time, written
 from pipeline.report.results import Results
 from pipeline.report.sections import sections
 from pipeline.report.tables import candidates_of, finetuning_table, pretraining_table
@@ -124,9 +124,15 @@ def _naming_tile(results: Results, data: str) -> Tile | None:
         return None
     label = "of unseen pictures named" + (f", out of {written(classes)} names" if classes else "")
     spread = "" if accuracy.interval is None else "; {} to {} with 95 % confidence".format(*_rough(accuracy))
-    baselines = [figure for figure in results.baselines(data) if figure.kind == "share"]
-    compared = "".join(f", {figure.label} {written(figure)}" for figure in baselines)
-    return Tile(percent(accuracy.value, 0), label, f"{data}: {results.name(best)}{spread}{compared}")
+    baselines = [figure for figure in compared(results, data) if figure.kind == "share"]
+    others = "".join(f", {figure.label} {written(figure)}" for figure in [*_unaided(results, data), *baselines])
+    return Tile(percent(accuracy.value, 0), label, f"{data}: {results.name(best)}{spread}{others}")
+
+
+def _unaided(results: Results, data: str) -> list[Figure]:
+    """The accuracy of the namer without the LLM that answers."""
+    best = results.best_without_llm(data)
+    return [figure for figure in best.figures if figure.key == "acc/namer"] if best else []
 
 
 def _rough(figure: Figure) -> list[str]:

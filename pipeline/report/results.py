@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import Params
 from pipeline.errors import UserError
-from pipeline.metrics.base import Figure, read_figures
+from pipeline.metrics.base import FIGURES, Figure, read_figures
 from pipeline.runs import Run, remedy, require, stages
 
 
@@ -31,12 +31,23 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class WithoutLLM:
+    """What a pre-trained adapter came to on a data set of classes without the LLM."""
+
+    data: str
+    adapter: str
+    figures: list[Figure]
+    val_loss: float  # minus the mean log-probability of the right names by the rule `namer`
+
+
+@dataclass(frozen=True)
 class Results:
     """All results of a profile; those of fine-tuning by data set, adapter and recipe."""
 
     params: Params
     pretrain: dict[str, dict[str, Any]]  # by adapter
     pca: dict[str, dict[str, dict[str, Any]]]  # by adapter and state
+    without_llm: list[WithoutLLM]
     outcomes: list[Outcome]
     seconds: dict[str, float | None]  # None: the stage was restored from DVC's cache and never ran here
 
@@ -55,12 +66,15 @@ class Results:
 
     def best(self, data: str) -> Outcome:
         """The outcome with the lowest validation loss: the test part has no say in the choice."""
+        return min(self.of(data), key=_loss)
 
-        def loss(outcome: Outcome) -> float:
-            found = outcome.val_loss
-            return found if found is not None and math.isfinite(found) else math.inf
+    def best_without_llm(self, data: str) -> WithoutLLM | None:
+        """The one with the lowest validation loss, by which `terraalign classify` answers."""
+        return min(self.without_llm_on(data), key=_loss, default=None)
 
-        return min(self.of(data), key=loss)
+    def without_llm_on(self, data: str) -> list[WithoutLLM]:
+        """What was measured on one data set without the LLM."""
+        return [found for found in self.without_llm if found.data == data]
 
     def name(self, outcome: Outcome) -> str:
         """What tells an outcome from the others on its data set: the adapter, and the recipe where there are more."""
@@ -70,9 +84,15 @@ class Results:
     def baselines(self, data: str) -> list[Figure]:
         """The figures of a data set that are the same for every adapter and recipe."""
         found: dict[str, Figure] = {}
-        for figure in (figure for outcome in self.of(data) for figure in outcome.figures if figure.baseline):
+        measured: list[Outcome | WithoutLLM] = [*self.of(data), *self.without_llm_on(data)]
+        for figure in (figure for one in measured for figure in one.figures if figure.baseline):
             found.setdefault(figure.key, figure)
         return list(found.values())
+
+
+def _loss(found: Outcome | WithoutLLM) -> float:
+    """Its validation loss; one that is no number is the worst."""
+    return found.val_loss if found.val_loss is not None and math.isfinite(found.val_loss) else math.inf
 
 
 def read_results(params: Params) -> Results:
@@ -88,6 +108,7 @@ def read_results(params: Params) -> Results:
         params,
         {adapter: _metrics(run.pretrained(adapter)) for adapter in params.run.adapters},
         {adapter: _metrics(run.pca(adapter)) for adapter in params.run.adapters},
+        [found for data in params.run.data for adapter in params.run.adapters for found in _named(run, data, adapter)],
         outcomes,
         {stage: _seconds(run.seconds(stage)) for stage in stages(params)},
     )
@@ -105,10 +126,34 @@ def _outcomes(params: Params, adapter: str, recipe: str) -> list[Outcome]:
 
     return [
         Outcome(
-            data, adapter, recipe, read_figures(run, adapter, recipe, data), of(losses, data), of(scratch, data)
+            data, adapter, recipe, read_figures(run.evaluated(adapter, recipe), data), of(losses, data),
+            of(scratch, data),
         )
         for data in sets
     ]  # fmt: skip
+
+
+def _named(run: Run, data: str, adapter: str) -> list[WithoutLLM]:
+    """What stage `name` measured; nothing where it did not: a data set without classes has no names."""
+    folder = run.named(adapter)
+    if not (folder / data / FIGURES).exists():
+        return []
+    figures = [_of_data_alone(figure) for figure in read_figures(folder, data)]
+    path = require(folder / data / "namer.json")
+    try:
+        loss = float(json.loads(path.read_text(encoding="utf-8"))["val_loss"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(path, f"not what `name` writes ({error!r})", remedy(folder, force=True)) from None
+    return [WithoutLLM(data, adapter, figures, loss)]
+
+
+def _of_data_alone(figure: Figure) -> Figure:
+    """Discriminant analysis sees the encoder's tokens: it gets the same whatever the adapter, and is a baseline."""
+    if not figure.key.endswith("/discriminant"):
+        return figure
+    if figure.key == "acc/discriminant":
+        return replace(figure, key="discriminant", label="discriminant analysis", baseline=True)
+    return replace(figure, baseline=True)
 
 
 def _metrics(folder: Path) -> dict[str, Any]:

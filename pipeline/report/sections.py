@@ -13,11 +13,11 @@ import pandas as pd
 
 from pipeline.config import components
 from pipeline.media.pictures import decode, read
-from pipeline.metrics.base import Figure
 from pipeline.metrics.things import Things
-from pipeline.report.figures import with_interval
+from pipeline.report.figures import compared, with_interval
 from pipeline.report.results import Outcome, Results
-from pipeline.report.tables import Table, figures_table
+from pipeline.report.tables import Table, figures_table, ways_table
+from pipeline.report.ways import Way, ways
 from pipeline.tasks.base import Task
 from pipeline.tasks.captioning import Captioning
 from pipeline.tasks.naming import Naming, confusions
@@ -47,15 +47,6 @@ class Section:
     table: Table
     baselines: list[str]
     body: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Bar:
-    """A row of the accuracy chart."""
-
-    name: str
-    figure: Figure
-    kind: str = "adapter"
 
 
 @dataclass(frozen=True)
@@ -103,7 +94,7 @@ def _section(results: Results, data: str) -> Section:
         results.name(best),
         [Tab(key_of(outcome), results.name(outcome), outcome is best) for outcome in results.of(data)],
         figures_table(results, data),
-        [f"{figure.label} {with_interval(figure)}" for figure in results.baselines(data)],
+        [f"{figure.label} {with_interval(figure)}" for figure in compared(results, data)],
         body(results, data),
     )
 
@@ -161,25 +152,27 @@ def _naming(results: Results, data: str) -> dict[str, Any]:
     """Accuracies as bars, and answers of the best."""
     best = results.best(data)
     rows = answers_of(results, best)
-    counts = {figure.key: figure for figure in results.baselines(data) if figure.kind == "count"}
+    lines = {figure.key: figure for figure in results.baselines(data)}
+    counts = {key: figure for key, figure in lines.items() if figure.kind == "count"}
     return {
-        "bars": accuracy_bars(results, data),
+        "chart": chart(results, data),
+        "ways": ways_table(results, data),
+        "unaided": unaided.adapter if (unaided := results.best_without_llm(data)) else None,
         "images": int(counts["test_images"].value) if "test_images" in counts else None,
         "classes": int(counts["classes"].value) if "classes" in counts else None,
-        "probe": best.figure("probe") is not None,
+        "classifiers": [lines[key].label for key in ("probe", "discriminant") if key in lines],
         "right": _examples(rows[rows["correct"]]),
         "wrong": _examples(rows[~rows["correct"]]),
         "confused": _confused(rows),
     }
 
 
-def accuracy_bars(results: Results, data: str) -> list[Bar]:
-    """Adapters, then what they are compared with, highest first; none where accuracy was not measured."""
-    found = [(outcome, outcome.figure("acc")) for outcome in results.of(data)]
-    bars = [Bar(results.name(outcome), figure) for outcome, figure in found if figure]
-    baselines = [figure for figure in results.baselines(data) if figure.kind == "share"]
-    lines = [Bar(figure.label, figure, "baseline") for figure in sorted(baselines, key=lambda figure: -figure.value)]
-    return [*bars, *lines] if bars else []
+def chart(results: Results, data: str) -> dict[str, list[Way]]:
+    """The rows of the accuracy chart below the heads of their groups; none where no accuracy was measured."""
+    groups: dict[str, list[Way]] = {}
+    for way in ways(results, data):
+        groups.setdefault(way.adapter or "for comparison", []).append(way)
+    return groups
 
 
 def _examples(rows: pd.DataFrame) -> list[Example]:

@@ -10,6 +10,7 @@ import pandas as pd
 from pipeline.report import convergence
 from pipeline.report.figures import interval, labels, percent, written
 from pipeline.report.results import Results
+from pipeline.report.ways import MEASURES, ways
 
 
 @dataclass(frozen=True)
@@ -32,15 +33,15 @@ class Table:
     rows: list[tuple[str, list[Cell]]]
 
     @classmethod
-    def of(cls, headings: dict[str, str], rows: dict[str, dict[str, Cell]]) -> Table:
+    def of(cls, headings: dict[str, str], rows: dict[str, dict[str, Cell]], first: str = "adapter") -> Table:
         """From rows of cells by the keys of `headings`; a column that no row has is left out."""
         keys = [key for key in headings if any(key in cells for cells in rows.values())]
         cells = [(name, [row.get(key, ABSENT) for key in keys]) for name, row in rows.items()]
-        return cls(["adapter", *(headings[key] for key in keys)], cells)
+        return cls([first, *(headings[key] for key in keys)], cells)
 
 
 def figures_table(results: Results, data: str) -> Table:
-    """All that was measured on one data set, baselines apart."""
+    """All that was measured on one data set, apart from baselines and details of the ways of naming."""
     outcomes = results.of(data)
     rows = {}
     for outcome in outcomes:
@@ -49,6 +50,17 @@ def figures_table(results: Results, data: str) -> Table:
         loss = {} if outcome.val_loss is None else {"val_loss": Cell(f"{outcome.val_loss:.3f}")}
         rows[results.name(outcome)] = cells | loss
     return Table.of(labels(outcomes) | {"val_loss": "validation loss"}, rows)
+
+
+def ways_table(results: Results, data: str) -> Table:
+    """What every way of naming came to."""
+    rows = {
+        f"{way.adapter}: {way.name}" if way.adapter else way.name: {
+            measure: Cell(written(figure), interval(figure)) for measure, figure in way.figures.items()
+        }
+        for way in ways(results, data)
+    }
+    return Table.of(MEASURES, rows, "way of naming")
 
 
 FINETUNING = {"steps": "steps", "emd": "final loss\npre-trained", "scratch": "final loss\nfrom scratch"}

@@ -1,0 +1,76 @@
+"""The ways of naming pictures side by side: who named how, and what it came to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeline.metrics.base import Figure
+from pipeline.report.results import Results
+
+# What a rule is called, by what stands behind the measure in the key of a figure (acc/emd).
+WITHOUT_LLM = {"emd": "EMD alone", "namer": "EMD and discriminant"}
+WITH_LLM = {
+    "": "said by the LLM",
+    "ranked": "ranked by the LLM",
+    "calibrated": "ranked, calibrated",
+    "combined": "LLM and EMD together",
+}
+MEASURES = {
+    "acc": "accuracy",
+    "top5": "among the\nfirst five",
+    "macro": "mean over\nthe classes",
+    "ece": "calibration\nerror",
+}
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way of naming: whose (an adapter's, or nobody's), how, and its figures by MEASURES."""
+
+    adapter: str
+    name: str
+    kind: str  # how its bar looks
+    figures: dict[str, Figure]
+
+
+def is_detail(figure: Figure) -> bool:
+    """Whether a figure says more of a way than its accuracy: such ones stand in one table of their own."""
+    measure, _, rule = figure.key.partition("/")
+    rules = {*WITHOUT_LLM, *WITH_LLM, "discriminant"} - {""}
+    return measure in MEASURES and measure != "acc" and rule in rules
+
+
+def ways(results: Results, data: str) -> list[Way]:
+    """Every way that was measured on a data set, adapter by adapter; then what they are compared with, best first."""
+    found = [way for adapter in results.params.run.adapters for way in _of_adapter(results, data, adapter)]
+    lines = {figure.key: figure for figure in results.baselines(data)}
+    shares = [figure for figure in lines.values() if figure.kind == "share" and not is_detail(figure)]
+    for figure in sorted(shares, key=lambda figure: -figure.value):
+        more = {measure: lines[key] for measure in MEASURES if (key := f"{measure}/{figure.key}") in lines}
+        found.append(Way("", figure.label, "baseline", {"acc": figure, **more}))
+    return found if any(way.adapter for way in found) else []
+
+
+def _of_adapter(results: Results, data: str, adapter: str) -> list[Way]:
+    measured = [
+        ("unaided", WITHOUT_LLM, one.figures, "") for one in results.without_llm_on(data) if one.adapter == adapter
+    ]
+    outcomes = results.of(data)
+    several = len({outcome.recipe for outcome in outcomes}) > 1
+    measured += [
+        ("adapter", WITH_LLM, one.figures, f", {one.recipe}" if several else "")
+        for one in outcomes
+        if one.adapter == adapter
+    ]
+    return [
+        Way(adapter, name + recipe, kind, found)
+        for kind, rules, figures, recipe in measured
+        for rule, name in rules.items()
+        if "acc" in (found := _of_rule(figures, rule))
+    ]
+
+
+def _of_rule(figures: list[Figure], rule: str) -> dict[str, Figure]:
+    """The figures of one rule by MEASURES."""
+    keys = {f"{measure}/{rule}" if rule else measure: measure for measure in MEASURES}
+    return {keys[figure.key]: figure for figure in figures if figure.key in keys}
