@@ -178,6 +178,7 @@ def test_things_are_the_pictures_own():
         ("A dog and a dog.", True),
         ("The dog sees a dog", True),
         ("a dog dog", True),
+        ("a dog and a red dog", True),
         ("a picture of a picture of a picture", True),
         ("a dog and a hot dog", False),
         ("A red apple and a green apple.", False),
@@ -187,7 +188,7 @@ def test_things_are_the_pictures_own():
     ],
 )
 def test_captions_that_repeat_themselves(text, repeats):
-    captions = [["a dog"], ["an apple"], ["a hot dog"], *([f"a {letter * 3}"] for letter in "bcdefghijklmnopqrstu")]
+    captions = [["a dog"], ["an apple"], ["a hot dog"], *([f"a red {letter * 3}"] for letter in "bcdefghijklmnopqrstu")]
     assert Things(captions).repeats(text) is repeats
 
 

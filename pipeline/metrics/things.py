@@ -84,15 +84,16 @@ class Things:
         return Judged(len(said & here), len(said - some), len(here - said), self.repeats(text))
 
     def repeats(self, text: str) -> bool:
-        """Whether a caption says the same thing twice, described alike, or the same RUN words twice.
+        """Whether a caption says the same thing twice, unless described otherwise, or the same RUN words twice.
 
-        "A dog and a dog" does; "a dog and a hot dog" and "a red apple and a green apple" do not.
+        "A dog and a dog", "a dog and a brown dog" do; "a dog and a hot dog", "a red apple and a green apple" do not.
         """
         said = ["a" if word in ("an", "the") else word for word in spoken(text)]
         named = [pair for pair in zip(["a", *said], said, strict=False) if pair[1] in self._all]
         runs = [tuple(said[i : i + RUN]) for i in range(len(said) - RUN + 1)]
-        doubled = any(before == word for before, word in named)
-        return doubled or len(set(named)) < len(named) or len(set(runs)) < len(runs)
+        plain = {word for before, word in named if before == "a"}
+        same = [before == word or (before in self._common - {"a"} and word in plain) for before, word in named]
+        return any(same) or len(set(named)) < len(named) or len(set(runs)) < len(runs)
 
 
 def spoken(text: str) -> Iterator[str]:
