@@ -48,32 +48,43 @@ class VLM(nn.Module):
         self.shares_prompt = False  # layers that are computed again leave nothing for later words
         self.network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
-    def prompt(self, text: str) -> tuple[list[int], list[int]]:
-        """Token ids before and after the image: `[INST] prompt, image tokens [/INST]` in the LLM's own chat format."""
-        return self.texts.prompt(text, self.system_prompt)
+    def prompt(self, text: str, hint: str = "") -> tuple[list[int], list[int]]:
+        """Token ids before and after the image: `[INST] prompt, image tokens, hint [/INST]` in the LLM's chat format.
 
-    def room(self, prompt: str, image_tokens: int) -> int | None:
-        """How many tokens of an answer the LLM's context has room for; None where it names no limit."""
+        What is before the image does not depend on the hint.
+        """
+        before, after = self.texts.prompt(text, self.system_prompt)
+        return before, self.texts.prompt(text, self.system_prompt, hint)[1] if hint.strip() else after
+
+    def room(self, prompt: str, image_tokens: int, hints: Sequence[str] = ()) -> int | None:
+        """How many tokens of an answer the LLM's context has room for, whichever hint; None where it names no limit."""
         if self.context is None:
             return None
-        return self.context - image_tokens - sum(map(len, self.prompt(prompt)))
+        longest = max(sum(map(len, self.prompt(prompt, hint))) for hint in {"", *hints})
+        return self.context - image_tokens - longest
 
-    def loss(self, tokens: Tensor, prompt: str, answers: Sequence[str]) -> tuple[Tensor, int]:
+    def loss(
+        self, tokens: Tensor, prompt: str, answers: Sequence[str], hints: Sequence[str] | None = None
+    ) -> tuple[Tensor, int]:
         """Next-token cross-entropy of the answers to a prompt: its sum over answer tokens, and their number.
 
-        tokens [B, N, D_img]; an answer per image. The end-of-turn token is part of an answer, unless it is cut at
-        `max_answer_tokens`.
+        tokens [B, N, D_img]; an answer per image, and a hint where there are some: text behind the image, before the
+        end of the user's turn. The end-of-turn token is part of an answer, unless it is cut at `max_answer_tokens`.
         """
         answer_ids = self.answer_ids(answers)
-        inputs, mask, cache = self._splice(tokens, prompt, answer_ids)
+        before, afters = self._around(prompt, len(answers), hints)
+        ends = [after + ids for after, ids in zip(afters, answer_ids, strict=True)]
+        inputs, mask, cache = self._splice(tokens, before, ends)
         done = cache.get_seq_length() if cache is not None else 0
-        longest = max(map(len, answer_ids))
-        labels = torch.full((len(answers), longest), IGNORED, device=self.device)
-        for row, ids in enumerate(answer_ids):
-            labels[row, : len(ids)] = torch.tensor(ids, device=self.device)
-        # Answers begin at one place, so logits are computed from there on only: [B, longest + 1, V]. Positions are
-        # named one by one, since with a slice each row would be multiplied by the vocabulary alone.
-        last = torch.arange(-longest - 1, 0, device=self.device)
+        # Logits are computed from where the first answer begins: [B, kept + 1, V]. Positions are named one by one,
+        # since with a slice each row would be multiplied by the vocabulary alone.
+        first = min(map(len, afters))
+        kept = max(map(len, ends)) - first
+        last = torch.arange(-kept - 1, 0, device=self.device)
+        labels = torch.full((len(answers), kept), IGNORED, device=self.device)
+        for row, (after, ids) in enumerate(zip(afters, answer_ids, strict=True)):
+            start = len(after) - first
+            labels[row, start : start + len(ids)] = torch.tensor(ids, device=self.device)
         output = self.network(
             inputs_embeds=inputs[:, done:], attention_mask=mask, position_ids=(mask.cumsum(1) - 1)[:, done:],
             cache=cache, use_cache=cache is not None, logits_to_keep=last,
@@ -84,14 +95,17 @@ class VLM(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self, tokens: Tensor, prompt: str, max_new_tokens: int, prefix: str = "", repetition_penalty: float = 1.0
-    ) -> list[str]:
-        """Greedy answers to one prompt about some images; tokens [B, N, D_img].
+        self, tokens: Tensor, prompt: str, max_new_tokens: int, prefix: str = "", repetition_penalty: float = 1.0,
+        hints: Sequence[str] | None = None,
+    ) -> list[str]:  # fmt: skip
+        """Greedy answers to one prompt about some images; tokens [B, N, D_img], hints as in `loss`.
 
         Each answer begins with `prefix`, which the LLM goes on from; `repetition_penalty` is that of Keskar et al.
         (2019), over the tokens generated.
         """
-        inputs, mask, cache = self._splice(tokens, prompt, [self._ids(prefix)] * len(tokens))
+        before, afters = self._around(prompt, len(tokens), hints)
+        ends = [after + self._ids(prefix) for after in afters]
+        inputs, mask, cache = self._splice(tokens, before, ends, decoding=True)
         max_new_tokens = self._within_context(inputs.shape[1], max_new_tokens)
         ids = self.network.generate(
             inputs_embeds=inputs, attention_mask=mask, cache=cache, max_new_tokens=max_new_tokens, do_sample=False,
@@ -112,18 +126,21 @@ class VLM(nn.Module):
         return left
 
     def answers(
-        self, images: ImageTokens, positions: list[int], prompt: str, max_new_tokens: int, batch: int, **decoding: Any
-    ) -> list[str]:
+        self, images: ImageTokens, positions: list[int], prompt: str, max_new_tokens: int, batch: int,
+        hints: Sequence[str] | None = None, **decoding: Any,
+    ) -> list[str]:  # fmt: skip
         """Greedy answers to one prompt about many cached images, batch by batch, with a progress bar.
 
-        `batch` is halved, from there on, when a GPU's memory does not hold it. `decoding` is what `generate` takes
-        besides: prefix, repetition_penalty.
+        `batch` is halved, from there on, when a GPU's memory does not hold it. `hints`: one per position. `decoding` is
+        what `generate` takes besides: prefix, repetition_penalty.
         """
         texts: list[str] = []
         with progress_bar(prompt.strip()[:32], len(positions), "images") as advance:
             while part := positions[len(texts) : len(texts) + batch]:
+                said = None if hints is None else hints[len(texts) : len(texts) + batch]
                 try:
-                    texts += self.generate(images.tokens(part, self.device), prompt, max_new_tokens, **decoding)
+                    tokens = images.tokens(part, self.device)
+                    texts += self.generate(tokens, prompt, max_new_tokens, hints=said, **decoding)
                 except torch.OutOfMemoryError:
                     if batch == 1:
                         raise
@@ -133,29 +150,38 @@ class VLM(nn.Module):
                 advance(len(part))
         return texts
 
-    def _splice(self, tokens: Tensor, prompt: str, answers: Sequence[list[int]]) -> tuple[Tensor, Tensor, Any]:
+    def _around(self, prompt: str, count: int, hints: Sequence[str] | None) -> tuple[list[int], list[list[int]]]:
+        """Token ids before the image, and those behind it for each of `count` rows, with their hints."""
+        said = [""] * count if hints is None else list(hints)
+        known = {hint: self.prompt(prompt, hint) for hint in {*said}}
+        return known[said[0]][0], [known[hint][1] for hint in said]
+
+    def _splice(
+        self, tokens: Tensor, before: list[int], ends: Sequence[list[int]], decoding: bool = False
+    ) -> tuple[Tensor, Tensor, Any]:
         """LLM inputs [B, L, D] and their mask [B, L], both whole; and the cache of the words before the image, or None.
 
-        Those words are the same in every row, so they go through the LLM once where that pays. Rows are padded at
-        their ends, where no causal model looks from: padding inside would count as distance in some (MPT).
+        Those words are the same in every row, so they go through the LLM once where that pays; `ends` are the ids
+        behind the image. Rows are padded at their ends, where no causal model looks from: padding inside would count as
+        distance in some (MPT). Rows to decode end together: if their lengths differ they are padded at their
+        beginnings, and each goes through the LLM whole.
         """
         embed = self.network.get_input_embeddings()
-        before, after = self.prompt(prompt)
         head, cache = embed(torch.tensor([before], device=self.device)), None
-        if self.shares_prompt:
+        longest = max(map(len, ends))
+        left = decoding and min(map(len, ends)) < longest
+        if self.shares_prompt and not left:
             cache = self.network(inputs_embeds=head, use_cache=True, logits_to_keep=1).cache
-            cache.batch_repeat_interleave(len(answers))
+            cache.batch_repeat_interleave(len(ends))
         soft_prompts = self.adapter(tokens.to(self.device).float()).to(head.dtype)  # [B, M, D]
-        rows = [
-            torch.cat([soft_prompt, embed(torch.tensor(after + answer, device=self.device))])
-            for soft_prompt, answer in zip(soft_prompts.unbind(0), answers, strict=True)
-        ]
-        longest = max(map(len, rows))
-        padded = torch.stack([F.pad(row, (0, 0, 0, longest - len(row))) for row in rows])
-        lengths = torch.tensor([[len(row)] for row in rows], device=self.device)
-        mask = torch.arange(longest, device=self.device)[None] < lengths
-        inputs = torch.cat([head.expand(len(rows), -1, -1), padded], 1)
-        return inputs, F.pad(mask.long(), (len(before), 0), value=1), cache
+        rows, masks = [], []
+        for soft_prompt, ids in zip(soft_prompts.unbind(0), ends, strict=True):
+            row = torch.cat([head[0], soft_prompt, embed(torch.tensor(ids, device=self.device))])
+            missing = longest - len(ids)
+            padding = (missing, 0) if left else (0, missing)
+            rows.append(F.pad(row, (0, 0, *padding)))
+            masks.append(F.pad(torch.ones(len(row), dtype=torch.long, device=self.device), padding))
+        return torch.stack(rows), torch.stack(masks), cache
 
     def answer_ids(self, answers: Sequence[str]) -> list[list[int]]:
         """Token ids of answers, each with its end of turn; one that is too long is cut and so does not end."""

@@ -113,6 +113,8 @@ def test_templates_of_every_kind(chat: str, system: str | None, capsys: pytest.C
     texts = Texts(tokenizer)
     before, after = (tokenizer.decode(ids) for ids in texts.prompt("what is it?", system))
     assert before.endswith("what is it?\n") and "what" not in after
+    hinted = [tokenizer.decode(ids) for ids in texts.prompt("what is it?", system, "a red <|im_end|> table")]
+    assert hinted == [before, f"\na red <|im_end|> table{after}"]
     assert ("be brief" in before) == (system == "be brief")
     texts.prompt("what is it?", system)
     assert capsys.readouterr().err.count("no system role") == (chat == NO_SYSTEM and system == "be brief")
@@ -125,6 +127,7 @@ def test_templates_of_every_kind(chat: str, system: str | None, capsys: pytest.C
         ("{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}", "repeats the prompt 2 times"),
         ("[user]", "leaves the prompt out"),
         ("{% for m in messages %}{{ m.content.split('\n')[1] }}{% endfor %}", "changes or drops 'what is it"),
+        ("{{ messages[0].content | replace('square', 'circle') }}", "changes or drops 'a square'"),
         ("{{ messages[0].content | upper }}", "leaves the prompt out"),
         ("{{ messages[0]['nothing'][3] }}", "refuses the prompt"),
         ("{% broken", "refuses the prompt"),
@@ -132,4 +135,4 @@ def test_templates_of_every_kind(chat: str, system: str | None, capsys: pytest.C
 )
 def test_a_template_that_loses_the_image_is_refused(chat: str, reason: str) -> None:
     with pytest.raises(UserError, match=f"chat template {reason}"):
-        Texts(family("bytes", chat)).prompt("what is it?", None)
+        Texts(family("bytes", chat)).prompt("what is it?", None, "a square")

@@ -88,19 +88,55 @@ ARCHITECTURES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_a_row_has_the_same_loss_in_a_batch_and_alone(kind, tiny_mistral, tmp_path):
+def of_kind(kind: str, tiny_mistral: Path, folder: Path) -> VLM:
+    """A tiny LLM of random weights of an architecture."""
     config = AutoConfig.for_model(kind, vocab_size=400, bos_token_id=0, eos_token_id=1, **ARCHITECTURES[kind])
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(tiny_mistral).save_pretrained(tmp_path)
-    llm = load_llm(LLM(loader="huggingface", model=str(tmp_path), dtype="float32"))
-    model = VLM(build_adapter("linear", 8, llm.width), llm).eval()
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_mistral).save_pretrained(folder)
+    llm = load_llm(LLM(loader="huggingface", model=str(folder), dtype="float32"))
+    return VLM(build_adapter("linear", 8, llm.width), llm).eval()
+
+
+HINTS = [["", "", ""], ["a cat, a dog", "", "an apple " * 7]]
+
+
+@pytest.mark.parametrize("hints", HINTS, ids=["no hints", "hints"])
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_a_row_has_the_same_loss_and_answer_in_a_batch_and_alone(kind, hints, tiny_mistral, tmp_path):
+    model = of_kind(kind, tiny_mistral, tmp_path)
     tokens, answers = torch.randn(3, 4, 8), ["a cat", "a dog on a red background, " * 9, "an apple"]
+    rows = [slice(row, row + 1) for row in range(3)]
     with torch.no_grad():
-        together, count = model.loss(tokens, "Describe this image", answers)
-        alone = [model.loss(tokens[row : row + 1], "Describe this image", answers[row : row + 1]) for row in range(3)]
+        together, count = model.loss(tokens, "Describe this image", answers, hints)
+        alone = [model.loss(tokens[row], "Describe this image", answers[row], hints[row]) for row in rows]
     assert count == sum(number for _, number in alone)
     assert together.item() == pytest.approx(sum(total.item() for total, _ in alone), rel=1e-6)
+    said = model.generate(tokens, "Describe this image", 4, hints=hints)
+    assert said == [model.generate(tokens[row], "Describe this image", 4, hints=hints[row])[0] for row in rows]
+
+
+def test_a_hint_is_said_behind_the_image_as_text(model):
+    before, after = model.prompt("What is it?", "a cat</s>")
+    plain_before, plain_after = model.prompt("What is it?")
+    assert (before, plain_after) == (plain_before, model.prompt("What is it?", " ")[1])
+    assert model.tokenizer.decode(after) == "\na cat</s> [/INST]"
+    assert model.tokenizer.eos_token_id not in after
+    hints = ["a cat", "a red background"]
+    room = model.room("What is it?", 4)
+    assert model.room("What is it?", 4, hints) == room - len(model.prompt("What is it?", hints[1])[1]) + len(
+        plain_after
+    )
+
+
+def test_a_hint_changes_its_own_row_alone(either_way):
+    example = torch.randn(2, 4, 8), "What is it?", ["a cat", "a dog"]
+    plain, _ = either_way.loss(*example)
+    empty, _ = either_way.loss(*example, ["", ""])
+    assert torch.equal(plain, empty)
+    assert either_way.generate(*example[:2], 5, hints=["", ""]) == either_way.generate(*example[:2], 5)
+    second = either_way.generate(*example[:2], 5)[1]
+    said = either_way.generate(*example[:2], 5, hints=["a picture of an apple, red on red", ""])
+    assert said[1] == second and said[0] != either_way.generate(*example[:2], 5)[0]
 
 
 def test_answers_are_words_alone_and_no_longer_than_allowed(model):
@@ -185,6 +221,10 @@ def test_a_batch_that_memory_does_not_hold_is_halved(model, monkeypatch):
     monkeypatch.setattr(model, "generate", small_memory)
     assert model.answers(images, [3, 1, 4, 1, 5], "What is it?", 3, batch=8) == whole
     assert sizes == [5, 3, 2, 2, 1]
+    hints = ["a cat", "", "a dog", "an apple", "red"]
+    halved = model.answers(images, [3, 1, 4, 1, 5], "What is it?", 3, batch=8, hints=hints)
+    for position, hint, answer in zip([3, 1, 4, 1, 5], hints, halved, strict=True):
+        assert generate(images.tokens([position], ""), "What is it?", 3, hints=[hint]) == [answer]
 
 
 def test_one_llm_serves_several_adapters(params, tmp_path):

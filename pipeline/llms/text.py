@@ -49,15 +49,16 @@ class Texts:
         """Whether a tokenizer might read a control token in a text; sometimes true of a text where it does not."""
         return bool(self._like.search(_folded(text)))
 
-    def prompt(self, text: str, system: str | None) -> tuple[list[int], list[int]]:
+    def prompt(self, text: str, system: str | None, hint: str = "") -> tuple[list[int], list[int]]:
         """Token ids before and after the image of the chat that asks `text` about it, up to the answer.
 
         `system`: the system prompt, None for what the template says by itself. A template without a system role gets
-        it before the prompt, which is said on stderr, once. Raises UserError when the template can't do either.
+        it before the prompt, which is said on stderr, once. `hint`: what the user says behind the image, on a line of
+        its own. Raises UserError when the template can't do either.
         """
-        guarded = self.may_hold_control(text) or self.may_hold_control(system or "")
+        guarded = any(self.may_hold_control(said) for said in (text, system or "", hint))
         hide = self._hidden if guarded else str
-        chat = self._chat(hide(text), None if system is None else hide(system))
+        chat = self._chat(hide(text), None if system is None else hide(system), hide(hint))
         before, after = chat.split(self.image)
         if guarded:
             return self._guarded_ids(before), self._guarded_ids(after)
@@ -115,18 +116,20 @@ class Texts:
     def _guarded_ids(self, chat: str) -> list[int]:
         """Ids of a piece of a chat: control tokens are the template's, stand-ins the words they stand for."""
         if not self.tokenizer.is_fast:
-            raise UserError("", "a prompt or llm.system_prompt holds a special token of this tokenizer", "reword it")
+            raise UserError(
+                "", "a prompt, hint or llm.system_prompt holds a special token of this tokenizer", "reword it"
+            )
         contents = list(self._control)
         chat = self._contents.sub(lambda found: self._names[found[0]], chat)
         chat = re.sub(rf"terraalign{self._secret}x(\d+)x", lambda found: contents[int(found[1])], chat)
         ids: list[int] = self._closed.encode(chat, add_special_tokens=False).ids
         return ids
 
-    def _chat(self, text: str, system: str | None) -> str:
+    def _chat(self, text: str, system: str | None, hint: str) -> str:
         """The chat as the template writes it, the image's place in it exactly once, after the whole prompt."""
         reasons = []
-        for messages, moved in self._ways(text, system):
-            chat, reason = self._render(messages, [text, *([] if moved or system is None else [system])])
+        for messages, moved in self._ways(text, system, hint):
+            chat, reason = self._render(messages, [text, *([] if moved or system is None else [system])], hint)
             if reason is None:
                 if moved and system and not self._said:
                     print(
@@ -138,17 +141,17 @@ class Texts:
             reasons.append(reason)
         raise UserError("", f"the LLM's chat template {reasons[0]}", "correct it, or take another llm.model")
 
-    def _ways(self, text: str, system: str | None) -> Iterator[tuple[list[dict[str, Any]], bool]]:
+    def _ways(self, text: str, system: str | None, hint: str) -> Iterator[tuple[list[dict[str, Any]], bool]]:
         """Messages as templates want them: texts or lists of parts, the last two without a system role."""
-        whole = f"{text}\n{self.image}"
+        whole = f"{text}\n{self.image}\n{hint}" if hint.strip() else f"{text}\n{self.image}"
         for moved in (False,) if system is None else (False, True):
             user = f"{system}\n{whole}" if moved and system else whole
             said = [("user", user)] if moved or system is None else [("system", system), ("user", user)]
             yield [{"role": role, "content": content} for role, content in said], moved
             yield [{"role": role, "content": [{"type": "text", "text": content}]} for role, content in said], moved
 
-    def _render(self, messages: list[dict[str, Any]], wanted: list[str]) -> tuple[str, str | None]:
-        """The chat, and what is wrong with it."""
+    def _render(self, messages: list[dict[str, Any]], wanted: list[str], hint: str) -> tuple[str, str | None]:
+        """The chat, and what is wrong with it: `wanted` has to be before the image, the hint behind it."""
         try:
             chat: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # a template is a program of its own
@@ -156,8 +159,9 @@ class Texts:
         count = chat.count(self.image)
         if count != 1:
             return chat, "leaves the prompt out" if count == 0 else f"repeats the prompt {count} times"
-        before = chat.split(self.image)[0]
+        before, after = chat.split(self.image)
         lost = next((text for text in wanted if text.strip() not in before), None)
+        lost = hint if lost is None and hint.strip() not in after else lost
         return chat, None if lost is None else f"changes or drops {lost[:60]!r}"
 
 
