@@ -59,7 +59,8 @@ def _answer(name: str, photos: list[Path], as_json: bool) -> None:
         if not read:
             continue
         pixels = decoder.batch([loaded for _, loaded in read], params.vision.batch)  # of the shape of extraction
-        answers = model.generate(encoder.encode(pixels)[: len(read)], task.prompt, task.max_tokens)
+        tokens = encoder.encode(pixels)[: len(read)]
+        answers = model.generate(tokens, task.prompt, task.max_tokens, **task.decoding)
         for (file, _), answer in zip(read, answers, strict=True):
             say({"photo": str(file), "answer": answer, "adapter": adapter, "recipe": recipe}, as_json)
     if failed:
