@@ -1,7 +1,7 @@
 """What a recipe of captions and a way of decoding bring, on validation pictures: choices are made on these.
 
 python benchmarks/captions.py --adapter mlp [--set finetune.recipes.captions.max_steps=48 ...] [--trained]
-    [--decode beams=3 no_repeat=3 may_repeat=common --decode repetition_penalty=1.2 ...] [--pictures 128]
+    [--decode beams=3 no_repeat=3 once=0.1 --decode repetition_penalty=1.2 ...] [--pictures 128]
 
 In a project folder whose adapter is pre-trained: fine-tunes it there, unless --trained; prints a row for each decoding.
 """
@@ -62,6 +62,7 @@ def changed(values: dict[str, Any], changes: dict[str, Any]) -> Params:
 
 def row(params: Params, arguments: argparse.Namespace, decoding: dict[str, Any]) -> str:
     """Adapter, what was set, F1, precision, recall, repeats in %, validation loss, seconds of captioning."""
+    shown = [f"{key}={value}" for key, value in decoding.items()]
     run, task = Run.of(params), Task.of("caption", params.evaluate)
     images = ImageTokens.open(run, "captions")
     val = images.split("val")
@@ -69,8 +70,8 @@ def row(params: Params, arguments: argparse.Namespace, decoding: dict[str, Any])
     positions = sorted(val[i] for i in order[: arguments.pictures])
     began = time.process_time()
     with Candidate(load_llm(params.llm, "cpu"), run, arguments.adapter, "captions").finetuned() as model:
-        if decoding.get("may_repeat"):
-            decoding |= {"may_repeat": common_tokens(images, model)}
+        if "once" in decoding:
+            decoding["may_repeat"] = common_tokens(images, model, decoding.pop("once"))
         texts = model.answers(images, positions, task.prompt, task.max_tokens, 32, **task.decoding | decoding)
     seconds = time.process_time() - began
     captions = [list(texts) for texts in images.rows["captions"]]
@@ -81,8 +82,7 @@ def row(params: Params, arguments: argparse.Namespace, decoding: dict[str, Any])
     scores = [f_score("", judged, *weights, "").value for weights in ((1, 1), (1, 0), (0, 1))]
     loss = json.loads((run.finetuned(arguments.adapter, "captions") / "metrics.json").read_text())["val_loss"]
     shares = " | ".join(f"{100 * value:.1f}" for value in (*scores, sum(one.repeats for one in judged) / len(judged)))
-    shown = decoding | ({"may_repeat": "common"} if "may_repeat" in decoding else {})
-    said = " ".join([*arguments.set, *(f"{key}={value}" for key, value in shown.items())])
+    said = " ".join([*arguments.set, *shown])
     return f"| {arguments.adapter} | {said} | {shares} | {loss:.2f} | {seconds:.0f}"
 
 

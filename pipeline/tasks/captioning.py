@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from pipeline.vlm import VLM
 
 
-COMMON = 0.1
-
-
 class CaptioningSettings(Section):
     caption_tokens: Positive = 40
     captions: Positive = Field(48, description="test pictures to caption")
@@ -33,7 +30,7 @@ class CaptioningSettings(Section):
     finetuned_prompt: Prompt
     finetuned_beams: Positive = Field(1, description="captions that decoding follows at once; 1: greedy")
     finetuned_no_repeat: int = Field(0, ge=0, description="a run of so many tokens stands once; 0: no limit")
-    finetuned_words_once: bool = Field(False, description="only words in many pictures' captions stand twice in one")
+    finetuned_once: float = Field(0.0, ge=0, le=1, description="words of this share of pictures or fewer stand once")
 
 
 class Captioning(Task):
@@ -74,8 +71,8 @@ class Captioning(Task):
             )  # fmt: skip
         with models.finetuned() as model:
             decoding = self.decoding
-            if settings.finetuned_words_once:
-                decoding["may_repeat"] = common_tokens(images, model)
+            if settings.finetuned_once:
+                decoding["may_repeat"] = common_tokens(images, model, settings.finetuned_once)
             after = model.answers(images, positions, self.prompt, self.max_tokens, batch, **decoding)
         for column, answers in (("pretrained", before), ("finetuned", after)):
             table[column] = [answer.split("\n")[0] for answer in answers]  # a caption is one line
@@ -101,12 +98,12 @@ class Captioning(Task):
         return table
 
 
-def common_tokens(images: ImageTokens, model: VLM) -> set[int]:
-    """Tokens in the captions of more than COMMON of the training pictures: what a caption may say twice."""
+def common_tokens(images: ImageTokens, model: VLM, share: float) -> set[int]:
+    """Tokens in the captions of more than a share of the training pictures: what a caption may say twice."""
     train = images.split("train")
     captions = [list(texts) for texts in images.rows["captions"].iloc[train]]
     counts = Counter(token for texts in captions for token in {t for ids in model.texts.ids(texts) for t in ids})
-    return {token for token, count in counts.items() if count > COMMON * len(train)}
+    return {token for token, count in counts.items() if count > share * len(train)}
 
 
 def choose(images: ImageTokens, count: int, seed: int) -> list[int]:
