@@ -209,7 +209,8 @@ class Recipe(Optimisation):
     mixture: dict[Key, AboveZero] | None = default("finetune.recipe.mixture")  # shares of the batches; null: by size
     prompts: dict[Key, Annotated[list[Prompt], Field(min_length=1)]]
     adapter_lr: Rate = Field(description="learning rate of the adapter; lr is LoRA's")
-    scratch_adapter_lr: Rate | None = Field(None, description="of one that was not pre-trained; null: adapter_lr")
+    # Of an adapter that was not pre-trained; null: the same.
+    scratch_adapter_lr: Rate | None = default("finetune.recipe.scratch_adapter_lr")
     validations: Positive = default("finetune.recipe.validations")  # validation points over the run, besides the first
     max_steps: Positive | None = default("finetune.recipe.max_steps")
     accumulate: Positive = default("finetune.recipe.accumulate")
