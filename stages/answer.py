@@ -89,7 +89,7 @@ def _by_llm(params: Params, name: str, folder: Path) -> Callable[[Tensor], list[
         hints = None
         if namer:
             hints = [task.hint([name for name, _ in best[:count]]) for best in namer(tokens)]
-        found = model.generate(tokens, task.prompt, task.max_tokens, hints=hints)
+        found = model.generate(tokens, task.prompt, task.max_tokens, hints=hints, **task.decoding)
         return [{"answer": text, "adapter": adapter, "recipe": recipe} for text in found]
 
     return answers

@@ -161,7 +161,7 @@ def finetune(params: Params, name: str, recipe: str, scratch: bool = False) -> N
     if settings.hints:
         read.append(run.named(name) / f"{recipe}.json")
     checkpoint = _checkpoint(params, name, recipe, scratch, read)
-    trainer = _trainer(model, lora, mixture, settings, params.seed, checkpoint)
+    trainer = _trainer(model, lora, mixture, settings, scratch, params.seed, checkpoint)
     trainer.name = f"{'from scratch' if scratch else 'fine-tune'} {name} on {recipe}"
     history = trainer.run()
     _write(out, adapter, lora, trainer)
@@ -215,7 +215,9 @@ def _leave_room(model: VLM, examples: Examples, name: str) -> None:
     model.max_answer_tokens = min(model.max_answer_tokens, room)
 
 
-def _trainer(model: VLM, lora: Any, mixture: Mixture, settings: Recipe, seed: int, checkpoint: Checkpoint) -> Trainer:
+def _trainer(
+    model: VLM, lora: Any, mixture: Mixture, settings: Recipe, scratch: bool, seed: int, checkpoint: Checkpoint
+) -> Trainer:
     def loss(number: int) -> Started:
         examples, own = mixture.turn(number)
         batch = batch_at(own, settings.batch, len(examples.train), seed)
@@ -232,8 +234,9 @@ def _trainer(model: VLM, lora: Any, mixture: Mixture, settings: Recipe, seed: in
 
     total = total_steps(settings, mixture.size)
     points = {max(1, round(total * i / settings.validations)) for i in range(1, settings.validations + 1)}
+    rate = (settings.scratch_adapter_lr if scratch else None) or settings.adapter_lr
     groups = [
-        {"params": list(model.adapter.parameters()), "lr": settings.adapter_lr},
+        {"params": list(model.adapter.parameters()), "lr": rate},
         {"params": [p for p in lora.parameters() if p.requires_grad], "lr": settings.lr},
     ]
     return Trainer(
