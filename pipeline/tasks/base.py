@@ -71,9 +71,11 @@ class Task(ABC):
     def max_tokens(self) -> int:
         """How long an answer may be."""
 
-    @property
-    def decoding(self) -> dict[str, Any]:
-        """How a fine-tuned model's answers are decoded: what `VLM.generate` takes besides; nothing: greedily."""
+    def decoding(self, model: VLM, rows: pd.DataFrame) -> dict[str, Any]:
+        """How a fine-tuned model's answers are decoded: what `VLM.generate` takes besides; nothing: greedily.
+
+        `rows` are those of the data set's manifest.
+        """
         return {}
 
     @abstractmethod

@@ -51,9 +51,10 @@ class Captioning(Task):
     def max_tokens(self) -> int:
         return self.settings.caption_tokens
 
-    @property
-    def decoding(self) -> dict[str, Any]:
-        return {"beams": self.settings.finetuned_beams, "no_repeat": self.settings.finetuned_no_repeat}
+    def decoding(self, model: VLM, rows: pd.DataFrame) -> dict[str, Any]:
+        own = self.settings
+        once = {"may_repeat": common_tokens(rows, model, own.finetuned_once)} if own.finetuned_once else {}
+        return {"beams": own.finetuned_beams, "no_repeat": own.finetuned_no_repeat, **once}
 
     def answers(self, rows: pd.DataFrame) -> list[list[str]]:
         return [list(texts) for texts in rows["captions"]]
@@ -70,9 +71,7 @@ class Captioning(Task):
                 prefix=settings.pretrained_prefix, repetition_penalty=settings.pretrained_repetition_penalty,
             )  # fmt: skip
         with models.finetuned() as model:
-            decoding = self.decoding
-            if settings.finetuned_once:
-                decoding["may_repeat"] = common_tokens(images, model, settings.finetuned_once)
+            decoding = self.decoding(model, images.rows)
             after = model.answers(images, positions, self.prompt, self.max_tokens, batch, **decoding)
         for column, answers in (("pretrained", before), ("finetuned", after)):
             table[column] = [answer.split("\n")[0] for answer in answers]  # a caption is one line
@@ -98,10 +97,10 @@ class Captioning(Task):
         return table
 
 
-def common_tokens(images: ImageTokens, model: VLM, share: float) -> set[int]:
+def common_tokens(rows: pd.DataFrame, model: VLM, share: float) -> set[int]:
     """Tokens in the captions of more than a share of the training pictures: what a caption may say twice."""
-    train = images.split("train")
-    captions = [list(texts) for texts in images.rows["captions"].iloc[train]]
+    train = rows[rows["split"] == "train"]
+    captions = [list(texts) for texts in train["captions"]]
     counts = Counter(token for texts in captions for token in {t for ids in model.texts.ids(texts) for t in ids})
     return {token for token, count in counts.items() if count > share * len(train)}
 
