@@ -72,7 +72,9 @@ def row(params: Params, arguments: argparse.Namespace, decoding: dict[str, Any])
     with Candidate(load_llm(params.llm, "cpu"), run, arguments.adapter, "captions").finetuned() as model:
         if "once" in decoding:
             decoding["may_repeat"] = common_tokens(images.rows, model, decoding.pop("once"))
-        texts = model.answers(images, positions, task.prompt, task.max_tokens, 32, **task.decoding(model, images.rows) | decoding)
+        texts = model.answers(
+            images, positions, task.prompt, task.max_tokens, 32, **task.decoding(model, images.rows) | decoding
+        )
     seconds = time.process_time() - began
     captions = [list(texts) for texts in images.rows["captions"]]
     things = Things(captions)
