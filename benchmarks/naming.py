@@ -1,10 +1,10 @@
-"""Ways of naming side by side: accuracies of several runs, and how far each is from a linear probe on the same pictures.
+"""Ways of naming side by side: accuracies of several runs, and how far each is from a linear probe.
 
     python benchmarks/naming.py FOLDER... [--adapter mlp] [--data classes] [--recipe classes]
 
-Each FOLDER is a project, of another seed, in which `dvc repro evaluate@mlp-classes` has run. Prints mean and spread over
-the runs, and the mean difference to the probe with its 95 % interval: a bootstrap over test pictures, paired, each drawn
-with its answers in all runs (Efron 1979).
+Each FOLDER is a project, of another seed, in which `dvc repro evaluate@mlp-classes` has run. Prints mean and spread
+over the runs, and the mean difference to the probe with its 95 % interval: a bootstrap over test pictures, paired, each
+drawn with its answers in all runs (Efron 1979).
 """
 
 import argparse
@@ -77,7 +77,7 @@ def main() -> None:
     for way in runs[0]:
         hits = np.stack([run[way] for run in runs]).astype(float)  # [runs, n]
         gap = (hits - np.stack([run["linear probe"] for run in runs])).mean(0)
-        low, high = np.quantile(gap[draws].mean(1), [0.025, 0.975])
+        low, high = 100 * np.quantile(gap[draws].mean(1), [0.025, 0.975])
         each = 100 * hits.mean(1)
         spread = each.std(ddof=1) if len(each) > 1 else 0.0
         print(
