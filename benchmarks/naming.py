@@ -70,19 +70,17 @@ def main() -> None:
     for folder in arguments.folders:
         os.chdir(here / folder)
         runs.append(right(arguments.adapter, arguments.data, arguments.recipe))
-    draws = np.random.default_rng(0).integers(len(runs[0]["linear probe"]), size=(DRAWS, len(runs[0]["linear probe"])))
-    print(
-        f"{len(draws[0])} test pictures, {len(runs)} runs\n\n| way | accuracy, % | less the probe's | 95 % |\n|---|---|---|---|"
-    )
+    count = len(runs[0]["linear probe"])
+    draws = np.random.default_rng(0).integers(count, size=(DRAWS, count))
+    print(f"{count} test pictures, {len(runs)} runs\n")
+    print("| way | accuracy, % | less the probe's | 95 % |\n|---|---|---|---|")
     for way in runs[0]:
         hits = np.stack([run[way] for run in runs]).astype(float)  # [runs, n]
         gap = (hits - np.stack([run["linear probe"] for run in runs])).mean(0)
         low, high = 100 * np.quantile(gap[draws].mean(1), [0.025, 0.975])
         each = 100 * hits.mean(1)
         spread = each.std(ddof=1) if len(each) > 1 else 0.0
-        print(
-            f"| {way} | {each.mean():.1f} ± {spread:.1f} | {100 * gap.mean():+.1f} | {100 * low:+.1f} to {100 * high:+.1f} |"
-        )
+        print(f"| {way} | {each.mean():.1f} ± {spread:.1f} | {100 * gap.mean():+.1f} | {low:+.1f} to {high:+.1f} |")
 
 
 if __name__ == "__main__":
