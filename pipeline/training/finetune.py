@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import operator
 import sys
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +76,27 @@ class Examples:
         positions = [self.train[i] for i in batch]
         prompt = self.prompts[int(torch.randint(len(self.prompts), ()))]
         answers = [self.answers[p][int(torch.randint(len(self.answers[p]), ()))] for p in positions]
-        return self.images.tokens(positions), prompt, answers, self._hints_of(positions)
+        return self.images.tokens(self._with_decoys(positions)), prompt, answers, self._hints_of(positions)
+
+    def _with_decoys(self, positions: list[int]) -> list[int]:
+        """Positions of the pictures whose tokens are shown: now and then one of another name among the hints."""
+        if not self.hinted or not self.decoys:
+            return positions
+        shown = []
+        for position in positions:
+            names = self.hinted[position]
+            others = self.named_so[names[int(torch.randint(len(names), ()))]] if names else []
+            swap = bool(torch.rand(()) < self.decoys) and others
+            shown.append(others[int(torch.randint(len(others), ()))] if swap else position)
+        return shown
+
+    @cached_property
+    def named_so(self) -> dict[str, list[int]]:
+        """The training pictures of each name."""
+        found: dict[str, list[int]] = defaultdict(list)
+        for position in self.train:
+            found[self.answers[position][0]].append(position)
+        return found
 
     def fixed(self, positions: list[int]) -> tuple[Tensor, str, list[str], list[str] | None]:
         """The same images with the first prompt and the first answer."""
