@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from pipeline.adapters.module import build_adapter, load_adapter
 from pipeline.errors import UserError
 from pipeline.metrics.rules import calibration_error, figures_of
-from pipeline.naming.discriminant import Discriminant, choose_shrinkage, cross_fitted, deal
+from pipeline.naming.discriminant import Discriminant, as_good_as, choose_shrinkage, cross_fitted, deal
 from pipeline.naming.namer import Namer, Scales
 from pipeline.naming.nearest import Nearest
 from pipeline.naming.weigh import LOWEST, fit_weights
@@ -92,6 +92,14 @@ def test_training_pictures_are_named_by_what_did_not_see_them():
     assert all(len(set(folds[own == one])) == 4 for one in range(4))
     crossed = cross_fitted(known, own.tolist(), folds, 4, 0.1)
     assert (crossed.argmax(1).numpy() == own).mean() < 0.6
+
+
+def test_candidates_of_training_pictures_are_as_good_as_those_of_new_ones():
+    own = [0, 1] * 500
+    right = F.one_hot(torch.tensor(own), 2).float()
+    found = as_good_as(0.75, 1 - right, right, own, seed=1)
+    assert (found.argmax(1) == torch.tensor(own)).float().mean().item() == pytest.approx(0.75, abs=0.05)
+    assert torch.equal(as_good_as(0.1, right, right, own, seed=1), right)
 
 
 def test_a_class_that_is_one_series_is_in_every_fold():

@@ -14,7 +14,7 @@ from pipeline.config import Params
 from pipeline.errors import UserError
 from pipeline.extraction.near import series_of
 from pipeline.naming.classes import class_names, labelled, numbers
-from pipeline.naming.discriminant import Discriminant, choose_shrinkage, cross_fitted, deal, pooled
+from pipeline.naming.discriminant import Discriminant, as_good_as, choose_shrinkage, cross_fitted, deal, pooled
 from pipeline.naming.namer import Namer, Scales, by_rule
 from pipeline.naming.nearest import Nearest, adapted_by, many
 from pipeline.naming.table import Named
@@ -64,8 +64,12 @@ def fit_namer(params: Params, adapter: str, data: str) -> Named:
     last = whole.of_features(torch.from_numpy(pooled(images.tokens, test))) if test else first[:0]
     rules = by_rule(distances, torch.cat([first, last]), scales)
     series = series_of(images)
-    folds = deal(classes, [series[i] for i in train], FOLDS)
-    crossed = cross_fitted(known, classes, folds, len(names), shrinkage)
+    apart, mixed = (
+        cross_fitted(known, classes, deal(classes, groups, FOLDS), len(names), shrinkage)
+        for groups in ([series[i] for i in train], [images.ids[i] for i in train])
+    )
+    goal = (told.argmax(1) == torch.tensor(right)).double().mean().item()
+    crossed = as_good_as(goal, apart, mixed, classes, params.seed)
     named = Named(names, _rows(images, names, train, crossed, [*val, *test], rules))
     named.write(folder)
     return named
