@@ -195,6 +195,7 @@ class Bench:
         model = Model(adapter, llm)  # type: ignore[arg-type]  # an adapter in all that is asked of it here
         model.smoothing = variant.smoothing
         found: dict[str, Any] = {"variant": name, "seed": seed, "batch": settings.batch, "steps": 0, "seconds": 0.0}
+        found |= {"lr": settings.lr, "adapter_lr": settings.adapter_lr}
         if lora is not None:
             decides = json.dumps([asdict(variant), settings.model_dump(), seed], default=str)
             key = hashlib.sha256(decides.encode()).hexdigest()
@@ -263,7 +264,8 @@ class Bench:
     def _emd(self, adapter: Adapter, device: torch.device) -> dict[str, float]:
         """How often the adapter's tokens are nearest the right name, and by how much they are nearer it than the next
         one (the median, in units of the EMD, debiased)."""
-        found, adapted = {}, adapted_by(adapter, lambda some: self.images.tokens(some, device))
+        found: dict[str, float] = {}
+        adapted = adapted_by(adapter, lambda some: self.images.tokens(some, device))
         nearest = self.nearest.debiased(adapted, self.reference)
         for split, positions in {"val": self.val, "train": self.asked["train"]}.items():
             scores = many(nearest.scores, adapted, positions)
@@ -340,7 +342,7 @@ def spread(positions: list[int], count: int) -> list[int]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: a row a variant, means over the seeds."""
     shown: dict[str, Callable[[pd.DataFrame], str]] = {
-        "steps": lambda some: f"{some['steps'].max():.0f}",
+        "steps": lambda some: f"{some['steps'].max():.0f} x {some['batch'].max():.0f}",
         "s": lambda some: f"{some['seconds'].mean():.0f}",
     }
     shown |= {head: functools.partial(percent, key) for head, key in FIGURES.items()}
