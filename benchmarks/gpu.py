@@ -357,9 +357,22 @@ class Bench:
                 lambda m=model, i=images, s=some, t=tokens: m.answers(i, s, "Describe the image: ", t, settings.batch)
             )
             line(f"answers, {data}, {tokens} tokens, batch {len(some)}", f"{len(some) / spent:.1f} images/s", before)
+            if data == "classes":
+                self.ranks(model, images, some, len(some) / spent)
             del model
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+
+    def ranks(self, model: Any, images: Any, some: list[int], generated: float) -> None:
+        """The names of 81 classes, ranked; against `generated` images/s."""
+        rng, batch = np.random.default_rng(0), self.params.evaluate.batch
+        names = sorted({" ".join(rng.choice(WORDS, 3, replace=False)) for _ in range(81)})
+        each = [[names[(i + j) % len(names)] for j in range(10)] for i in range(len(some))]
+        for what, listed in (("all", names), ("ten of their own", each)):
+            model.ranks(images, some[:2], "Describe", listed if listed is names else each[:2], 2)
+            spent = timed(lambda n=listed: model.ranks(images, some, "Describe the image: ", n, batch))
+            found = len(some) / spent
+            line(f"names ranked, {what} of {len(names)}", f"{found:.1f} images/s, {found / generated:.1f} x answers")
 
 
 STEPS = ("make", "extraction", "solver", "constant_set", "pretraining", "language_model", "evaluation", "answers")

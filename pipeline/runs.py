@@ -41,6 +41,10 @@ class Run:
         """Where `prepare` lists the pictures it left out, also when they are too many; not an output that DVC knows."""
         return self.base / "quarantine" / f"{data}.csv"
 
+    def series(self, data: str) -> Path:
+        """Which pictures are of one series, as `terraalign series` found; not an output that DVC knows."""
+        return self.base / "series" / f"{data}.csv"
+
     def features(self, kind: Kind, data: str) -> Path:
         """The manifest that names the shards of a data set's features."""
         return self.base / kind / data / "manifest.json"

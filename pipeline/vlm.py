@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from pipeline.progress import progress_bar
 if TYPE_CHECKING:
     from pipeline.store.reader import ImageTokens
 
+T = TypeVar("T")
 IGNORED = -100
 MOST_LOGITS = 2**26  # held at once in ranking: 256 MB of float32
 
@@ -191,13 +192,42 @@ class VLM(nn.Module):
         `batch` is halved, from there on, when a GPU's memory does not hold it. `hints`: one per position. `decoding` is
         what `generate` takes besides: prefix, repetition_penalty.
         """
-        texts: list[str] = []
+
+        def ask(tokens: Tensor, part: slice) -> list[str]:
+            said = None if hints is None else hints[part]
+            return self.generate(tokens, prompt, max_new_tokens, hints=said, **decoding)
+
+        return self._asked(images, positions, prompt, batch, ask)
+
+    def ranks(
+        self, images: ImageTokens, positions: list[int], prompt: str,
+        names: Sequence[str] | Sequence[Sequence[str]], batch: int,
+        hints: Sequence[str] | None = None, prior: Tensor | None = None, top: int | None = None,
+    ) -> Tensor:  # fmt: skip
+        """`rank` of many cached images, batch by batch as in `answers`: [images, C], on the CPU."""
+        same = not names or isinstance(names[0], str)
+        widest = len(names) if same else max(map(len, names), default=0)
+
+        def ask(tokens: Tensor, part: slice) -> list[Tensor]:
+            said = None if hints is None else hints[part]
+            scores = self.rank(
+                tokens, prompt, names if same else names[part], said, None if prior is None else prior[part], top
+            )
+            return list(F.pad(scores, (0, widest - scores.shape[1]), value=-torch.inf).cpu())
+
+        found = self._asked(images, positions, prompt, batch, ask)
+        return torch.stack(found) if found else torch.empty(0, widest)
+
+    def _asked(
+        self, images: ImageTokens, positions: list[int], prompt: str, batch: int,
+        ask: Callable[[Tensor, slice], list[T]],
+    ) -> list[T]:  # fmt: skip
+        """What `ask` gives for the tokens of many images, in parts of at most `batch`."""
+        found: list[T] = []
         with progress_bar(prompt.strip()[:32], len(positions), "images") as advance:
-            while part := positions[len(texts) : len(texts) + batch]:
-                said = None if hints is None else hints[len(texts) : len(texts) + batch]
+            while part := positions[len(found) : len(found) + batch]:
                 try:
-                    tokens = images.tokens(part, self.device)
-                    texts += self.generate(tokens, prompt, max_new_tokens, hints=said, **decoding)
+                    found += ask(images.tokens(part, self.device), slice(len(found), len(found) + len(part)))
                 except torch.OutOfMemoryError:
                     if batch == 1:
                         raise
@@ -205,7 +235,7 @@ class VLM(nn.Module):
                     torch.cuda.empty_cache()
                     continue
                 advance(len(part))
-        return texts
+        return found
 
     def _around(self, prompt: str, count: int, hints: Sequence[str] | None) -> tuple[list[int], list[list[int]]]:
         """Token ids before the image, and those behind it for each of `count` rows, with their hints."""
@@ -227,7 +257,7 @@ class VLM(nn.Module):
         head, cache = embed(torch.tensor([before], device=self.device)), None
         longest = max(map(len, ends))
         left = decoding and min(map(len, ends)) < longest
-        if self.shares_prompt and not left:
+        if self.shares_prompt and not left and len(ends) > 1:
             cache = self.network(inputs_embeds=head, use_cache=True, logits_to_keep=1).cache
             cache.batch_repeat_interleave(len(ends))
         soft_prompts = self._adapted(tokens).to(head.dtype)

@@ -50,6 +50,7 @@ COMMANDS = {
     "show": ("stages.show", PEOPLE),
     "caption": ("stages.answer", PEOPLE),
     "classify": ("stages.answer", PEOPLE),
+    "series": ("stages.series", PEOPLE),
     "doctor": ("stages.doctor", PEOPLE),
 }
 

@@ -12,9 +12,10 @@ from torch.nn import functional as F
 from pipeline.adapters.module import build_adapter, load_adapter
 from pipeline.errors import UserError
 from pipeline.metrics.rules import calibration_error, figures_of
-from pipeline.naming.discriminant import Discriminant, choose_shrinkage, cross_fitted
-from pipeline.naming.namer import Namer, Scales, fit_weights
+from pipeline.naming.discriminant import Discriminant, choose_shrinkage, cross_fitted, deal
+from pipeline.naming.namer import Namer, Scales
 from pipeline.naming.nearest import Nearest
+from pipeline.naming.weigh import LOWEST, fit_weights
 from pipeline.objectives.base import Means
 from pipeline.objectives.closed_form import fit_closed_form
 from pipeline.objectives.emd import EMD, EMDSettings
@@ -77,7 +78,7 @@ def test_the_shrinkage_is_the_one_that_names_held_out_pictures_best():
 
 
 def test_training_pictures_are_named_by_what_did_not_see_them():
-    """Pictures that have nothing in common but with those of their own block: from other blocks they can't be told."""
+    """Pictures that have nothing in common but with those of their own series: from other series they can't be told."""
     rng = np.random.default_rng(0)
     own, blocks = np.tile(np.repeat(np.arange(4), 8), 4), np.repeat(np.arange(4), 32)
     marks = rng.normal(size=(4, 4, 40)) * 5  # of each block and class
@@ -86,8 +87,17 @@ def test_training_pictures_are_named_by_what_did_not_see_them():
         Discriminant.fit(known, own.tolist(), 4, 0.1).of_features(torch.from_numpy(known)).argmax(1)
         == torch.from_numpy(own)
     ).all()
-    crossed = cross_fitted(known, own.tolist(), blocks, 4, 0.1)
+    folds = deal(own.tolist(), [f"series {block} of {one}" for block, one in zip(blocks, own, strict=True)], 4)
+    assert all(len(set(folds[(blocks == block) & (own == one)])) == 1 for block in range(4) for one in range(4))
+    assert all(len(set(folds[own == one])) == 4 for one in range(4))
+    crossed = cross_fitted(known, own.tolist(), folds, 4, 0.1)
     assert (crossed.argmax(1).numpy() == own).mean() < 0.6
+
+
+def test_a_class_that_is_one_series_is_in_every_fold():
+    folds = deal([0] * 9 + [1] * 3, ["same"] * 9 + ["a", "b", "b"], 4)
+    assert set(folds[:9]) == {0, 1, 2, 3}
+    assert folds[10] == folds[11] != folds[9]
 
 
 def test_the_nearest_name_is_that_of_pot():
@@ -112,6 +122,9 @@ def test_weights_are_those_of_the_likeliest_model():
     weights = fit_weights({"useful": useful, "useless": useless}, own)
     assert weights["useful"] == pytest.approx(2.5, rel=0.06)
     assert weights["useless"] < 0.1
+    ruled_out = torch.where(torch.rand_like(useful) < 0.3, LOWEST, useful)
+    ruled_out[torch.arange(len(own)), own] = useful[torch.arange(len(own)), own]
+    assert fit_weights({"useful": ruled_out}, own)["useful"] == pytest.approx(2.5, rel=0.3)
     alone = fit_weights({"useful": useful}, own)["useful"]
     losses = {
         scale: F.cross_entropy(scale * useful, torch.tensor(own)).item() for scale in (alone * 0.9, alone, alone * 1.1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -120,3 +121,15 @@ def test_a_name_beyond_the_context_is_refused(model: VLM) -> None:
     for top in (None, 1):
         with pytest.raises(UserError, match="the LLM's context is"):
             model.rank(torch.randn(1, 4, 8), PROMPT, ["a picture of a red dog"], top=top)
+
+
+def test_many_images_are_ranked_in_parts(model: VLM) -> None:
+    images = SimpleNamespace(tokens=lambda some, device: torch.stack([torch.full((4, 8), float(i)) for i in some]))
+    positions, hints, prior = [3, 1, 4], ["a cat", "", "a dog"], torch.randn(3, len(NAMES))
+    tokens = images.tokens(positions, "")
+    found = model.ranks(images, positions, PROMPT, NAMES, 2, hints, prior, top=len(NAMES))
+    torch.testing.assert_close(found, model.rank(tokens, PROMPT, NAMES, hints).cpu(), rtol=1e-5, atol=1e-5)
+    own = [NAMES[:1], NAMES[:2], NAMES[:5]]
+    found = model.ranks(images, positions, PROMPT, own, 2)
+    torch.testing.assert_close(found, model.rank(tokens, PROMPT, own).cpu(), rtol=1e-5, atol=1e-5)
+    assert model.ranks(images, [], PROMPT, NAMES, 2).shape == (0, len(NAMES))

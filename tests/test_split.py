@@ -19,7 +19,7 @@ from PIL import Image
 
 from pipeline.config import Params
 from pipeline.errors import UserError
-from pipeline.extraction.near import near_pictures
+from pipeline.extraction.near import near_pictures, series_of
 from pipeline.sources import split
 from pipeline.sources.prepare import prepare
 from pipeline.sources.rows import SHARES, Found, Row
@@ -190,7 +190,7 @@ def test_groups_of_captioned_pictures_stay_together(source: str) -> None:
 
 def tokens_of(vectors: np.ndarray, parts: list[str]) -> ImageTokens:
     """Image tokens [n, 2, D] as if they were in the store."""
-    rows = pd.DataFrame({"id": [str(i) for i in range(len(parts))], "split": parts})
+    rows = pd.DataFrame({"id": [str(i) for i in range(len(parts))], "label": None, "split": parts})
     stored = np.repeat(vectors[:, None].astype(np.float32), 2, axis=1)
     return ImageTokens(rows, stored.shape[1:], "float32", lambda at: {"tokens": stored[at]})
 
@@ -201,3 +201,31 @@ def test_pictures_of_one_series_on_both_sides_are_counted() -> None:
     val = np.concatenate([train[:30] + 0.1 * rng.normal(size=(30, 64)), rng.normal(size=(70, 64)) + 5])
     images = tokens_of(np.concatenate([train, val]), ["train"] * 200 + ["val"] * 100)
     assert near_pictures(images) == {"val": (30, 100), "test": (0, 0)}
+
+
+def test_series_are_found_within_a_class_by_their_tokens() -> None:
+    rng = np.random.default_rng(0)
+    shot = np.repeat(rng.normal(size=(40, 64)) + 5, 5, axis=0) + 0.1 * rng.normal(size=(200, 64))
+    images = tokens_of(shot, ["train"] * 200)
+    assert series_of(images) == [str(i - i % 5) for i in range(200)]
+    images.rows["label"] = ["a", "a", "a", "a", "b"] * 40
+    assert series_of(images) == [str(i - i % 5) if i % 5 < 4 else str(i) for i in range(200)], "another class: another"
+
+
+@pytest.mark.usefixtures("project")
+def test_a_file_of_groups_serves_any_source_and_its_faults_are_one_line() -> None:
+    food101(Path("set"))
+    lines = [f"{name}/img_{i},{i % 4}" for name in ("fig", "pear") for i in range(40)]
+    Path("groups.csv").write_text("\n".join(["id,group", *lines]))
+    section = {"source": "food101", "root": "set", "groups": "groups.csv", "validation": 0.25}
+    table = prepare(params("classes", **section), "classes").to_pylist()
+    for name in ("fig", "pear"):
+        assert len({i % 4 for i in numbers(table, "val", name)}) == 1, "one whole group of four"
+        assert len(numbers(table, "val", name)) == 10
+    for text, fault in (
+        ("id,series\n1,2", "a CSV file of the columns id and group"),
+        ("id,group\n1,2", "no id of this"),
+    ):
+        Path("groups.csv").write_text(text)
+        with pytest.raises(UserError, match=fault):
+            prepare(params("classes", **section), "classes")

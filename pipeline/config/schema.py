@@ -29,6 +29,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from pipeline.config import components
 from pipeline.config.base import (
     AboveZero,
+    Folder,
     Name,
     NotNegative,
     Positive,
@@ -110,6 +111,8 @@ class DataSettings(Part):
     max_broken: Share = default("data.max_broken")
     # How parts are carved that its files do not give; blocks: of consecutive pictures, and groups whole.
     split: Literal["hash", "blocks"] = default("data.split")
+    # A CSV file of the columns id and group, for blocks; `terraalign series` writes one.
+    groups: Folder | None = default("data.groups")
 
     @field_validator("task")
     @classmethod

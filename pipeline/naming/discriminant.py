@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.naming.weigh import LOWEST
+
 SHRINKAGES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.8)
-LOWEST = -1e4  # log-probability of a class that no picture was known of
 PART = 256  # pictures at a time
 
 
@@ -88,18 +89,37 @@ def choose_shrinkage(
     return best[2]
 
 
-def cross_fitted(
-    features: np.ndarray, classes: Sequence[int], blocks: np.ndarray, count: int, shrinkage: float
-) -> Tensor:
-    """Scores of training pictures [n, C] by classifiers that saw none of their own block, but one other each.
+def deal(classes: Sequence[int], groups: Sequence[str], folds: int) -> np.ndarray:
+    """The fold of each picture [n]: groups of near pictures stay together, and a class is in as many as it can be.
 
-    So they are as weak on them as on new pictures: fitted on all the rest, a picture's neighbours in a series of shots
-    would be among them. blocks [n] are numbers from 0 on; pictures of the last are told by the first.
+    A class that is one group is cut in order instead: of a class that is in one fold alone, a model fitted without that
+    fold would know nothing.
     """
-    scores = torch.full((len(features), count), -torch.inf)
-    own, last = np.asarray(classes), int(blocks.max())
-    for block in range(last + 1):
-        told, other = blocks == block, blocks == (block + 1) % (last + 1)
-        model = Discriminant.fit(features[other], own[other].tolist(), count, shrinkage)
-        scores[torch.from_numpy(told)] = model.of_features(torch.from_numpy(features[told]))
+    own, fold = np.asarray(classes), np.zeros(len(classes), dtype=int)
+    names = np.asarray(groups)
+    for one in np.unique(own):
+        at = np.flatnonzero(own == one)
+        found, member = np.unique(names[at], return_inverse=True)
+        if len(found) == 1:
+            fold[at] = np.arange(len(at)) * folds // len(at)
+            continue
+        sizes, held = np.bincount(member), np.zeros(folds, dtype=int)
+        for group in np.argsort(-sizes, kind="stable"):
+            chosen = int(held.argmin())
+            fold[at[member == group]] = chosen
+            held[chosen] += sizes[group]
+    return fold
+
+
+def cross_fitted(
+    features: np.ndarray, classes: Sequence[int], folds: np.ndarray, count: int, shrinkage: float
+) -> Tensor:
+    """Scores of training pictures [n, C] by classifiers that did not see their fold: as weak on them as on new ones."""
+    scores = torch.full((len(features), count), LOWEST)
+    own = np.asarray(classes)
+    for fold in np.unique(folds):
+        told = folds == fold
+        if not told.all():
+            model = Discriminant.fit(features[~told], own[~told].tolist(), count, shrinkage)
+            scores[torch.from_numpy(told)] = model.of_features(torch.from_numpy(features[told]))
     return scores

@@ -12,11 +12,13 @@ from torch import Tensor
 from pipeline.adapters.module import load_adapter
 from pipeline.config import Params
 from pipeline.errors import UserError
+from pipeline.extraction.near import series_of
 from pipeline.naming.classes import class_names, labelled, numbers
-from pipeline.naming.discriminant import Discriminant, choose_shrinkage, cross_fitted, pooled
-from pipeline.naming.namer import RULES, Namer, Scales, by_rule, fit_weights
+from pipeline.naming.discriminant import Discriminant, choose_shrinkage, cross_fitted, deal, pooled
+from pipeline.naming.namer import Namer, Scales, by_rule
 from pipeline.naming.nearest import Nearest, adapted_by, many
 from pipeline.naming.table import Named
+from pipeline.naming.weigh import RULES, fit_weights
 from pipeline.objectives.base import Means
 from pipeline.objectives.emd import EMD, EMDSettings
 from pipeline.objectives.pairs import Pairs
@@ -25,7 +27,7 @@ from pipeline.runs import Run
 from pipeline.store.reader import ImageTokens
 
 KEPT = 10  # names of each picture, the likeliest first
-BLOCK, BLOCKS = 8, 4  # training pictures of a class in a row, and in how many parts they are dealt
+FOLDS = 4  # parts of the training pictures, each named by what was fitted on the others
 REFERENCE = 512  # training pictures that distances are debiased by
 PLAIN = EMDSettings.model_validate({"cost": "euclidean", "word_weights": "uniform", "start": "random"})
 
@@ -61,7 +63,9 @@ def fit_namer(params: Params, adapter: str, data: str) -> Named:
     Origin.read(run.pretrained(adapter)).write(folder)
     last = whole.of_features(torch.from_numpy(pooled(images.tokens, test))) if test else first[:0]
     rules = by_rule(distances, torch.cat([first, last]), scales)
-    crossed = cross_fitted(known, classes, _blocks(classes), len(names), shrinkage)
+    series = series_of(images)
+    folds = deal(classes, [series[i] for i in train], FOLDS)
+    crossed = cross_fitted(known, classes, folds, len(names), shrinkage)
     named = Named(names, _rows(images, names, train, crossed, [*val, *test], rules))
     named.write(folder)
     return named
@@ -88,17 +92,6 @@ def _nearest(params: Params, adapter: str, data: str, images: ImageTokens, names
     label_at = {label: i for i, label in enumerate(images.rows["label"])}
     objective = EMD(own, pairs, Means(params.seed, params.runtime.emd_threads))
     return Nearest.of(objective, [pairs.captions[start + label_at[name]][0] for name in names])
-
-
-def _blocks(classes: list[int]) -> np.ndarray:
-    """The part of each training picture: BLOCK in a row, within their class, are of one."""
-    seen: dict[int, int] = {}
-    places = []
-    for one in classes:
-        places.append(seen.get(one, 0))
-        seen[one] = places[-1] + 1
-    parts = np.array(places) // BLOCK % BLOCKS
-    return parts if parts.any() else np.array(places) % 2  # classes of so few pictures have but one block
 
 
 def _rows(

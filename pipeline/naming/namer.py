@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -17,9 +14,9 @@ from torch import Tensor
 from pipeline.errors import UserError
 from pipeline.naming.discriminant import Discriminant
 from pipeline.naming.nearest import Nearest
+from pipeline.naming.weigh import combined
 from pipeline.runs import remedy
 
-RULES = ("emd", "discriminant", "namer")
 WEIGHTS, TEXTS = "namer.safetensors", "namer.json"
 
 
@@ -90,34 +87,3 @@ def by_rule(emd: Tensor, discriminant: Tensor, scales: Scales) -> dict[str, Tens
         "discriminant": (scales.discriminant * discriminant).log_softmax(1),
         "namer": combined({"emd": emd, "discriminant": discriminant}, {"emd": first, "discriminant": second}),
     }
-
-
-def combined(scores: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
-    """Log-probabilities from a weighted sum of scores [n, C]; a weight of 0 leaves its scores out."""
-    parts = [weight * scores[key] for key, weight in weights.items() if weight]
-    found = torch.stack(parts).sum(0) if parts else torch.zeros_like(next(iter(scores.values())))
-    return found.log_softmax(1)
-
-
-def fit_weights(scores: Mapping[str, Tensor], own: list[int]) -> dict[str, float]:
-    """Weights, at least 0, by which the right names [n] of held-out pictures are most probable: a conditional logit.
-
-    With one kind of scores its weight is one over a temperature (Guo et al. 2017). Found by L-BFGS-B.
-    """
-    from scipy.optimize import minimize
-    from scipy.special import logsumexp
-
-    values = np.stack([score.double().numpy() for score in scores.values()])  # [K, n, C]
-    values = values - values.max(2, keepdims=True)
-    spread = values.std(axis=(1, 2), keepdims=True).clip(1e-12)
-    values, rows, right = values / spread, np.arange(values.shape[1]), np.asarray(own)
-
-    def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
-        logits = np.tensordot(weights, values, 1)
-        total = logsumexp(logits, axis=1, keepdims=True)
-        shares = np.exp(logits - total)
-        slope = ((shares * values).sum(2) - values[:, rows, right]).mean(1)
-        return float((total[:, 0] - logits[rows, right]).mean()), slope
-
-    found = minimize(loss, np.ones(len(values)), jac=True, bounds=[(0, 1e3)] * len(values), method="L-BFGS-B")
-    return {key: float(weight / scale) for key, weight, scale in zip(scores, found.x, spread.ravel(), strict=True)}

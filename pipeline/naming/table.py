@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.files import atomically
+from pipeline.naming.weigh import LOWEST
 from pipeline.runs import Run, remedy, require
 
 TABLE = "names.parquet"
@@ -39,6 +40,14 @@ class Named:
     def log_probabilities(self, rule: str, ids: Sequence[str]) -> Tensor:
         """Of validation or test pictures, [n, C]."""
         return torch.from_numpy(np.stack(self.rows.loc[list(ids), rule].to_list())).float()
+
+    def in_columns(self, scores: Tensor, listed: Sequence[Sequence[str]]) -> Tensor:
+        """Scores [n, K] of the names listed for each picture, as scores of all names [n, C]; LOWEST for the others."""
+        place = {name: i for i, name in enumerate(self.names)}
+        found = scores.new_full((len(scores), len(self.names)), LOWEST)
+        for row, some in enumerate(listed):
+            found[row, [place[name] for name in some]] = scores[row, : len(some)]
+        return found
 
     def write(self, folder: Path) -> None:
         table = pa.Table.from_pandas(self.rows.reset_index(), preserve_index=False)

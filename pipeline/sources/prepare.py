@@ -35,6 +35,8 @@ def prepare(params: Params, data: str, progress: Progress | None = None) -> pa.T
     for path in (run.manifest(data), listing):
         check_writable(path.parent)
     found = source.read(progress)
+    if source.settings.groups:
+        found = split.with_groups(found, source.settings.groups, source.key)
     rows, remarks = split.assign(found, source.settings.split, source.key)
     for remark in remarks:
         warn(f"{source.key}: {remark}")

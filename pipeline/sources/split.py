@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import accumulate, chain
+from pathlib import Path
 
 from pipeline.errors import UserError
 from pipeline.sources.rows import Found, Row, share
@@ -32,6 +34,20 @@ def assign(found: Found, how: str, section: str) -> tuple[list[Row], list[str]]:
     else:
         raise UserError(f"{section}.split blocks", "this source gives the part of every picture", "leave it out")
     return [row if row.split else replace(row, split=parts[row.id]) for row in found.rows], remarks
+
+
+def with_groups(found: Found, path: Path, section: str) -> Found:
+    """Rows with the groups that a CSV file gives them by id. Raises UserError when it can't be read or names none."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            groups = {line["id"]: line["group"] for line in csv.DictReader(file, restval="")}
+    except (OSError, ValueError, KeyError, csv.Error) as error:
+        raise UserError(
+            path, repr(error), f"{section}.groups has to be a CSV file of the columns id and group"
+        ) from None
+    if not any(row.id in groups for row in found.rows):
+        raise UserError(path, "it has no id of this data set", f"mend it, or leave {section}.groups out")
+    return replace(found, rows=[replace(row, group=groups.get(row.id) or row.group) for row in found.rows])
 
 
 def by_hash(key: str, shares: Shares) -> str:

@@ -12,6 +12,7 @@ from pydantic import Field
 from pipeline.config.base import Positive, Prompt, Section
 from pipeline.errors import UserError
 from pipeline.naming.classes import class_names, labelled, numbers
+from pipeline.naming.weigh import LLM_RULES
 from pipeline.runs import remedy, require
 from pipeline.tasks.base import Models, Task
 
@@ -21,20 +22,18 @@ if TYPE_CHECKING:
 
     from pipeline.naming.table import Named
     from pipeline.store.reader import ImageTokens
-    from pipeline.vlm import VLM
 
 COLUMNS = ("id", "image", "label", "output", "predicted", "correct", "strict")
 
 
-LLM_RULES = ("ranked", "calibrated", "combined")
-FITTED = 128  # validation pictures that the weights of rules are fitted on
+FITTED, AVERAGED = 128, 32  # validation pictures that weights are fitted on, and that a name's average is of
 
 
 class NamingSettings(Section):
     class_tokens: Positive = 16
     class_prompt: Prompt
     class_names: Literal["generated", "ranked"] = Field(
-        "generated", description="ranked: the LLM also ranks all names, in one pass a picture"
+        "generated", description="ranked: the LLM also ranks the likeliest names, in one pass a picture"
     )
 
 
@@ -57,7 +56,9 @@ class Naming(Task):
 
     def predict(self, models: Models, images: ImageTokens, batch: int, seed: int) -> pd.DataFrame:
         """Greedy answers for all labelled test pictures, columns COLUMNS; and LLM_RULES where names are ranked."""
-        positions, names, named = labelled(images, "test"), class_names(images), models.named()
+        positions, names = labelled(images, "test"), class_names(images)
+        ranks = self.settings.class_names == "ranked"
+        named = models.named() if models.hints or ranks else None
         hints = self._hints(models, named, images, positions)
         with models.finetuned() as model:
             outputs = model.answers(images, positions, self.prompt, self.max_tokens, batch, hints)
@@ -66,7 +67,7 @@ class Naming(Task):
         table["predicted"] = [find_class(output, names) for output in outputs]
         table["correct"] = table["predicted"] == table["label"]
         table["strict"] = table["output"] == table["label"]
-        if self.settings.class_names == "ranked" and named:
+        if ranks and named:
             for rule, scores in self._ranked(models, named, images, positions, batch).items():
                 table[rule] = list(scores.numpy())
         return table
@@ -74,45 +75,35 @@ class Naming(Task):
     def _ranked(
         self, models: Models, named: Named, images: ImageTokens, positions: list[int], batch: int
     ) -> dict[str, Tensor]:
-        """Log-probabilities of all names of some test pictures by each of LLM_RULES, [n, C].
+        """Log-probabilities of the names of some test pictures by each of LLM_RULES, [n, C].
 
-        ranked: the LLM's likelihood alone. calibrated: less what a name gets on average of validation pictures (its
-        log; Holtzman et al. 2021 call it surface form competition). combined: that and the namer's, by weights that
-        make the right names of these validation pictures most probable.
+        ranked: how likely the answers are to the LLM, of the names that stage `name` finds likeliest; the others count
+        as impossible. calibrated: less what a name gets on average of validation pictures (surface form competition,
+        Holtzman et al. 2021). combined: with the namer's, by weights that make the right names of validation pictures
+        most probable.
         """
-        from pipeline.naming.namer import combined, fit_weights
+        from pipeline.naming.weigh import combined, fit_weights
 
         val = labelled(images, "val")
         val = val[:: -(-len(val) // FITTED)]
         with models.finetuned() as model:
-            known = self._log_likelihoods(model, models, named, images, val, batch)
-            found = self._log_likelihoods(model, models, named, images, positions, batch)
-        right, bias = numbers(images, val, named.names), known.mean(0)
+
+            def likelihoods(some: list[int], names: Sequence[str] | list[list[str]]) -> Tensor:
+                return model.ranks(images, some, self.prompt, names, batch, self._hints(models, named, images, some))
+
+            average = likelihoods(val[:: -(-len(val) // AVERAGED)], named.names).mean(0)
+            listed = [[named.candidates(images.ids[i], len(named.names)) for i in some] for some in (val, positions)]
+            found = [named.in_columns(likelihoods(val, listed[0]), listed[0])]
+            found.append(named.in_columns(likelihoods(positions, listed[1]), listed[1]))
         own = [named.log_probabilities("namer", [images.ids[i] for i in some]) for some in (val, positions)]
-        weights = fit_weights({"llm": known - bias, "namer": own[0]}, right)
-        alone, less = (fit_weights({"llm": scores}, right) for scores in (known, known - bias))
+        right = numbers(images, val, named.names)
+        known = [i for i, one in enumerate(right) if named.names[one] in listed[0][i]]
+        scores = {"ranked": [{"llm": one} for one in found], "calibrated": [{"llm": one - average} for one in found]}
+        scores["combined"] = [{"llm": one - average, "namer": other} for one, other in zip(found, own, strict=True)]
         return {
-            "ranked": combined({"llm": found}, alone),
-            "calibrated": combined({"llm": found - bias}, less),
-            "combined": combined({"llm": found - bias, "namer": own[1]}, weights),
+            rule: combined(test, fit_weights({key: one[known] for key, one in fit.items()}, [right[i] for i in known]))
+            for rule, (fit, test) in scores.items()
         }
-
-    def _log_likelihoods(
-        self, model: VLM, models: Models, named: Named, images: ImageTokens, positions: list[int], batch: int
-    ) -> Tensor:
-        """What the LLM gives each name as the answer, [n, C], on the CPU."""
-        import torch
-
-        from pipeline.progress import progress_bar
-
-        hints, scores = self._hints(models, named, images, positions), []
-        with progress_bar("rank names", len(positions), "images") as advance:
-            for at in range(0, len(positions), batch):
-                part = positions[at : at + batch]
-                said = hints and hints[at : at + batch]
-                scores.append(model.rank(images.tokens(part, model.device), self.prompt, named.names, said).cpu())
-                advance(len(part))
-        return torch.cat(scores)
 
     def _hints(
         self, models: Models, named: Named | None, images: ImageTokens, positions: list[int]
