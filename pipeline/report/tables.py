@@ -41,7 +41,7 @@ class Table:
 
 
 def figures_table(results: Results, data: str) -> Table:
-    """All that was measured on one data set, apart from baselines and from rules that score all names (`ways_table`)."""
+    """All that was measured on one data set but baselines and rules that score all names (see `ways_table`)."""
     outcomes = results.of(data)
     rows = {}
     for outcome in outcomes:
