@@ -69,8 +69,9 @@ FIGURES = {  # of the metrics: a column of the table, and its unit
     "nearest_in_shuffled": ("shuffled, %", 100),
     "loss_start": ("caption loss before fine-tuning", 1),
     "loss_captions": ("and after it", 1),
-    "right_pretrained": ("captions right before, %", 100),
-    "right": ("and after, %", 100),
+    "f1_pretrained": ("F1 of captions before, %", 100),
+    "f1": ("and after, %", 100),
+    "repeats": ("repeats, %", 100),
     "loss_classes": ("class loss", 1),
     "acc": ("class accuracy, %", 100),
 }

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -106,20 +107,25 @@ class VLM(nn.Module):
     @torch.no_grad()
     def generate(
         self, tokens: Tensor, prompt: str, max_new_tokens: int, prefix: str = "", repetition_penalty: float = 1.0,
-        hints: Sequence[str] | None = None,
+        hints: Sequence[str] | None = None, beams: int = 1, no_repeat: int = 0,
+        may_repeat: Collection[int] | None = None,
     ) -> list[str]:  # fmt: skip
-        """Greedy answers to one prompt about some images; tokens [B, N, D_img], hints as in `loss`.
+        """Answers to one prompt about some images, greedy or of a beam; tokens [B, N, D_img], hints as in `loss`.
 
         Each answer begins with `prefix`, which the LLM goes on from; `repetition_penalty` is that of Keskar et al.
-        (2019), over the tokens generated.
+        (2019), over the tokens generated. `no_repeat`: so many tokens in a row stand in an answer once; 0: no limit.
+        Tokens that are not in `may_repeat`, where it is given, stand there once; the end of turn is none of them.
         """
         before, afters = self._around(prompt, len(tokens), hints)
         ends = [after + self._ids(prefix) for after in afters]
         inputs, mask, cache = self._splice(tokens, before, ends, decoding=True)
         max_new_tokens = self._within_context(inputs.shape[1], max_new_tokens)
+        if cache is not None and beams > 1:
+            cache.batch_repeat_interleave(beams)  # as `generate` does with inputs and mask
         ids = self.network.generate(
             inputs_embeds=inputs, attention_mask=mask, cache=cache, max_new_tokens=max_new_tokens, do_sample=False,
-            repetition_penalty=repetition_penalty,
+            repetition_penalty=repetition_penalty, num_beams=beams, no_repeat_ngram_size=no_repeat,
+            logits_processor=None if may_repeat is None else [SaidOnce({*may_repeat, self.tokenizer.eos_token_id})],
             eos_token_id=self.tokenizer.eos_token_id, pad_token_id=self.tokenizer.eos_token_id,
         )  # fmt: skip
         return [(prefix + text).strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
@@ -190,7 +196,7 @@ class VLM(nn.Module):
         """Greedy answers to one prompt about many cached images, batch by batch, with a progress bar.
 
         `batch` is halved, from there on, when a GPU's memory does not hold it. `hints`: one per position. `decoding` is
-        what `generate` takes besides: prefix, repetition_penalty.
+        what `generate` takes besides: prefix, repetition_penalty, beams, no_repeat, may_repeat.
         """
 
         def ask(tokens: Tensor, part: slice) -> list[str]:
@@ -286,6 +292,19 @@ class VLM(nn.Module):
 
     def _ids(self, text: str) -> list[int]:
         return self.texts.ids([text])[0]
+
+
+@dataclass(frozen=True)
+class SaidOnce:
+    """Generated tokens get no probability again, but for those that may be repeated; as transformers calls it."""
+
+    may_repeat: set[int]
+
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        """ids [B, T] so far, scores [B, V]."""
+        for row, said in enumerate(ids.tolist()):
+            scores[row, sorted({*said} - self.may_repeat)] = -torch.inf
+        return scores
 
 
 def add_lora(llm: LanguageModel, params: LoRA) -> Any:

@@ -78,18 +78,22 @@ def _answer(name: str, photos: list[Path], as_json: bool, llm: bool) -> None:
 
 def _by_llm(params: Params, name: str, folder: Path) -> Callable[[Tensor], list[Row]]:
     """Answers of a fine-tuned adapter, with the hints of its recipe."""
+    from pipeline.store.reader import usable_rows
     from pipeline.tasks.base import Task
     from pipeline.vlm import load_vlm
 
     task, (adapter, _, recipe) = Task.of(name, params.evaluate), folder.name.partition("-")
-    model, count = load_vlm(params.llm, folder, "adapter", params.runtime.device), params.finetune.recipes[recipe].hints
+    settings = params.finetune_for(adapter, recipe)
+    data, count = next(data for data in settings.data if params.data[data].task == name), settings.hints
+    model = load_vlm(params.llm, folder, "adapter", params.runtime.device)
+    decoding = task.decoding(model, usable_rows(Run.of(params), data))
     namer = _named_by(params, next(iter(namers(params, adapter)))) if count else None
 
     def answers(tokens: Tensor) -> list[Row]:
         hints = None
         if namer:
             hints = [task.hint([name for name, _ in best[:count]]) for best in namer(tokens)]
-        found = model.generate(tokens, task.prompt, task.max_tokens, hints=hints)
+        found = model.generate(tokens, task.prompt, task.max_tokens, hints=hints, **decoding)
         return [{"answer": text, "adapter": adapter, "recipe": recipe} for text in found]
 
     return answers

@@ -11,7 +11,7 @@ import yaml
 from typer.testing import CliRunner
 
 from pipeline.adapters.module import load_adapter
-from pipeline.metrics.things import Things
+from pipeline.metrics.things import Judged, Things, f_score
 from pipeline.runs import Run
 from pipeline.store.reader import ImageTokens
 from pipeline.tasks.naming import confusions, find_class, per_class
@@ -90,7 +90,7 @@ def test_every_stage_of_the_graph(tiny_params, tiny_mistral):
     assert "<html" in (base / "report/index.html").read_text()
     figures = json.loads((base / "metrics.json").read_text())
     assert {"emd/mlp/val", "retrieval/query/r1_debiased", "classes/mlp/classes/acc", "classes/probe", "classes/chance",
-            "classes/mlp/classes/acc_strict", "captions/mlp/captions/right", "captions/mlp/captions/right_shuffled",
+            "classes/mlp/classes/acc_strict", "captions/mlp/captions/f1", "captions/mlp/captions/f1_shuffled",
             "classes/discriminant", "classes/mlp/acc/emd", "classes/mlp/ece/namer", "classes/mlp/classes/acc/combined",
             "captions/mlp/captions/val_loss", "captions/mlp/captions/scratch_val_loss", "pca/mlp/epoch1/k80",
             "pca/mlp/finetuned/k80", "seconds/pretrain@mlp"} <= figures.keys()  # fmt: skip
@@ -172,10 +172,41 @@ def test_tables_of_predictions():
     assert confusions(table)["count"].sum() == 3 and "" in set(confusions(table)["predicted"])
 
 
-def test_right_things_are_the_pictures_own():
+def test_things_are_the_pictures_own():
     captions = [["a red dog on blue", "the dog runs", "a dog"]] + [["a cat on blue", "cats", "a cat"]] * 1
-    captions += [[f"a thing{i}x on blue"] * 3 for i in range(18)]
+    captions += [[f"a {letter * 3} on blue"] * 3 for letter in "bcdefghijklmnopqrstu"]
     things = Things(captions)
     assert things.of(captions[0]) == {"dog"}
-    assert things.names_one("Two dogs.", captions[0])
-    assert not things.names_one("a cat on blue", captions[0])
+    assert things.judge("Two dogs run.", captions[0]) == (1, 0, 0, False)  # what some reference names is not wrong
+    assert things.judge("a cat, a ddd and a unicorn", captions[0]) == (0, 2, 1, False)
+
+
+@pytest.mark.parametrize(
+    ("text", "repeats"),
+    [
+        ("A dog and a dog.", True),
+        ("The dog sees a dog", True),
+        ("a dog dog", True),
+        ("a dog and a red dog", True),
+        ("a picture of a picture of a picture", True),
+        ("a dog and a hot dog", False),
+        ("A red apple and a green apple.", False),
+        ("A red apple and a red apple.", True),
+        ("The dog is at the top and the apple is at the bottom.", False),
+        ("", False),
+    ],
+)
+def test_captions_that_repeat_themselves(text, repeats):
+    captions = [["a dog"], ["an apple"], ["a hot dog"], *([f"a red {letter * 3}"] for letter in "bcdefghijklmnopqrstu")]
+    assert Things(captions).repeats(text) is repeats
+
+
+def test_scores_of_all_pictures_together():
+    judged = [Judged(2, 0, 0, False)] * 30 + [Judged(1, 1, 1, False)] * 30 + [Judged(0, 0, 2, False)] * 30
+    f1, precision, recall = (f_score("", judged, *weights, "") for weights in ((1, 1), (1, 0), (0, 1)))
+    assert (f1.value, precision.value, recall.value) == (180 / 300, 90 / 120, 90 / 180)
+    for figure in (f1, precision, recall):
+        low, high = figure.interval
+        assert low < figure.value < high and 0.08 < high - low < 0.25
+    nothing = f_score("", [Judged(0, 0, 0, False)], 1, 1, "")
+    assert (nothing.value, nothing.interval) == (0, (0, 0))

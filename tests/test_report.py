@@ -62,9 +62,11 @@ def pretrained(name: str) -> None:
 def captioned(path: str) -> None:
     write(f"evaluate/{path}/captions.json", [caption(number) for number in range(30)])
     found = [
-        hits("right", 40, "captions that name a right thing"),
-        hits("right_pretrained", 10, "the same before fine-tuning"),
-        hits("right_shuffled", 20, "captions that name another picture's thing"),
+        hits("f1", 40, "things named, F1"),
+        hits("f1_pretrained", 10, "F1 before fine-tuning"),
+        hits("f1_shuffled", 20, "F1 against another picture's things"),
+        hits("repeats", 3, "captions that repeat themselves"),
+        Figure("repeats_references", 0.0, "references that repeat themselves", baseline=True),
         Figure("captioned", 30, "captioned test pictures", kind="count"),
     ]
     write_figures(path, found)
@@ -160,10 +162,11 @@ def test_metrics_are_complete(params: Params) -> None:
     expected = {"captions/self_attention/captions/scratch_val_loss"}
     expected |= {f"classes/{key}" for key in ("probe", "chance", "test_images", "classes", "discriminant")}
     expected |= {f"classes/{measure}/discriminant" for measure in ("top5", "macro", "ece")}
+    expected |= {"captions/repeats_references"}
     for name in params.run.adapters:
         expected |= {f"emd/{name}/{key}" for key in (*DISTANCES, "held_out", "parameters")}
         expected |= {f"retrieval/{name}/r1_raw", f"retrieval/{name}/r1_debiased"}
-        keys = ("right", "right_pretrained", "right_shuffled", "captioned", "val_loss")
+        keys = ("f1", "f1_pretrained", "f1_shuffled", "repeats", "captioned", "val_loss")
         expected |= {f"captions/{name}/captions/{key}" for key in keys}
         expected |= {f"classes/{name}/classes/{key}" for key in ("acc", "acc_strict", "val_loss")}
         rules = [f"{key}/{rule}" for key in ("acc", "top5", "macro", "ece") for rule in ("emd", "namer")]
@@ -261,13 +264,14 @@ def test_broken_names_name_file_and_stage(params: Params, file: str, content: st
         read_results(params)
 
 
-def test_captions_that_name_a_right_thing_are_told(params: Params) -> None:
+def test_captions_are_held_against_the_things_of_their_picture(params: Params) -> None:
     shots = sections.sections(read_results(params))[0].body["shots"]
-    assert [shot.right["mlp-captions"] for shot in shots[:4]] == [True, False, True, False]
+    assert [shot.judged["mlp-captions"][:3] for shot in shots[:3]] == [(1, 0, 3), (0, 0, 4), (1, 0, 3)]
+    assert "✗ 1 of 4 things" in report(params)
     write_figures("mlp-captions/captions", [])
     (BASE / "prepare/captions.parquet").unlink()  # where the metric was not measured, nothing is needed for it
     shots = sections.sections(read_results(params))[0].body["shots"]
-    assert shots[0].right == {} and set(shots[0].captions) == {f"{name}-captions" for name in params.run.adapters}
+    assert shots[0].judged == {} and set(shots[0].captions) == {f"{name}-captions" for name in params.run.adapters}
 
 
 def test_attribution_only_where_it_is_due(params: Params) -> None:

@@ -171,6 +171,28 @@ def test_generation_equals_greedy_argmax(either_way, params, prefix):
         assert answers == greedy(model, params, tokens.to(model.device), prefix)
 
 
+def test_a_beam_is_the_same_with_a_shared_prompt(model):
+    tokens, found = torch.randn(3, 4, 8), []
+    for model.shares_prompt in (True, False):
+        found.append(model.generate(tokens, "Describe this image", 6, beams=3))
+    assert found[0] == found[1]
+
+
+def test_no_token_is_said_twice_but_those_that_may_be(model):
+    tokens, prompt = torch.randn(2, 4, 8), "Describe this image"
+    said, call = [], model.network.generate
+
+    def kept(**options):
+        said.append(call(**options))
+        return said[-1]
+
+    model.network.generate = kept
+    for options in ({}, {"may_repeat": []}, {"no_repeat": 1}, {"may_repeat": range(len(model.tokenizer))}):
+        model.generate(tokens, prompt, 24, **options)
+    twice = [[len(set(row)) < len(row) for row in ids.tolist()] for ids in said]
+    assert twice == [[True, True], [False, False], [False, False], [True, True]]
+
+
 def greedy(model: VLM, params: LLM, tokens: torch.Tensor, prefix: str) -> list[str]:
     """Five tokens an image by argmax, each from a whole pass of transformers' model."""
     reference = AutoModelForCausalLM.from_pretrained(params.model).eval().to(model.device)

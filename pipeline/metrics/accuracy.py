@@ -7,6 +7,7 @@ import sys
 from pipeline.metrics.base import Figure, Metric, Tested, share_of
 from pipeline.naming.classes import class_names
 from pipeline.naming.weigh import LLM_RULES
+from pipeline.tasks.naming import SCORES
 
 
 class Accuracy(Metric):
@@ -37,8 +38,8 @@ class Accuracy(Metric):
         ranked = [
             figure
             for rule in LLM_RULES
-            if rule in rows
-            for figure in figures_of(rule, torch.from_numpy(np.stack(rows[rule].to_list())), own)
+            if rule + SCORES in rows
+            for figure in figures_of(rule, torch.from_numpy(np.stack(rows[rule + SCORES].to_list())), own)
         ]
         return [
             share_of("acc", rows["correct"], "accuracy"),

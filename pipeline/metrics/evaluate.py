@@ -26,8 +26,8 @@ class Candidate:
     run: Run
     adapter: str
     recipe: str
-    hints: int
-    classes: str | None  # the data set that is asked of, where it has classes
+    hints: int = 0
+    classes: str | None = None  # the data set that is asked of, where it has classes
 
     def named(self) -> Named | None:
         return Named.read(self.run, self.adapter, self.classes) if self.classes else None

@@ -1,19 +1,38 @@
-"""Captions that name a right thing."""
+"""Things that captions name, held against what the references name, and captions that repeat themselves."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from pipeline.metrics.base import Figure, Metric, Tested, share_of
 
 COMMON = 0.1
 """A word in the captions of more than this share of pictures (a, on, background) is no thing of a picture."""
 
+RUN = 4
+"""So many words said twice are a repetition. Three are none: "is at the top and ... is at the bottom"."""
+
+DRAWS = 2000  # of pictures, for an interval
+
+
+class Judged(NamedTuple):
+    """How many things a caption names rightly, wrongly and not at all, and whether it repeats itself."""
+
+    right: int
+    wrong: int
+    missed: int
+    repeats: bool
+
 
 class NamedThings(Metric):
-    """right: the share of captions that name at least one thing that most of the picture's references name."""
+    """f1, precision and recall of the things that captions name; repeats: the share that say something twice.
+
+    All pictures' things are counted together (micro): each thing weighs alike, and a caption that names none has its
+    place. Intervals are those of drawing the pictures anew (Efron's bootstrap, 1979).
+    """
 
     tasks = ("caption",)
 
@@ -22,15 +41,22 @@ class NamedThings(Metric):
         references = list(rows["references"])
         things = Things([list(texts) for texts in tested.images.rows["captions"]])
 
-        def right(texts: Sequence[str], of: Sequence[Sequence[str]]) -> list[bool]:
-            return list(map(things.names_one, texts, of))
+        def judged(column: str, of: Sequence[Sequence[str]]) -> list[Judged]:
+            return [things.judge(text, texts) for text, texts in zip(rows[column], of, strict=True)]
 
-        others = [*references[1:], references[0]]
+        after, before = judged("finetuned", references), judged("pretrained", references)
+        others = judged("finetuned", [*references[1:], references[0]])
+        own = [things.repeats(text) for texts in references for text in texts]
         return [
-            share_of("right", right(rows["finetuned"], references), "captions that name a right thing"),
-            share_of("right_pretrained", right(rows["pretrained"], references), "the same before fine-tuning"),
+            f_score("f1", after, 1, 1, "things named, F1"),
+            f_score("precision", after, 1, 0, "named things that are there"),
+            f_score("recall", after, 0, 1, "things there that are named"),
+            f_score("f1_pretrained", before, 1, 1, "F1 before fine-tuning"),
             # The same captions held against the next picture's references: what saying likely things would get.
-            share_of("right_shuffled", right(rows["finetuned"], others), "captions that name another picture's thing"),
+            f_score("f1_shuffled", others, 1, 1, "F1 against another picture's things"),
+            share_of("repeats", [row.repeats for row in after], "captions that repeat themselves"),
+            share_of("repeats_pretrained", [row.repeats for row in before], "the same before fine-tuning"),
+            share_of("repeats_references", own, "references that repeat themselves", baseline=True),
             Figure("captioned", len(rows), "captioned test pictures", kind="count"),
         ]
 
@@ -39,19 +65,53 @@ class Things:
     """Which words are the things of a picture: those that most of its captions use and most pictures' do not."""
 
     def __init__(self, captions: Sequence[Sequence[str]]):
-        counts = Counter(word for texts in captions for word in {w for text in texts for w in words(text)})
+        counts = Counter(word for texts in captions for word in {w for text in texts for w in spoken(text)})
         self._common = {word for word, count in counts.items() if count > COMMON * len(captions)}
+        self._all = {word for texts in captions for word in self.of(texts)}
 
     def of(self, references: Sequence[str]) -> set[str]:
         """The things of one picture, from its reference captions."""
-        counts = Counter(word for text in references for word in words(text))
+        counts = Counter(word for text in references for word in set(spoken(text)))
         return {word for word, count in counts.items() if 2 * count > len(references)} - self._common
 
-    def names_one(self, text: str, references: Sequence[str]) -> bool:
-        """Whether a caption names at least one of them."""
-        return not self.of(references).isdisjoint(words(text))
+    def judge(self, text: str, references: Sequence[str]) -> Judged:
+        """A caption held against the references of its picture.
+
+        Wrong is what is a thing of some picture and in no reference of this one; what only some name does not count.
+        """
+        here, said = self.of(references), set(spoken(text)) & self._all
+        some = {word for reference in references for word in spoken(reference)}
+        return Judged(len(said & here), len(said - some), len(here - said), self.repeats(text))
+
+    def repeats(self, text: str) -> bool:
+        """Whether a caption says the same thing twice, unless described otherwise, or the same RUN words twice.
+
+        "A dog and a dog", "a dog and a brown dog" do; "a dog and a hot dog", "a red apple and a green apple" do not.
+        """
+        said = ["a" if word in ("an", "the") else word for word in spoken(text)]
+        named = [pair for pair in zip(["a", *said], said, strict=False) if pair[1] in self._all]
+        runs = [tuple(said[i : i + RUN]) for i in range(len(said) - RUN + 1)]
+        plain = {word for before, word in named if before == "a"}
+        same = [before == word or (before in self._common - {"a"} and word in plain) for before, word in named]
+        return any(same) or len(set(named)) < len(named) or len(set(runs)) < len(runs)
 
 
-def words(text: str) -> set[str]:
-    """Lower-case words, a plural s cut off."""
-    return {re.sub(r"(?<=[a-z]{2}[^s])s$", "", word) for word in re.findall(r"[a-z]+", text.lower())}
+def spoken(text: str) -> Iterator[str]:
+    """Its lower-case words in their order, a plural s cut off."""
+    for word in re.findall(r"[a-z]+", text.lower()):
+        yield re.sub(r"(?<=[a-z]{2}[^s])s$", "", word)
+
+
+def f_score(key: str, judged: Sequence[Judged], wrong: int, missed: int, label: str) -> Figure:
+    """F1 over all pictures together; precision without what is missed, recall without what is wrong; 0 of nothing."""
+    import numpy as np
+
+    counts = np.array([row[:3] for row in judged], float)  # [pictures, 3]
+    counts[:, 1:] *= (wrong, missed)
+    counts[:, 0] *= wrong + missed
+    n = len(counts)
+    drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), DRAWS)  # [DRAWS, pictures]
+    sums = np.vstack([counts.sum(0), drawn @ counts])
+    shares = sums[:, 0] / np.maximum(sums.sum(1), 1)
+    low, high = np.quantile(shares[1:], (0.025, 0.975))
+    return Figure(key, float(shares[0]), label, (float(low), float(high)))

@@ -141,15 +141,16 @@ def _rough(figure: Figure) -> list[str]:
 
 def _caption_tile(results: Results, data: str) -> Tile | None:
     best = results.best(data)
-    right, before, others = map(best.figure, ("right", "right_pretrained", "right_shuffled"))
-    if right is None:
+    f1, before, others, repeats = map(best.figure, ("f1", "f1_pretrained", "f1_shuffled", "repeats"))
+    if f1 is None:
         return None
     note = f"{data}: {results.name(best)} after fine-tuning"
     note += f"; {percent(before.value, 0)} before it" if before else ""
-    note += f", {percent(others.value, 0)} of other pictures' things" if others else ""
+    note += f", {percent(others.value, 0)} with pictures shuffled" if others else ""
+    note += f"; {percent(repeats.value, 0)} repeat themselves" if repeats else ""
     count = best.figure("captioned")
     note += f"; {written(count)} captions" if count else ""
-    return Tile(percent(right.value, 0), "of captions name a thing that is in the picture", note)
+    return Tile(percent(f1.value, 0), "F1 of the things that captions name and that are in the picture", note)
 
 
 def _retrieval_tile(results: Results) -> Tile | None:

@@ -13,7 +13,7 @@ import pandas as pd
 
 from pipeline.config import components
 from pipeline.media.pictures import decode, read
-from pipeline.metrics.things import Things
+from pipeline.metrics.things import Judged, Things
 from pipeline.report.figures import compared, with_interval
 from pipeline.report.results import Outcome, Results
 from pipeline.report.tables import Table, figures_table, ways_table
@@ -51,12 +51,12 @@ class Section:
 
 @dataclass(frozen=True)
 class Shot:
-    """A picture of the gallery and what is said of it, by the key of a tab; `right` by the same, where measured."""
+    """A picture of the gallery and what is said of it, by the key of a tab; `judged` by the same, where measured."""
 
     picture: str | None
     reference: str
     captions: dict[str, dict[str, Any]]
-    right: dict[str, bool]
+    judged: dict[str, Judged]
 
 
 @dataclass(frozen=True)
@@ -127,14 +127,14 @@ def _gallery(results: Results, data: str, prefix: str) -> dict[str, Any]:
     best = results.best(data)
     tables = {key_of(outcome): answers_of(results, outcome) for outcome in results.of(data)}
     said = {key: {row["id"]: row for row in table.to_dict("records")} for key, table in tables.items()}
-    things = _things(results, data) if best.figure("right") else None
+    things = _things(results, data) if best.figure("f1") else None
     shots = []
     for row in tables[key_of(best)].head(GALLERY).to_dict("records"):
         captions = {key: rows[row["id"]] for key, rows in said.items() if row["id"] in rows}
-        right = {
-            key: things.names_one(found["finetuned"], found["references"]) for key, found in captions.items() if things
+        judged = {
+            key: things.judge(found["finetuned"], found["references"]) for key, found in captions.items() if things
         }
-        shots.append(Shot(thumbnail(row["image"]), next(iter(row["references"]), ""), captions, right))
+        shots.append(Shot(thumbnail(row["image"]), next(iter(row["references"]), ""), captions, judged))
     return {"shots": shots, "captioned": len(tables[key_of(best)]), "prefix": prefix}
 
 

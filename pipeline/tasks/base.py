@@ -71,6 +71,13 @@ class Task(ABC):
     def max_tokens(self) -> int:
         """How long an answer may be."""
 
+    def decoding(self, model: VLM, rows: pd.DataFrame) -> dict[str, Any]:
+        """How a fine-tuned model's answers are decoded: what `VLM.generate` takes besides; nothing: greedily.
+
+        `rows` are those of the data set's manifest.
+        """
+        return {}
+
     @abstractmethod
     def answers(self, rows: pd.DataFrame) -> list[list[str]]:
         """The right answers to each picture of a manifest; one without words is no answer."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from pipeline.store.reader import ImageTokens
+    from pipeline.vlm import VLM
 
 
 class CaptioningSettings(Section):
@@ -26,6 +28,9 @@ class CaptioningSettings(Section):
     pretrained_prefix: str = Field("", description="first words of a caption before fine-tuning; the LLM goes on")
     pretrained_repetition_penalty: AboveZero = Field(1.0, ge=1, description="1: none")
     finetuned_prompt: Prompt
+    finetuned_beams: Positive = Field(1, description="captions that decoding follows at once; 1: greedy")
+    finetuned_no_repeat: int = Field(0, ge=0, description="a run of so many tokens stands once; 0: no limit")
+    finetuned_once: float = Field(0.0, ge=0, le=1, description="words of this share of pictures or fewer stand once")
 
 
 class Captioning(Task):
@@ -46,6 +51,11 @@ class Captioning(Task):
     def max_tokens(self) -> int:
         return self.settings.caption_tokens
 
+    def decoding(self, model: VLM, rows: pd.DataFrame) -> dict[str, Any]:
+        own = self.settings
+        once = {"may_repeat": common_tokens(rows, model, own.finetuned_once)} if own.finetuned_once else {}
+        return {"beams": own.finetuned_beams, "no_repeat": own.finetuned_no_repeat, **once}
+
     def answers(self, rows: pd.DataFrame) -> list[list[str]]:
         return [list(texts) for texts in rows["captions"]]
 
@@ -61,7 +71,8 @@ class Captioning(Task):
                 prefix=settings.pretrained_prefix, repetition_penalty=settings.pretrained_repetition_penalty,
             )  # fmt: skip
         with models.finetuned() as model:
-            after = model.answers(images, positions, self.prompt, self.max_tokens, batch)
+            decoding = self.decoding(model, images.rows)
+            after = model.answers(images, positions, self.prompt, self.max_tokens, batch, **decoding)
         for column, answers in (("pretrained", before), ("finetuned", after)):
             table[column] = [answer.split("\n")[0] for answer in answers]  # a caption is one line
         return table
@@ -84,6 +95,14 @@ class Captioning(Task):
         if missing:
             raise UserError(path, f"no {', '.join(missing)} in it", remedy(folder, force=True))
         return table
+
+
+def common_tokens(rows: pd.DataFrame, model: VLM, share: float) -> set[int]:
+    """Tokens in the captions of more than a share of the training pictures: what a caption may say twice."""
+    train = rows[rows["split"] == "train"]
+    captions = [list(texts) for texts in train["captions"]]
+    counts = Counter(token for texts in captions for token in {t for ids in model.texts.ids(texts) for t in ids})
+    return {token for token, count in counts.items() if count > share * len(train)}
 
 
 def choose(images: ImageTokens, count: int, seed: int) -> list[int]:

@@ -12,7 +12,6 @@ from pydantic import Field
 from pipeline.config.base import Positive, Prompt, Section
 from pipeline.errors import UserError
 from pipeline.naming.classes import class_names, labelled, numbers
-from pipeline.naming.weigh import LLM_RULES
 from pipeline.runs import remedy, require
 from pipeline.tasks.base import Models, Task
 
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
 COLUMNS = ("id", "image", "label", "output", "predicted", "correct", "strict")
 
 
+SCORES = " scores"  # behind a rule: the column of the log-probabilities of all names, which no file keeps
 FITTED, AVERAGED = 128, 32  # validation pictures that weights are fitted on, and that a name's average is of
 
 
@@ -55,7 +55,10 @@ class Naming(Task):
         return [[label] for label in rows["label"]]
 
     def predict(self, models: Models, images: ImageTokens, batch: int, seed: int) -> pd.DataFrame:
-        """Greedy answers for all labelled test pictures, columns COLUMNS; and LLM_RULES where names are ranked."""
+        """Greedy answers for all labelled test pictures, columns COLUMNS.
+
+        Where names are ranked also the names by each of LLM_RULES (naming/weigh.py), and the log-probabilities of all.
+        """
         positions, names = labelled(images, "test"), class_names(images)
         ranks = self.settings.class_names == "ranked"
         named = models.named() if models.hints or ranks else None
@@ -69,7 +72,8 @@ class Naming(Task):
         table["strict"] = table["output"] == table["label"]
         if ranks and named:
             for rule, scores in self._ranked(models, named, images, positions, batch).items():
-                table[rule] = list(scores.numpy())
+                table[rule] = [named.names[i] for i in scores.argmax(1).tolist()]
+                table[rule + SCORES] = list(scores.numpy())
         return table
 
     def _ranked(
@@ -114,7 +118,8 @@ class Naming(Task):
         return [self.hint(named.candidates(images.ids[i], models.hints)) for i in positions]
 
     def write(self, predictions: pd.DataFrame, folder: Path) -> None:
-        predictions.drop(columns=list(LLM_RULES), errors="ignore").to_csv(folder / "predictions.csv", index=False)
+        kept = predictions[[column for column in predictions if not column.endswith(SCORES)]]
+        kept.to_csv(folder / "predictions.csv", index=False)
         per_class(predictions).to_csv(folder / "per_class.csv", index=False)
         confusions(predictions).to_csv(folder / "confusions.csv", index=False)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import operator
 import sys
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +39,8 @@ class Examples:
         self, images: ImageTokens, name: str, task: Task, settings: Recipe, seed: int, named: Named | None = None
     ):
         self.name, self.images, self.task, self.prompts = name, images, task, settings.prompts[name]
-        self.hints = (
-            None if named is None else [task.hint(named.candidates(row_id, settings.hints)) for row_id in images.ids]
-        )
+        self.hinted = [] if named is None else [named.candidates(row_id, settings.hints) for row_id in images.ids]
+        self.hints, self.decoys = [task.hint(names) for names in self.hinted] or None, settings.decoys
         self.answers = [[text for text in texts if text and text.strip()] for texts in task.answers(images.rows)]
         self.train, val = self._answered("train"), self._answered("val")
         unanswered = [images.ids[i] for i, texts in enumerate(self.answers) if not texts]
@@ -74,7 +75,27 @@ class Examples:
         positions = [self.train[i] for i in batch]
         prompt = self.prompts[int(torch.randint(len(self.prompts), ()))]
         answers = [self.answers[p][int(torch.randint(len(self.answers[p]), ()))] for p in positions]
-        return self.images.tokens(positions), prompt, answers, self._hints_of(positions)
+        return self.images.tokens(self._with_decoys(positions)), prompt, answers, self._hints_of(positions)
+
+    def _with_decoys(self, positions: list[int]) -> list[int]:
+        """Positions of the pictures whose tokens are shown: now and then one of another name among the hints."""
+        if not self.hinted or not self.decoys:
+            return positions
+        shown = []
+        for position in positions:
+            names = self.hinted[position]
+            others = self.named_so[names[int(torch.randint(len(names), ()))]] if names else []
+            swap = bool(torch.rand(()) < self.decoys) and others
+            shown.append(others[int(torch.randint(len(others), ()))] if swap else position)
+        return shown
+
+    @cached_property
+    def named_so(self) -> dict[str, list[int]]:
+        """The training pictures of each name."""
+        found: dict[str, list[int]] = defaultdict(list)
+        for position in self.train:
+            found[self.answers[position][0]].append(position)
+        return found
 
     def fixed(self, positions: list[int]) -> tuple[Tensor, str, list[str], list[str] | None]:
         """The same images with the first prompt and the first answer."""
@@ -161,7 +182,7 @@ def finetune(params: Params, name: str, recipe: str, scratch: bool = False) -> N
     if settings.hints:
         read.append(run.named(name) / f"{recipe}.json")
     checkpoint = _checkpoint(params, name, recipe, scratch, read)
-    trainer = _trainer(model, lora, mixture, settings, params.seed, checkpoint)
+    trainer = _trainer(model, lora, mixture, settings, scratch, params.seed, checkpoint)
     trainer.name = f"{'from scratch' if scratch else 'fine-tune'} {name} on {recipe}"
     history = trainer.run()
     _write(out, adapter, lora, trainer)
@@ -215,7 +236,9 @@ def _leave_room(model: VLM, examples: Examples, name: str) -> None:
     model.max_answer_tokens = min(model.max_answer_tokens, room)
 
 
-def _trainer(model: VLM, lora: Any, mixture: Mixture, settings: Recipe, seed: int, checkpoint: Checkpoint) -> Trainer:
+def _trainer(
+    model: VLM, lora: Any, mixture: Mixture, settings: Recipe, scratch: bool, seed: int, checkpoint: Checkpoint
+) -> Trainer:
     def loss(number: int) -> Started:
         examples, own = mixture.turn(number)
         batch = batch_at(own, settings.batch, len(examples.train), seed)
@@ -232,8 +255,9 @@ def _trainer(model: VLM, lora: Any, mixture: Mixture, settings: Recipe, seed: in
 
     total = total_steps(settings, mixture.size)
     points = {max(1, round(total * i / settings.validations)) for i in range(1, settings.validations + 1)}
+    rate = (settings.scratch_adapter_lr if scratch else None) or settings.adapter_lr
     groups = [
-        {"params": list(model.adapter.parameters()), "lr": settings.adapter_lr},
+        {"params": list(model.adapter.parameters()), "lr": rate},
         {"params": [p for p in lora.parameters() if p.requires_grad], "lr": settings.lr},
     ]
     return Trainer(
