@@ -38,7 +38,7 @@ def terraalign(*arguments, code=0):
 def test_every_stage_of_the_graph(tiny_params, tiny_mistral):
     values = yaml.safe_load(Path("params.yaml").read_text())
     values["adapters"]["mlp"]["architecture"]["positions"] = 9
-    options = {"space": "whitened", "contrast": 0.1, "temperature": 1.0, "unmatched": 0.2}
+    options = {"start": "constant_set", "space": "whitened", "contrast": 0.1, "temperature": 1.0, "unmatched": 0.2}
     values["adapters"]["mlp"]["pretrain"] = {"objective": options}
     for name in ("self_attention", "query"):
         values["adapters"][name]["pretrain"] = {}  # as few epochs as the first
