@@ -18,13 +18,12 @@ def write_inputs(params: Params) -> None:
     Raises UserError naming the stage that writes what is missing.
     """
     run = Run.of(params)
-    sets = {name: params.finetune.recipes[name].data for name in params.run.recipes}
-    sets |= {PRETRAIN: params.pretrain.data}
-    sets |= {
-        CLASSES: [*params.pretrain.data, *(data for data in params.run.data if params.data[data].task == "classify")]
-    }
-    for name, names in sets.items():
-        digests = {data: {"task": params.data[data].task, **_digests(run, data)} for data in names}
+    recipes = {name: params.finetune.recipes[name].data for name in params.run.recipes}
+    classes = [data for data in params.run.data if params.data[data].task == "classify"]
+    for name, names in {**recipes, PRETRAIN: params.pretrain.data, CLASSES: [*params.pretrain.data, *classes]}.items():
+        digests: dict[str, object] = {data: {"task": params.data[data].task, **_digests(run, data)} for data in names}
+        if name == CLASSES:  # stage `name` writes a file for each recipe
+            digests["recipes of"] = recipes
         with atomically(run.inputs(name)) as file:
             file.write((json.dumps(digests, indent=1) + "\n").encode())
 

@@ -15,7 +15,7 @@ def name(adapter: Annotated[str, typer.Argument(help="One of run.adapters.")]) -
 
     By exact EMD to the names of all classes, by discriminant analysis of the same tokens, and by both, weighed on
     validation pictures. Writes the namer, the likeliest names of every picture (fine-tuning may write them into the
-    prompt: finetune.recipes.<recipe>.candidates) and figures to data/<profile>/name/<adapter>/<data>/. From then on
+    prompt: finetune.recipes.<recipe>.hints) and figures to data/<profile>/name/<adapter>/<data>/. From then on
     `terraalign classify` answers.
     """
     params = load_params()

@@ -32,7 +32,9 @@ if pathlib.Path("{log}.fails").exists() and pathlib.Path("{log}.fails").read_tex
 if command == "inputs":  # the real one: what it writes decides what runs again
     path = {{"PYTHONPATH": "{project}"}}
     sys.exit(subprocess.call(["{python}", "-m", "stages.cli", "inputs"], env=os.environ | path))
-content = hashlib.sha256(command.encode()).hexdigest() + str(len(log.read_text().splitlines()))
+content = hashlib.sha256(command.encode()).hexdigest()
+if not command.startswith("name "):  # names that come out the same concern nothing behind them
+    content += str(len(log.read_text().splitlines()))
 for name in json.loads(pathlib.Path("{outputs}").read_text())[command]:
     path = pathlib.Path(name)
     file = path if path.suffix else path / "result.txt"
@@ -59,7 +61,12 @@ def commands(graph: dict[str, Any], params: dict[str, Any]) -> dict[str, list[st
         outputs = [o if isinstance(o, str) else next(iter(o)) for o in stage["outs"] + stage.get("metrics", [])]
         for values in itertools.product(*matrix.values()):
             item = dict(zip(matrix, values, strict=True))
-            found[fill(stage["cmd"], item).removeprefix("terraalign ")] = [fill(output, item) for output in outputs]
+            command = fill(stage["cmd"], item).removeprefix("terraalign ")
+            found[command] = [fill(output, item) for output in outputs]
+            if command.startswith("name "):
+                found[command] = [
+                    f"{folder}/{name}.json" for folder in found[command] for name in params["run"]["recipes"]
+                ]
     return found
 
 
@@ -92,11 +99,19 @@ class Repo:
             shutil.copytree(PROJECT / name, self.root / name, ignore=shutil.ignore_patterns("__pycache__"))
         run = {"data": list(DATA), "adapters": list(ADAPTERS), "recipes": list(DATA)}
         self.set("run", {**run, "scratch": ["query"], "scratch_recipes": ["captions"]})
+        return self._commands()
+
+    def _commands(self) -> dict[str, list[str]]:
         return commands(*(yaml.safe_load((self.root / name).read_text()) for name in ("dvc.yaml", "params.yaml")))
+
+    def write_outputs(self) -> None:
+        """What the pretended commands write, by the parameters of now."""
+        self.outputs.write_text(json.dumps(self._commands()))
 
     def _fake(self, folder: Path, outputs: Path) -> None:
         folder.mkdir()
-        outputs.write_text(json.dumps(self.all))
+        self.outputs = outputs
+        self.write_outputs()
         self.log.touch()
         (folder / "terraalign").write_text(
             FAKE.format(python=sys.executable, log=self.log, outputs=outputs, project=PROJECT)
@@ -160,7 +175,7 @@ def trained(*adapters: str, pretrain: bool = True, data: tuple[str, ...] = DATA)
     for adapter in adapters:
         found |= {f"{command} {adapter} {name}" for command in ("finetune", "evaluate") for name in data}
         found |= {f"pca {adapter}"} if "captions" in data else set()
-        found |= {f"pretrain {adapter}"} if pretrain else set()
+        found |= {f"pretrain {adapter}", f"name {adapter}"} if pretrain else set()
     return found
 
 
@@ -244,3 +259,12 @@ def test_an_experiment_changes_a_parameter(repo: Repo) -> None:
     repo.commit()
     assert repo.repro("exp", "run", "-S", "pretrain.lr=0.0005") == trained(*ADAPTERS) | {"inputs"}
     assert yaml.safe_load((repo.root / "params.yaml").read_text())["pretrain"]["lr"] == 0.0005
+
+
+def test_another_recipe_has_its_names_and_concerns_no_other(repo: Repo) -> None:
+    recipes = yaml.safe_load((repo.root / "params.yaml").read_text())["finetune"]["recipes"]
+    repo.set("finetune.recipes", recipes | {"again": recipes["classes"]})
+    repo.set("run.recipes", [*DATA, "again"])
+    repo.write_outputs()
+    names = {f"name {adapter}" for adapter in ADAPTERS}
+    assert repo.repro() == trained(*ADAPTERS, pretrain=False, data=("again",)) | names | {"inputs"}

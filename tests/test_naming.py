@@ -15,7 +15,7 @@ from pipeline.metrics.rules import calibration_error, figures_of
 from pipeline.naming.discriminant import Discriminant, as_good_as, choose_shrinkage, cross_fitted, deal
 from pipeline.naming.namer import Namer, Scales
 from pipeline.naming.nearest import Nearest
-from pipeline.naming.weigh import LOWEST, fit_weights
+from pipeline.naming.weigh import LOWEST, combined, fit_weights
 from pipeline.objectives.base import Means
 from pipeline.objectives.closed_form import fit_closed_form
 from pipeline.objectives.emd import EMD, EMDSettings
@@ -138,6 +138,15 @@ def test_weights_are_those_of_the_likeliest_model():
         scale: F.cross_entropy(scale * useful, torch.tensor(own)).item() for scale in (alone * 0.9, alone, alone * 1.1)
     }
     assert min(losses, key=losses.__getitem__) == alone
+
+
+def test_scores_that_mislead_still_have_their_order():
+    scores = torch.tensor([[2.0, 1.0, 0.0]] * 4)
+    weights = fit_weights({"llm": scores}, [2] * 4)
+    shares = combined({"llm": scores}, weights)[0]
+    assert shares.argsort(descending=True).tolist() == [0, 1, 2] and shares.exp().max() < 0.34
+    both = fit_weights({"llm": scores, "namer": scores.flip(1)}, [2] * 4)
+    assert both["llm"] == 0 < both["namer"]
 
 
 def test_a_namer_comes_back_as_it_was(tmp_path):

@@ -20,7 +20,8 @@ from pipeline.config import Params, load_params
 from pipeline.errors import UserError
 from pipeline.metrics.base import Figure, share_of
 from pipeline.metrics.rules import LABELS
-from pipeline.report import convergence, figures, page, sections, tables
+from pipeline.naming.weigh import LLM_RULES, RULES
+from pipeline.report import convergence, figures, page, sections, tables, ways
 from pipeline.report.results import read_results
 from pipeline.runs import stages
 
@@ -234,8 +235,12 @@ def test_every_way_of_naming_is_beside_what_it_is_compared_with(params: Params) 
     assert rows["query: ranked by the LLM"][0] == "40.0 %" and rows["discriminant analysis"][:2] == ["73.0 %", "95.0 %"]
     assert rows["query: said by the LLM"] == ["90.0 %", "–", "–", "–"]
     text = report(params)
-    assert text.count("likeliest name to the LLM") == 1, "the answers' own table does not say everything again"
+    assert LABELS["ranked"] not in text, "the table of answers does not say it all again"
     assert "without\nthe language model mlp, with it (<code>--llm</code>) query" in text
+
+
+def test_every_rule_has_a_name_on_the_page() -> None:
+    assert {*ways.WITHOUT_LLM, "discriminant"} == {*RULES} and {*ways.WITH_LLM} == {"", *LLM_RULES}
 
 
 def test_ways_of_several_recipes_are_told_apart(params: Params) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 RULES = ("emd", "discriminant", "namer")  # without the LLM; namer: both together
 LLM_RULES = ("ranked", "calibrated", "combined")  # combined: the LLM's and the namer's
+LEAST = 1e-3  # weight, in standard deviations, of scores that tell nothing: their order is kept, if hardly believed
 LOWEST = -1e4  # log-probability of what counts as impossible
 
 
@@ -41,4 +42,5 @@ def fit_weights(scores: Mapping[str, Tensor], own: list[int]) -> dict[str, float
         return float((total[:, 0] - logits[rows, right]).mean()), slope
 
     found = minimize(loss, np.ones(len(values)), jac=True, bounds=[(0, 1e3)] * len(values), method="L-BFGS-B")
-    return {key: float(weight / scale) for key, weight, scale in zip(scores, found.x, spread.ravel(), strict=True)}
+    weights = found.x if found.x.any() else np.full(len(values), LEAST)
+    return {key: float(weight / scale) for key, weight, scale in zip(scores, weights, spread.ravel(), strict=True)}

@@ -10,7 +10,7 @@ import pandas as pd
 from pipeline.report import convergence
 from pipeline.report.figures import interval, labels, percent, written
 from pipeline.report.results import Results
-from pipeline.report.ways import MEASURES, ways
+from pipeline.report.ways import MEASURES, is_of_rule, ways
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Table:
 
 
 def figures_table(results: Results, data: str) -> Table:
-    """All that was measured on one data set, apart from baselines and details of the ways of naming."""
+    """All that was measured on one data set but baselines and rules that score all names (see `ways_table`)."""
     outcomes = results.of(data)
     rows = {}
     for outcome in outcomes:
@@ -49,7 +49,8 @@ def figures_table(results: Results, data: str) -> Table:
         cells = {key: Cell(written(figure), interval(figure)) for key, figure in found.items()}
         loss = {} if outcome.val_loss is None else {"val_loss": Cell(f"{outcome.val_loss:.3f}")}
         rows[results.name(outcome)] = cells | loss
-    return Table.of(labels(outcomes) | {"val_loss": "validation loss"}, rows)
+    headings = {key: label for key, label in labels(outcomes).items() if not is_of_rule(key)}
+    return Table.of(headings | {"val_loss": "validation loss"}, rows)
 
 
 def ways_table(results: Results, data: str) -> Table:

@@ -13,7 +13,7 @@ WITH_LLM = {
     "": "said by the LLM",
     "ranked": "ranked by the LLM",
     "calibrated": "ranked, calibrated",
-    "combined": "LLM and EMD together",
+    "combined": "all three together",
 }
 MEASURES = {
     "acc": "accuracy",
@@ -33,11 +33,15 @@ class Way:
     figures: dict[str, Figure]
 
 
+def is_of_rule(key: str) -> bool:
+    """Whether a figure's key is that of a measure and a rule by which all names are scored."""
+    measure, _, rule = key.partition("/")
+    return measure in MEASURES and rule in {*WITHOUT_LLM, *WITH_LLM, "discriminant"} - {""}
+
+
 def is_detail(figure: Figure) -> bool:
-    """Whether a figure says more of a way than its accuracy: such ones stand in one table of their own."""
-    measure, _, rule = figure.key.partition("/")
-    rules = {*WITHOUT_LLM, *WITH_LLM, "discriminant"} - {""}
-    return measure in MEASURES and measure != "acc" and rule in rules
+    """Whether a figure says more of a rule than its accuracy: such ones stand in one table of their own."""
+    return is_of_rule(figure.key) and not figure.key.startswith("acc/")
 
 
 def ways(results: Results, data: str) -> list[Way]:
