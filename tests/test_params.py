@@ -177,6 +177,12 @@ def test_names_of_data_sets_and_recipes_fit_together() -> None:
         ),
         ("  data: captions", "  data: caption", "pca.data: names caption, which run.data does not have"),
         ("  data: [captions, classes]\n  epochs", "  data: [words]\n  epochs", "pretrain.data: names words"),
+        (
+            "      max_steps: 16\n",
+            "      hints: 2\n      max_steps: 16\n",
+            "captions.hints: is for data sets with the task",
+        ),
+        ("      hints: 3 ", "      hints: 11 ", "recipes.classes.hints is 11"),
     ):
         assert old in DEMO
         assert message in fault_in(DEMO.replace(old, new, 1))

@@ -20,6 +20,7 @@ from pipeline.llms.load import load_embedding, load_tokenizer
 from pipeline.llms.text import Texts
 from pipeline.metrics.base import read_figures
 from pipeline.metrics.probe import linear_probe
+from pipeline.naming.table import Named
 from pipeline.objectives.pairs import Pairs
 from pipeline.runs import Run
 from pipeline.store.reader import CaptionTokens, ImageTokens
@@ -123,6 +124,23 @@ def examples_of(params: Params, rows: pd.DataFrame, data: str) -> Examples:
     return Examples(images_of(rows), data, task, params.finetune.recipes[data], 0)
 
 
+def test_decoys_show_the_tokens_of_another_of_the_hints(tiny_params: Params) -> None:
+    rows = rows_of([["x"]] * 12, labels=["a", "b", "c"] * 4)
+    hints = pd.DataFrame({"label": rows["label"], "candidates": [["b", "a"]] * 12}, index=list(rows["id"]))
+    recipe = tiny_params.finetune.recipes["classes"]
+
+    def shown(decoys: float) -> set[str]:
+        settings = recipe.model_copy(update={"hints": 2, "decoys": decoys})
+        task, named = Task.of("classify", tiny_params.evaluate), Named(["a", "b", "c"], hints)
+        examples = Examples(images_of(rows), "classes", task, settings, 0, named)
+        of_c = [i for i in examples.train if rows["label"].iloc[i] == "c"]
+        assert set(examples.draw([examples.train.index(of_c[0])])[3] or []) == {"It may be: b, a."}
+        return {rows["label"].iloc[at] for _ in range(30) for at in examples._with_decoys(of_c)}
+
+    assert shown(0.0) == {"c"}
+    assert shown(0.999) <= {"a", "b"} and len(shown(0.5)) == 3
+
+
 @pytest.mark.parametrize("empty", [[], [""], ["  \n"]])
 def test_pictures_without_words_are_left_out_of_finetuning(
     tiny_params: Params, empty: list[str], capsys: pytest.CaptureFixture[str]
@@ -180,6 +198,7 @@ def test_one_class_and_captions_without_words_go_all_the_way(tiny_params: Params
     pairs = Pairs.open(params, params.pretrain)
     assert all(pairs.captions[i] for i in [*pairs.train, *pairs.val])
     run("pretrain", "mlp")
+    run("name", "mlp")
     for data in ("captions", "classes"):
         run("finetune", "mlp", data)
         said = run("evaluate", "mlp", data)

@@ -89,10 +89,6 @@ class Params(Section):
             if recipes[name].hints and not any(self.data[data].task == "classify" for data in recipes[name].data):
                 where = ("finetune", "recipes", name, "hints")
                 raise fault_at(where, "is for data sets with the task classify, which have names; leave it out here")
-        for name in run.scratch_recipes:
-            if recipes[name].hints:
-                why = f"names {name}, whose hints come from a pre-trained adapter"
-                raise fault_at(("run", "scratch_recipes"), f"{why}; set finetune.recipes.{name}.hints to 0")
         _check_among("pretrain.data", self.pretrain.data, "run.data", run.data, "which {} does not have")
         _check_among("pca.data", [self.pca.data], "run.data", run.data, "which {} does not have")
         _check_among("pca.recipe", [self.pca.recipe], "run.recipes", run.recipes, "which {} does not have")

@@ -149,7 +149,7 @@ def finetune(params: Params, name: str, recipe: str, scratch: bool = False) -> N
     Starts from the pre-trained adapter, or from a random one. Raises UserError when features or adapter are not there,
     or of other models than the parameters name.
     """
-    run, settings = Run.of(params), params.finetune_for(name, recipe)
+    run, settings = Run.of(params), _settings(params, name, recipe, scratch)
     pretrained, out = None if scratch else run.pretrained(name), run.finetuned(name, recipe, scratch)
     check_of_one_kind(run, "images", settings.data)
     if pretrained:
@@ -191,6 +191,12 @@ def finetune(params: Params, name: str, recipe: str, scratch: bool = False) -> N
     trainer.checkpoint.remove()
 
 
+def _settings(params: Params, name: str, recipe: str, scratch: bool) -> Recipe:
+    """The recipe; from scratch without hints, which a pre-trained adapter gives."""
+    found = params.finetune_for(name, recipe)
+    return found.model_copy(update={"hints": 0, "decoys": 0.0}) if scratch else found
+
+
 def _examples(params: Params, run: Run, data: str, settings: Recipe, adapter: str) -> Examples:
     kind = params.data_set(data).task
     named = Named.read(run, adapter, data) if settings.hints and kind == "classify" else None
@@ -199,7 +205,7 @@ def _examples(params: Params, run: Run, data: str, settings: Recipe, adapter: st
 
 def _checkpoint(params: Params, name: str, recipe: str, scratch: bool, read: list[Path]) -> Checkpoint:
     """A checkpoint that holds as long as all that decides this run is the same."""
-    run, settings, section = Run.of(params), params.finetune_for(name, recipe), params.adapter(name)
+    run, settings, section = Run.of(params), _settings(params, name, recipe, scratch), params.adapter(name)
     files = [path for data in settings.data for path in (run.features("images", data), run.manifest(data))]
     parts = [("task", params.data_set(data).task) for data in settings.data] + [("adapter", params.kind_of(name))]
     decides = [params.seed, settings.model_dump(), params.finetune.lora, params.llm, section.architecture, parts]
