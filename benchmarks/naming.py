@@ -19,8 +19,8 @@ from sklearn.preprocessing import StandardScaler
 
 from pipeline.config import load_params
 from pipeline.naming.classes import labelled
+from pipeline.naming.rules import LLM_RULES, RULES
 from pipeline.naming.table import Named
-from pipeline.naming.weigh import LLM_RULES, RULES
 from pipeline.runs import Run
 from pipeline.store.reader import ImageTokens
 from pipeline.tasks.naming import Naming

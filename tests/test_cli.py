@@ -146,9 +146,9 @@ def test_use_reads_a_value_by_the_type_of_its_key(folder: Path) -> None:
 def test_what_cannot_be_written_is_refused_and_leaves_the_old_file_alone(folder: Path) -> None:
     (folder / "params.yaml").write_text("old")
     shared = (
-        (folder / "profiles" / "demo.yaml").read_text().replace("pretrain: {epochs: 8}", "pretrain: &p {epochs: 8}", 1)
+        (folder / "profiles" / "demo.yaml").read_text().replace("pretrain: {epochs: 5}", "pretrain: &p {epochs: 5}", 1)
     )
-    (folder / "shared.yaml").write_text(shared.replace("pretrain: {epochs: 8}", "pretrain: *p", 1))
+    (folder / "shared.yaml").write_text(shared.replace("pretrain: {epochs: 5}", "pretrain: *p", 1))
     cases = {
         ("demo", "llm.model=caf\udce9"): "not valid UTF-8",
         ("photos", "data.captions.root="): "name the folder",

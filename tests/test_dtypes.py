@@ -106,6 +106,6 @@ def test_each_type_trains(tiny_params, monkeypatch):
         images = ImageTokens.open(RUN, "captions")
         read[dtype] = images.tokens([0, 3])
         losses[dtype] = pd.read_csv("data/tiny/pretrain/linear/history.csv")["val"].iloc[-1]
-    assert list(losses.values()) == pytest.approx([losses["float32"]] * 4, rel=1e-3)
+    assert list(losses.values()) == pytest.approx([losses["float32"]] * 4, rel=3e-3)
     for dtype in DTYPES:
         assert torch.equal(read[dtype], unpack(pack(read["float32"], dtype), dtype))

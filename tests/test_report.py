@@ -20,7 +20,7 @@ from pipeline.config import Params, load_params
 from pipeline.errors import UserError
 from pipeline.metrics.base import Figure, share_of
 from pipeline.metrics.rules import LABELS
-from pipeline.naming.weigh import LLM_RULES, RULES
+from pipeline.naming.rules import LLM_RULES, RULES
 from pipeline.report import convergence, figures, page, sections, tables, ways
 from pipeline.report.results import read_results
 from pipeline.runs import stages

@@ -6,7 +6,7 @@ import sys
 
 from pipeline.metrics.base import Figure, Metric, Tested, share_of
 from pipeline.naming.classes import class_names
-from pipeline.naming.weigh import LLM_RULES
+from pipeline.naming.rules import LLM_RULES
 from pipeline.tasks.naming import SCORES
 
 

@@ -11,8 +11,8 @@ from pipeline.files import atomically
 from pipeline.metrics.base import FIGURES, Figure
 from pipeline.metrics.rules import figures_of
 from pipeline.naming.fit import name_all
+from pipeline.naming.rules import RULES
 from pipeline.naming.table import TABLE, Named
-from pipeline.naming.weigh import RULES
 from pipeline.runs import Run
 
 

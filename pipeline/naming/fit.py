@@ -17,8 +17,9 @@ from pipeline.naming.classes import class_names, labelled, numbers
 from pipeline.naming.discriminant import Discriminant, as_good_as, choose_shrinkage, cross_fitted, deal, pooled
 from pipeline.naming.namer import Namer, Scales, by_rule
 from pipeline.naming.nearest import Nearest, adapted_by, many
+from pipeline.naming.rules import RULES
 from pipeline.naming.table import Named
-from pipeline.naming.weigh import RULES, fit_weights
+from pipeline.naming.weigh import fit_weights
 from pipeline.objectives.base import Means
 from pipeline.objectives.emd import EMD, EMDSettings
 from pipeline.objectives.pairs import Pairs

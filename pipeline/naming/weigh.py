@@ -1,4 +1,4 @@
-"""Ways of naming, and how their scores become one probability."""
+"""How scores of names become one probability."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-RULES = ("emd", "discriminant", "namer")  # without the LLM; namer: both together
-LLM_RULES = ("ranked", "calibrated", "combined")  # combined: the LLM's and the namer's
 LEAST = 1e-3  # weight, in standard deviations, of scores that tell nothing: their order is kept, if hardly believed
 LOWEST = -1e4  # log-probability of what counts as impossible
 

@@ -57,7 +57,7 @@ class Naming(Task):
     def predict(self, models: Models, images: ImageTokens, batch: int, seed: int) -> pd.DataFrame:
         """Greedy answers for all labelled test pictures, columns COLUMNS.
 
-        Where names are ranked also the names by each of LLM_RULES (naming/weigh.py), and the log-probabilities of all.
+        Where names are ranked also the names by each of LLM_RULES (naming/rules.py), and the log-probabilities of all.
         """
         positions, names = labelled(images, "test"), class_names(images)
         ranks = self.settings.class_names == "ranked"
