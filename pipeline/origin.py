@@ -112,6 +112,12 @@ def weights_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def check_start(folder: Path, pretrained: Path) -> None:
+    """UserError where what lies in a folder was made from other weights of a pre-trained adapter than those of now."""
+    if Origin.read(folder).start != weights_of(pretrained / "last.safetensors"):
+        raise UserError(folder, f"this was made from other weights than {pretrained} has now", remedy(folder))
+
+
 def check_tokens(folder: Path, run: Run, data: str) -> Origin:
     """The origin of an adapter that was trained on the image tokens that are there now; else UserError."""
     origin, now = Origin.read(folder), Manifest.read(run.features("images", data)).fingerprint

@@ -87,7 +87,7 @@ def _by_llm(params: Params, name: str, folder: Path) -> Callable[[Tensor], list[
     data, count = next(data for data in settings.data if params.data[data].task == name), settings.hints
     model = load_vlm(params.llm, folder, "adapter", params.runtime.device)
     decoding = task.decoding(model, usable_rows(Run.of(params), data))
-    namer = _named_by(params, next(iter(namers(params, adapter)))) if count else None
+    namer = _named_by(params, Run.of(params).named(adapter) / data) if count else None
 
     def answers(tokens: Tensor) -> list[Row]:
         hints = None
@@ -119,9 +119,11 @@ def _named_by(params: Params, folder: Path) -> Callable[[Tensor], list[list[tupl
     from pipeline.adapters.module import load_adapter
     from pipeline.devices import pick_device
     from pipeline.naming.namer import Namer
+    from pipeline.origin import check_start
 
-    namer = Namer.load(folder, params.runtime.emd_threads)
-    adapter = load_adapter(Run.of(params).pretrained(folder.parent.name), "last")
+    namer, pretrained = Namer.load(folder, params.runtime.emd_threads), Run.of(params).pretrained(folder.parent.name)
+    check_start(folder, pretrained)
+    adapter = load_adapter(pretrained, "last")
     adapter.to(pick_device(params.runtime.device))
 
     @torch.no_grad()
@@ -133,14 +135,14 @@ def _named_by(params: Params, folder: Path) -> Callable[[Tensor], list[list[tupl
     return named
 
 
-def namers(params: Params, only: str | None = None) -> dict[Path, float]:
+def namers(params: Params) -> dict[Path, float]:
     """The folders of the namers of the first data set of classes that has any, with their losses on validation."""
     run = Run.of(params)
     classes = [data for data in params.run.data if params.data[data].task == "classify"]
     if not classes:
         raise UserError("run.data", "none has the task classify", "add one to params.yaml")
     for data in classes:
-        folders = [run.named(adapter) / data for adapter in params.run.adapters if only in (None, adapter)]
+        folders = [run.named(adapter) / data for adapter in params.run.adapters]
         found = {folder: _read_loss(folder / "namer.json", "val_loss", folder.parent) for folder in folders}
         if known := {folder: loss for folder, loss in found.items() if loss is not None}:
             return known

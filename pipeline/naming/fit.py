@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -23,7 +24,7 @@ from pipeline.naming.weigh import fit_weights
 from pipeline.objectives.base import Means
 from pipeline.objectives.emd import EMD, EMDSettings
 from pipeline.objectives.pairs import Pairs
-from pipeline.origin import Origin, check_tokens
+from pipeline.origin import Origin, check_tokens, weights_of
 from pipeline.runs import Run
 from pipeline.store.reader import ImageTokens
 
@@ -61,7 +62,8 @@ def fit_namer(params: Params, adapter: str, data: str) -> Named:
     told = by_rule(distances[: len(val)], first, scales)["namer"]
     loss = -told.gather(1, torch.tensor(right)[:, None]).mean().item()
     Namer(names, nearest, whole, scales, loss).save(folder)
-    Origin.read(run.pretrained(adapter)).write(folder)
+    origin, weights = Origin.read(run.pretrained(adapter)), run.pretrained(adapter) / "last.safetensors"
+    replace(origin, start=weights_of(weights)).write(folder)
     last = whole.of_features(torch.from_numpy(pooled(images.tokens, test))) if test else first[:0]
     rules = by_rule(distances, torch.cat([first, last]), scales)
     series = series_of(images)
