@@ -15,7 +15,7 @@ from pipeline.metrics.rules import calibration_error, figures_of
 from pipeline.naming.discriminant import Discriminant, as_good_as, choose_shrinkage, cross_fitted, deal
 from pipeline.naming.namer import Namer, Scales
 from pipeline.naming.nearest import Nearest
-from pipeline.naming.weigh import LOWEST, combined, fit_weights
+from pipeline.naming.weigh import LOWEST, combined, fit_weights, sure_weights
 from pipeline.objectives.base import Means
 from pipeline.objectives.closed_form import fit_closed_form
 from pipeline.objectives.emd import EMD, EMDSettings
@@ -147,6 +147,18 @@ def test_scores_that_mislead_still_have_their_order():
     assert shares.argsort(descending=True).tolist() == [0, 1, 2] and shares.exp().max() < 0.34
     both = fit_weights({"llm": scores, "namer": scores.flip(1)}, [2] * 4)
     assert both["llm"] == 0 < both["namer"]
+
+
+def test_scores_are_summed_only_where_that_is_surely_better():
+    torch.manual_seed(0)
+    first, second, noise = torch.randn(400, 5), torch.randn(400, 5), torch.randn(400, 5)
+    own = torch.distributions.Categorical(logits=2 * (first + second)).sample().tolist()
+    summed = sure_weights({"first": first, "second": second}, own)
+    assert summed == fit_weights({"first": first, "second": second}, own) and min(summed.values()) > 1
+    alone = sure_weights({"first": first, "noise": noise}, own)
+    assert alone == {**fit_weights({"first": first}, own), "noise": 0.0}
+    nearly = {"first": first + second, "other": first + second + 0.1 * noise}  # both say the same
+    assert sorted(weight > 0 for weight in sure_weights(nearly, own).values()) == [False, True]
 
 
 def test_a_namer_comes_back_as_it_was(tmp_path):

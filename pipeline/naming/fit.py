@@ -20,7 +20,7 @@ from pipeline.naming.namer import Namer, Scales, by_rule
 from pipeline.naming.nearest import Nearest, adapted_by, many
 from pipeline.naming.rules import RULES
 from pipeline.naming.table import Named
-from pipeline.naming.weigh import fit_weights
+from pipeline.naming.weigh import fit_weights, sure_weights
 from pipeline.objectives.base import Means
 from pipeline.objectives.emd import EMD, EMDSettings
 from pipeline.objectives.pairs import Pairs
@@ -80,7 +80,7 @@ def fit_namer(params: Params, adapter: str, data: str) -> Named:
 
 def _scales(emd: Tensor, discriminant: Tensor, right: list[int]) -> Scales:
     """From the scores of validation pictures [V, C] and their classes."""
-    both = fit_weights({"emd": emd, "discriminant": discriminant}, right)
+    both = sure_weights({"emd": emd, "discriminant": discriminant}, right)
     return Scales(
         fit_weights({"emd": emd}, right)["emd"],
         fit_weights({"discriminant": discriminant}, right)["discriminant"],

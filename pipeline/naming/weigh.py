@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 LEAST = 1e-3  # weight, in standard deviations, of scores that tell nothing: their order is kept, if hardly believed
+SURE = 1.96  # standard errors: a difference that chance alone would make in one case of twenty
 LOWEST = -1e4  # log-probability of what counts as impossible
 
 
@@ -42,3 +43,20 @@ def fit_weights(scores: Mapping[str, Tensor], own: list[int]) -> dict[str, float
     found = minimize(loss, np.ones(len(values)), jac=True, bounds=[(0, 1e3)] * len(values), method="L-BFGS-B")
     weights = found.x if found.x.any() else np.full(len(values), LEAST)
     return {key: float(weight / scale) for key, weight, scale in zip(scores, weights, spread.ravel(), strict=True)}
+
+
+def sure_weights(scores: Mapping[str, Tensor], own: list[int]) -> dict[str, float]:
+    """Weights of the sum of scores, or, the others being 0, of those that name held-out pictures best alone.
+
+    The sum has to name more of them right by SURE standard errors of the paired difference. Held-out pictures are of
+    the same days and places as training pictures, so scores that know the latter by heart look better on them than they
+    are on new pictures: a gain that may be chance is no reason to trust them.
+    """
+    right, each = torch.tensor(own), {key: fit_weights({key: score}, own) for key, score in scores.items()}
+    hits = {key: (score.argmax(1) == right).double() for key, score in scores.items()}
+    best = max(hits, key=lambda key: hits[key].sum().item())
+    together = fit_weights(scores, own)
+    gain = (combined(scores, together).argmax(1) == right).double() - hits[best]
+    if gain.mean() > SURE * gain.std() / len(gain) ** 0.5:
+        return together
+    return dict.fromkeys(scores, 0.0) | each[best]
