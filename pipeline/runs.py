@@ -85,6 +85,10 @@ class Run:
         """How long a stage took when it last ran here; not an output, since a timing differs on every run."""
         return self.base / "seconds" / f"{stage}.json"
 
+    def speeds(self, stage: str) -> Path:
+        """How many pictures a second each way of naming took on in a stage; not an output either."""
+        return self.base / "seconds" / "speeds" / f"{stage}.json"
+
     def checkpoint(self, name: str) -> Path:
         """What an interrupted stage goes on from; outside DVC's outputs, which a rerun deletes."""
         return self.base / "checkpoints" / f"{name}.pt"

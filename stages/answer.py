@@ -78,6 +78,7 @@ def _answer(name: str, photos: list[Path], as_json: bool, llm: bool) -> None:
 
 def _by_llm(params: Params, name: str, folder: Path) -> Callable[[Tensor], list[Row]]:
     """Answers of a fine-tuned adapter, with the hints of its recipe."""
+    from pipeline.naming.table import hinted
     from pipeline.store.reader import usable_rows
     from pipeline.tasks.base import Task
     from pipeline.vlm import load_vlm
@@ -92,7 +93,7 @@ def _by_llm(params: Params, name: str, folder: Path) -> Callable[[Tensor], list[
     def answers(tokens: Tensor) -> list[Row]:
         hints = None
         if namer:
-            hints = [task.hint([name for name, _ in best[:count]]) for best in namer(tokens)]
+            hints = [task.hint(hinted(best, count)) for best in namer(tokens)]
         found = model.generate(tokens, task.prompt, task.max_tokens, hints=hints, **decoding)
         return [{"answer": text, "adapter": adapter, "recipe": recipe} for text in found]
 

@@ -15,6 +15,7 @@ from pipeline.metrics.rules import calibration_error, figures_of
 from pipeline.naming.discriminant import Discriminant, as_good_as, choose_shrinkage, cross_fitted, deal
 from pipeline.naming.namer import Namer, Scales
 from pipeline.naming.nearest import Nearest
+from pipeline.naming.table import hinted
 from pipeline.naming.weigh import LOWEST, combined, fit_weights, sure_weights
 from pipeline.objectives.base import Means
 from pipeline.objectives.closed_form import fit_closed_form
@@ -92,6 +93,12 @@ def test_training_pictures_are_named_by_what_did_not_see_them():
     assert all(len(set(folds[own == one])) == 4 for one in range(4))
     crossed = cross_fitted(known, own.tolist(), folds, 4, 0.1)
     assert (crossed.argmax(1).numpy() == own).mean() < 0.6
+
+
+def test_the_llm_is_told_as_many_names_as_are_probable_together():
+    likeliest = [("a", 0.6), ("b", 0.25), ("c", 0.1), ("d", 0.05)]
+    assert hinted(likeliest, 5) == ["a", "b", "c"] and hinted(likeliest, 2) == ["a", "b"]
+    assert hinted([("a", 0.95), ("b", 0.05)], 5) == ["a"] and hinted([], 5) == []
 
 
 def test_candidates_of_training_pictures_are_as_good_as_those_of_new_ones():

@@ -92,6 +92,7 @@ def test_every_stage_of_the_graph(tiny_params, tiny_mistral):
     assert {"emd/mlp/val", "retrieval/query/r1_debiased", "classes/mlp/classes/acc", "classes/probe", "classes/chance",
             "classes/mlp/classes/acc_strict", "captions/mlp/captions/f1", "captions/mlp/captions/f1_shuffled",
             "classes/discriminant", "classes/mlp/acc/emd", "classes/mlp/ece/namer", "classes/mlp/classes/acc/combined",
+            "classes/mlp/classes/acc/state",
             "captions/mlp/captions/val_loss", "captions/mlp/captions/scratch_val_loss", "pca/mlp/epoch1/k80",
             "pca/mlp/finetuned/k80", "seconds/pretrain@mlp"} <= figures.keys()  # fmt: skip
     _check_answers()

@@ -123,6 +123,20 @@ def test_a_name_beyond_the_context_is_refused(model: VLM) -> None:
             model.rank(torch.randn(1, 4, 8), PROMPT, ["a picture of a red dog"], top=top)
 
 
+@torch.no_grad()
+def test_the_state_is_what_the_first_word_is_read_from(model: VLM) -> None:
+    images = SimpleNamespace(tokens=lambda some, device: torch.stack([torch.full((4, 8), float(i)) for i in some]))
+    positions = [3, 1, 4]
+    for hints in (None, HINTS):
+        states = model.states(images, positions, PROMPT, 2, hints).to(model.device)
+        read = model.network.get_output_embeddings()(states).float().log_softmax(1).cpu()
+        model.max_answer_tokens = 1  # of each name the first token alone
+        expected = alone(model, images.tokens(positions, ""), NAMES[:3], hints)
+        firsts = [model.answer_ids([name])[0][0] for name in NAMES[:3]]
+        torch.testing.assert_close(read[:, firsts], expected, rtol=1e-5, atol=1e-5)
+    assert model.states(images, [], PROMPT, 2).shape == (0, 32)
+
+
 def test_many_images_are_ranked_in_parts(model: VLM) -> None:
     images = SimpleNamespace(tokens=lambda some, device: torch.stack([torch.full((4, 8), float(i)) for i in some]))
     positions, hints, prior = [3, 1, 4], ["a cat", "", "a dog"], torch.randn(3, len(NAMES))

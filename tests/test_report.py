@@ -20,10 +20,11 @@ from pipeline.config import Params, load_params
 from pipeline.errors import UserError
 from pipeline.metrics.base import Figure, share_of
 from pipeline.metrics.rules import LABELS
+from pipeline.metrics.speeds import keep_speeds
 from pipeline.naming.rules import LLM_RULES, RULES
 from pipeline.report import convergence, figures, page, sections, tables, ways
 from pipeline.report.results import read_results
-from pipeline.runs import stages
+from pipeline.runs import Run, stages
 
 DEMO = Path(__file__).parent.parent / "profiles" / "demo.yaml"
 BASE = Path("data/demo")
@@ -222,6 +223,8 @@ def test_head_of_the_page(params: Params) -> None:
 
 def test_every_way_of_naming_is_beside_what_it_is_compared_with(params: Params) -> None:
     write_figures("query-classes/classes", [hits("acc", 90, "accuracy"), *by_rule("ranked", 40)])
+    keep_speeds(Run.of(params), "evaluate@query-classes", {"classes": {"": 7.1, "ranked": 0.83}})
+    keep_speeds(Run.of(params), "name@query", {"classes": {"discriminant": 12345.6, "namer": 987.0}})
     results = read_results(params)
     chart = {head: [way.name for way in rows] for head, rows in sections.chart(results, "classes").items()}
     aided = {"mlp": ["said by the LLM"], "query": ["said by the LLM", "ranked by the LLM"]}
@@ -231,9 +234,13 @@ def test_every_way_of_naming_is_beside_what_it_is_compared_with(params: Params) 
     assert chart["for comparison"] == ["linear probe", "discriminant analysis", "chance"]
     table = tables.ways_table(results, "classes")
     rows = {name: [cell.text.replace("\u00a0", " ") for cell in cells] for name, cells in table.rows}
-    assert len(table.head) == 5 and rows["query: EMD and discriminant"] == ["80.0 %", "95.0 %", "50.0 %", "6.2 %"]
-    assert rows["query: ranked by the LLM"][0] == "40.0 %" and rows["discriminant analysis"][:2] == ["73.0 %", "95.0 %"]
-    assert rows["query: said by the LLM"] == ["90.0 %", "–", "–", "–"]
+    assert table.head[-1] == "images/s"
+    assert rows["query: EMD and discriminant"] == ["80.0 %", "95.0 %", "50.0 %", "6.2 %", "987"]
+    assert rows["query: ranked by the LLM"][::4] == ["40.0 %", "0.83"]
+    assert rows["discriminant analysis"][:2] == ["73.0 %", "95.0 %"] and rows["discriminant analysis"][4] == "12,346"
+    assert rows["query: said by the LLM"] == ["90.0 %", "–", "–", "–", "7.1"]
+    Run.of(params).speeds("evaluate@query-classes").write_text("[1]")
+    assert read_results(params).outcomes, "a timing is worth no failure"
     text = report(params)
     assert LABELS["ranked"] not in text, "the table of answers does not say it all again"
     assert "without\nthe language model mlp, with it (<code>--llm</code>) query" in text

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pipeline.config import Params, components
 from pipeline.llms.load import LanguageModel, load_llm
 from pipeline.metrics.base import FIGURES, Metric, Tested
+from pipeline.metrics.speeds import keep_speeds
 from pipeline.naming.table import Named
 from pipeline.origin import check_results
 from pipeline.runs import Run
 from pipeline.store.reader import ImageTokens
-from pipeline.tasks.base import Task
+from pipeline.tasks.base import SPEEDS, Task
 from pipeline.vlm import VLM, tuned
 
 
@@ -52,6 +53,7 @@ def evaluate(params: Params, adapter: str, recipe: str) -> None:
     images = {data: ImageTokens.open(run, data) for data in sets}
     check_results(run, adapter, params.llm, {recipe: sets})
     llm, hints = load_llm(params.llm, params.runtime.device), params.finetune_for(adapter, recipe).hints
+    speeds: dict[str, dict[str, float]] = {}
     for data in sets:
         name = params.data[data].task
         candidate = Candidate(llm, run, adapter, recipe, hints, data if name == "classify" else None)
@@ -59,10 +61,13 @@ def evaluate(params: Params, adapter: str, recipe: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         predictions = task.predict(candidate, images[data], params.evaluate.batch, params.seed)
         task.write(predictions, folder)
+        if predictions.attrs.get(SPEEDS):
+            speeds[data] = predictions.attrs[SPEEDS]
         tested = Tested(run, data, images[data], predictions)
         figures = [figure for metric in metrics_of(params, name) for figure in metric.figures(tested)]
         text = json.dumps([figure.as_json() for figure in figures], indent=1)
         (folder / FIGURES).write_text(text + "\n", encoding="utf-8")
+    keep_speeds(run, f"evaluate@{adapter}-{recipe}", speeds)
 
 
 def metrics_of(params: Params, task: str) -> list[Metric]:

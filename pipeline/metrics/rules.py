@@ -15,6 +15,7 @@ LABELS = {
     "ranked": "likeliest name to the LLM",
     "calibrated": "the same, less what a name gets on average",
     "combined": "LLM and namer together",
+    "state": "logistic regression on the LLM's last state",
 }
 BINS = 15  # of the calibration error, as Guo et al. 2017 have them
 

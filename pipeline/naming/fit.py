@@ -72,7 +72,7 @@ def fit_namer(params: Params, adapter: str, data: str) -> Named:
         for groups in ([series[i] for i in train], [images.ids[i] for i in train])
     )
     goal = (told.argmax(1) == torch.tensor(right)).double().mean().item()
-    crossed = as_good_as(goal, apart, mixed, classes, params.seed)
+    crossed = (scales.discriminant * as_good_as(goal, apart, mixed, classes, params.seed)).log_softmax(1)
     named = Named(names, _rows(images, names, train, crossed, [*val, *test], rules))
     named.write(folder)
     return named
@@ -106,8 +106,10 @@ def _rows(
 ) -> pd.DataFrame:
     """The table of `Named`."""
     rows = images.rows.iloc[[*train, *rest]][["id", "split", "label"]].set_index("id")
-    best = torch.cat([crossed, rules["namer"]]).argsort(dim=1, descending=True, stable=True)[:, :KEPT]
+    scores = torch.cat([crossed, rules["namer"]])
+    best = scores.argsort(dim=1, descending=True, stable=True)[:, :KEPT]
     rows["candidates"] = [[names[i] for i in row] for row in best.tolist()]
+    rows["probabilities"] = scores.gather(1, best).exp().tolist()
     for rule in RULES:
         rows[rule] = [*[None] * len(train), *rules[rule].numpy()]
     return rows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,15 +19,32 @@ from pipeline.naming.weigh import LOWEST
 from pipeline.runs import Run, remedy, require
 
 TABLE = "names.parquet"
+HINTED = 0.9
+
+
+def hinted(likeliest: Iterable[tuple[str, float]], count: int) -> list[str]:
+    """The names that the LLM is told of a picture: the likeliest, until together they have HINTED of the probability.
+
+    At most `count`. `likeliest` are names with their probabilities, the likeliest first. A picture that is surely
+    named has one name: among five the LLM now and then takes another, and is wrong more often than right.
+    """
+    names: list[str] = []
+    total = 0.0
+    for name, probability in likeliest:
+        if len(names) == count or total >= HINTED:
+            break
+        names.append(name)
+        total += probability
+    return names
 
 
 @dataclass(frozen=True)
 class Named:
     """The pictures of a data set with their likeliest names and, but for training pictures, all probabilities.
 
-    `rows` has a row for each labelled picture, by its id: split, label, candidates (names, the likeliest first) and
-    the log-probabilities of all names by each of RULES. Candidates of training pictures are from classifiers that did
-    not see them (`cross_fitted`).
+    `rows` has a row for each labelled picture, by its id: split, label, candidates (names, the likeliest first), their
+    probabilities, and the log-probabilities of all names by each of RULES. Candidates of training pictures are from
+    classifiers that did not see them (`cross_fitted`).
     """
 
     names: list[str]
@@ -36,6 +53,11 @@ class Named:
     def candidates(self, row_id: str, count: int) -> list[str]:
         """The likeliest names of a picture, the likeliest first; none where it has no label."""
         return list(self.rows["candidates"].get(row_id, ())[:count])
+
+    def hinted(self, row_id: str, count: int) -> list[str]:
+        """Those of them that the LLM is told (`hinted`)."""
+        columns = (self.rows[column].get(row_id, ()) for column in ("candidates", "probabilities"))
+        return hinted(zip(*columns, strict=True), count)
 
     def log_probabilities(self, rule: str, ids: Sequence[str]) -> Tensor:
         """Of validation or test pictures, [n, C]."""

@@ -11,6 +11,7 @@ from typing import Any
 from pipeline.config import Params
 from pipeline.errors import UserError
 from pipeline.metrics.base import FIGURES, Figure, read_figures
+from pipeline.metrics.speeds import read_speeds
 from pipeline.runs import Run, remedy, require, stages
 
 
@@ -24,6 +25,7 @@ class Outcome:
     figures: list[Figure]
     val_loss: float | None
     scratch_val_loss: float | None  # None: without pre-training it was not run
+    speeds: dict[str, float]  # images per second by rule, "" for answers; none where the stage did not run here
 
     def figure(self, key: str) -> Figure | None:
         """The figure of a key; None when it was not measured."""
@@ -38,6 +40,7 @@ class WithoutLLM:
     adapter: str
     figures: list[Figure]
     val_loss: float  # minus the mean log-probability of the right names by the rule `namer`
+    speeds: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,7 @@ def _outcomes(params: Params, adapter: str, recipe: str) -> list[Outcome]:
     return [
         Outcome(
             data, adapter, recipe, read_figures(run.evaluated(adapter, recipe), data), of(losses, data),
-            of(scratch, data),
+            of(scratch, data), read_speeds(run, f"evaluate@{adapter}-{recipe}", data),
         )
         for data in sets
     ]  # fmt: skip
@@ -144,7 +147,7 @@ def _named(run: Run, data: str, adapter: str) -> list[WithoutLLM]:
         loss = float(json.loads(path.read_text(encoding="utf-8"))["val_loss"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(path, f"not what `name` writes ({error!r})", remedy(folder, force=True)) from None
-    return [WithoutLLM(data, adapter, figures, loss)]
+    return [WithoutLLM(data, adapter, figures, loss, read_speeds(run, f"name@{adapter}", data))]
 
 
 def _of_data_alone(figure: Figure) -> Figure:

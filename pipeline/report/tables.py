@@ -10,7 +10,7 @@ import pandas as pd
 from pipeline.report import convergence
 from pipeline.report.figures import interval, labels, percent, written
 from pipeline.report.results import Results
-from pipeline.report.ways import MEASURES, is_of_rule, ways
+from pipeline.report.ways import MEASURES, SPEED, is_of_rule, ways
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,10 @@ def ways_table(results: Results, data: str) -> Table:
         f"{way.adapter}: {way.name}" if way.adapter else way.name: {
             measure: Cell(written(figure), interval(figure)) for measure, figure in way.figures.items()
         }
+        | ({"speed": Cell(f"{way.speed:,.0f}" if way.speed >= 100 else f"{way.speed:.2g}")} if way.speed else {})
         for way in ways(results, data)
     }
-    return Table.of(MEASURES, rows, "way of naming")
+    return Table.of({**MEASURES, "speed": SPEED}, rows, "way of naming")
 
 
 FINETUNING = {"steps": "steps", "emd": "final loss\npre-trained", "scratch": "final loss\nfrom scratch"}

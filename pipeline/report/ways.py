@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipeline.metrics.base import Figure
-from pipeline.report.results import Results
+from pipeline.report.results import Outcome, Results, WithoutLLM
 
 # What a rule is called, by what stands behind the measure in the key of a figure (acc/emd).
 WITHOUT_LLM = {"emd": "EMD alone", "namer": "EMD and discriminant"}
@@ -14,6 +14,7 @@ WITH_LLM = {
     "ranked": "ranked by the LLM",
     "calibrated": "ranked, calibrated",
     "combined": "all three together",
+    "state": "read off its last state",
 }
 MEASURES = {
     "acc": "accuracy",
@@ -21,6 +22,7 @@ MEASURES = {
     "macro": "mean over\nthe classes",
     "ece": "calibration\nerror",
 }
+SPEED = "images/s"
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Way:
     name: str
     kind: str  # how its bar looks
     figures: dict[str, Figure]
+    speed: float | None = None  # images per second, where it was measured here
 
 
 def is_of_rule(key: str) -> bool:
@@ -49,28 +52,27 @@ def ways(results: Results, data: str) -> list[Way]:
     found = [way for adapter in results.params.run.adapters for way in _of_adapter(results, data, adapter)]
     lines = {figure.key: figure for figure in results.baselines(data)}
     shares = [figure for figure in lines.values() if figure.kind == "share" and not is_detail(figure)]
+    speeds = [one.speeds for one in results.without_llm_on(data)]
     for figure in sorted(shares, key=lambda figure: -figure.value):
         more = {measure: lines[key] for measure in MEASURES if (key := f"{measure}/{figure.key}") in lines}
-        found.append(Way("", figure.label, "baseline", {"acc": figure, **more}))
+        speed = max((known[figure.key] for known in speeds if figure.key in known), default=None)
+        found.append(Way("", figure.label, "baseline", {"acc": figure, **more}, speed))
     return found if any(way.adapter for way in found) else []
 
 
 def _of_adapter(results: Results, data: str, adapter: str) -> list[Way]:
-    measured = [
-        ("unaided", WITHOUT_LLM, one.figures, "") for one in results.without_llm_on(data) if one.adapter == adapter
-    ]
     outcomes = results.of(data)
     several = len({outcome.recipe for outcome in outcomes}) > 1
-    measured += [
-        ("adapter", WITH_LLM, one.figures, f", {one.recipe}" if several else "")
-        for one in outcomes
-        if one.adapter == adapter
+    measured: list[tuple[str, dict[str, str], Outcome | WithoutLLM, str]] = [
+        ("unaided", WITHOUT_LLM, one, "") for one in results.without_llm_on(data)
     ]
+    measured += [("adapter", WITH_LLM, one, f", {one.recipe}" if several else "") for one in outcomes]
     return [
-        Way(adapter, name + recipe, kind, found)
-        for kind, rules, figures, recipe in measured
+        Way(adapter, name + recipe, kind, found, one.speeds.get(rule))
+        for kind, rules, one, recipe in measured
+        if one.adapter == adapter
         for rule, name in rules.items()
-        if "acc" in (found := _of_rule(figures, rule))
+        if "acc" in (found := _of_rule(one.figures, rule))
     ]
 
 

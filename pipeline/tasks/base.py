@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from pipeline.vlm import VLM
 
 
+SPEEDS = "speeds"  # in the attributes of a table of answers: images per second by rule, "" for the answers themselves
+
+
 class Models(Protocol):
     """The models that a task may ask; each is loaded when it is entered, and gone afterwards."""
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -11,9 +13,10 @@ from pydantic import Field
 
 from pipeline.config.base import Positive, Prompt, Section
 from pipeline.errors import UserError
-from pipeline.naming.classes import class_names, labelled, numbers
+from pipeline.naming.classes import class_names, labelled
 from pipeline.runs import remedy, require
-from pipeline.tasks.base import Models, Task
+from pipeline.tasks.base import SPEEDS, Models, Task
+from pipeline.tasks.ranking import Ranking
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,14 +29,13 @@ COLUMNS = ("id", "image", "label", "output", "predicted", "correct", "strict")
 
 
 SCORES = " scores"  # behind a rule: the column of the log-probabilities of all names, which no file keeps
-FITTED, AVERAGED = 128, 32  # validation pictures that weights are fitted on, and that a name's average is of
 
 
 class NamingSettings(Section):
     class_tokens: Positive = 16
     class_prompt: Prompt
     class_names: Literal["generated", "ranked"] = Field(
-        "generated", description="ranked: the LLM also ranks the likeliest names, in one pass a picture"
+        "generated", description="ranked: the likeliest names are also ranked by the LLM, and read off its last state"
     )
 
 
@@ -63,51 +65,26 @@ class Naming(Task):
         ranks = self.settings.class_names == "ranked"
         named = models.named() if models.hints or ranks else None
         hints = self._hints(models, named, images, positions)
+        ranked: dict[str, Tensor] = {}
         with models.finetuned() as model:
+            began = time.perf_counter()
             outputs = model.answers(images, positions, self.prompt, self.max_tokens, batch, hints)
+            speeds = {"": len(positions) / (time.perf_counter() - began)} if positions else {}
+            if ranks and named and positions:
+                hints_of = partial(self._hints, models, named, images)
+                ranking = Ranking(model, images, named, positions, self.prompt, batch, hints_of)
+                ranked = ranking.by_rule()
+                speeds |= ranking.speeds
         table = images.rows.iloc[positions][["id", "image", "label"]].reset_index(drop=True)
         table["output"] = outputs
         table["predicted"] = [find_class(output, names) for output in outputs]
         table["correct"] = table["predicted"] == table["label"]
         table["strict"] = table["output"] == table["label"]
-        if ranks and named:
-            for rule, scores in self._ranked(models, named, images, positions, batch).items():
-                table[rule] = [named.names[i] for i in scores.argmax(1).tolist()]
-                table[rule + SCORES] = list(scores.numpy())
+        for rule, scores in ranked.items():
+            table[rule] = [names[i] for i in scores.argmax(1).tolist()]
+            table[rule + SCORES] = list(scores.numpy())
+        table.attrs[SPEEDS] = speeds
         return table
-
-    def _ranked(
-        self, models: Models, named: Named, images: ImageTokens, positions: list[int], batch: int
-    ) -> dict[str, Tensor]:
-        """Log-probabilities of the names of some test pictures by each of LLM_RULES, [n, C].
-
-        ranked: how likely the answers are to the LLM, of the names that stage `name` finds likeliest; the others count
-        as impossible. calibrated: less what a name gets on average of validation pictures (surface form competition,
-        Holtzman et al. 2021). combined: with the namer's, by weights that make the right names of validation pictures
-        most probable.
-        """
-        from pipeline.naming.weigh import combined, fit_weights
-
-        val = labelled(images, "val")
-        val = val[:: -(-len(val) // FITTED)]
-        with models.finetuned() as model:
-
-            def likelihoods(some: list[int], names: Sequence[str] | list[list[str]]) -> Tensor:
-                return model.ranks(images, some, self.prompt, names, batch, self._hints(models, named, images, some))
-
-            average = likelihoods(val[:: -(-len(val) // AVERAGED)], named.names).mean(0)
-            listed = [[named.candidates(images.ids[i], len(named.names)) for i in some] for some in (val, positions)]
-            found = [named.in_columns(likelihoods(val, listed[0]), listed[0])]
-            found.append(named.in_columns(likelihoods(positions, listed[1]), listed[1]))
-        own = [named.log_probabilities("namer", [images.ids[i] for i in some]) for some in (val, positions)]
-        right = numbers(images, val, named.names)
-        known = [i for i, one in enumerate(right) if named.names[one] in listed[0][i]]
-        scores = {"ranked": [{"llm": one} for one in found], "calibrated": [{"llm": one - average} for one in found]}
-        scores["combined"] = [{"llm": one - average, "namer": other} for one, other in zip(found, own, strict=True)]
-        return {
-            rule: combined(test, fit_weights({key: one[known] for key, one in fit.items()}, [right[i] for i in known]))
-            for rule, (fit, test) in scores.items()
-        }
 
     def _hints(
         self, models: Models, named: Named | None, images: ImageTokens, positions: list[int]
@@ -115,7 +92,7 @@ class Naming(Task):
         """The likeliest names of some pictures as they stand in the prompt; None where the recipe has none."""
         if not (models.hints and named):
             return None
-        return [self.hint(named.candidates(images.ids[i], models.hints)) for i in positions]
+        return [self.hint(named.hinted(images.ids[i], models.hints)) for i in positions]
 
     def write(self, predictions: pd.DataFrame, folder: Path) -> None:
         kept = predictions[[column for column in predictions if not column.endswith(SCORES)]]

@@ -39,7 +39,7 @@ class Examples:
         self, images: ImageTokens, name: str, task: Task, settings: Recipe, seed: int, named: Named | None = None
     ):
         self.name, self.images, self.task, self.prompts = name, images, task, settings.prompts[name]
-        self.hinted = [] if named is None else [named.candidates(row_id, settings.hints) for row_id in images.ids]
+        self.hinted = [] if named is None else [named.hinted(row_id, settings.hints) for row_id in images.ids]
         self.hints, self.decoys = [task.hint(names) for names in self.hinted] or None, settings.decoys
         self.answers = [[text for text in texts if text and text.strip()] for texts in task.answers(images.rows)]
         self.train, val = self._answered("train"), self._answered("val")
