@@ -15,6 +15,7 @@ Figures, in percent:
     ranked           the right one of the ten likeliest names (of stage `name`) is the most likely answer to the LLM
     EMD              the nearest name by the adapter's own tokens, debiased, without the LLM
     state            logistic regression on the LLM's last state where the answer begins, from 600 training pictures
+With `head` there are no answers: a linear layer in place of the LLM's own says the class, which is `said`.
 """
 
 from __future__ import annotations
@@ -82,6 +83,7 @@ class Variant:
     mixed: float | None = None  # tokens become mixtures of words, by their squared distances over this
     smoothing: float = 0.0
     rate: float = 1.0  # times the recipe's learning rates
+    head: bool = False  # a linear layer for the classes in place of the LLM's output layer
     probed: bool = field(default=False, compare=False)
 
 
@@ -99,6 +101,9 @@ VARIANTS = {
     "mixtures of words": Variant(mixed=0.5),
     "label smoothing": Variant(smoothing=0.1),
     "lower rates": Variant(rate=0.25),
+    "head": Variant(head=True),
+    "head, all linear layers": Variant(head=True, modules=ALL),
+    "head, hints": Variant(head=True, modules=ALL, hints=5),
 }
 
 
@@ -143,10 +148,15 @@ class Model(VLM):
     """The model of a variant."""
 
     smoothing = 0.0
+    head: nn.Linear | None = None
+    names: list[str]
 
     def loss(
         self, tokens: Tensor, prompt: str, answers: Sequence[str], hints: Sequence[str] | None = None
     ) -> tuple[Tensor, int]:
+        if self.head is not None:
+            own = torch.tensor([self.names.index(answer) for answer in answers], device=self.device)
+            return F.cross_entropy(self.head(self._state(tokens, prompt, hints)), own, reduction="sum"), len(own)
         if not (self.smoothing and self.training):
             return super().loss(tokens, prompt, answers, hints)
         answer_ids = self.answer_ids(answers)
@@ -193,7 +203,9 @@ class Bench:
         lora = add_lora(llm, LoRA(modules=list(variant.modules))) if variant.trains else None
         adapter = Altered(load_adapter(self.run.pretrained(self.adapter), "last"), variant, self.words)
         model = Model(adapter, llm)  # type: ignore[arg-type]  # an adapter in all that is asked of it here
-        model.smoothing = variant.smoothing
+        model.smoothing, model.names = variant.smoothing, self.names
+        if variant.head:
+            model.head = nn.Linear(llm.width, len(self.names), device=model.device)
         found: dict[str, Any] = {"variant": name, "seed": seed, "batch": settings.batch, "steps": 0, "seconds": 0.0}
         found |= {"lr": settings.lr, "adapter_lr": settings.adapter_lr}
         if lora is not None:
@@ -229,6 +241,8 @@ class Bench:
             return {"val_loss": value}
 
         parts = [(model.adapter, settings.adapter_lr), (lora, settings.lr)]
+        if model.head is not None:
+            parts.append((model.head, settings.lr))
         groups = [{"params": [p for p in part.parameters() if p.requires_grad], "lr": rate} for part, rate in parts]
         trainer = Trainer(
             name=name, model=model, groups=[group for group in groups if group["params"]], settings=settings,
@@ -247,6 +261,11 @@ class Bench:
         for split, positions in self.asked.items():
             hints = examples.hints and [examples.hints[i] for i in positions]
             ask = (self.images, positions, self.task.prompt)
+            if model.head is not None:
+                states = model.states(*ask, self.params.evaluate.batch, hints).to(model.device)
+                best = model.head(states).argmax(1).tolist()
+                found[f"said/{split}"] = self._right(positions, [self.names[i] for i in best])
+                continue
             outputs = model.answers(*ask, self.task.max_tokens, self.params.evaluate.batch, hints)
             said = [find_class(output, self.names) for output in outputs]
             listed = [self.named.candidates(self.images.ids[i], KEPT) for i in positions]
@@ -279,7 +298,10 @@ class Bench:
         return sum(label == one for label, one in zip(labels, said, strict=True)) / len(positions)
 
     def _probe(self, model: Model) -> float:
-        fitted, held_out = (states(model, self.images, some, self.task.prompt) for some in (self.probed, self.val))
+        fitted, held_out = (
+            model.states(self.images, some, self.task.prompt, self.params.evaluate.batch)
+            for some in (self.probed, self.val)
+        )
         labels = self.images.rows["label"].to_numpy()
         return regression(fitted, labels[self.probed]).score(held_out.numpy(), labels[self.val])
 
@@ -302,26 +324,6 @@ class Bench:
 
     def _means(self, positions: list[int]) -> Tensor:
         return torch.cat([self.images.tokens(positions[at : at + 256]).mean(1) for at in range(0, len(positions), 256)])
-
-
-@torch.no_grad()
-def states(model: Model, images: ImageTokens, positions: list[int], prompt: str) -> Tensor:
-    """The LLM's last state where an answer begins, [n, D], of some pictures."""
-    kept: list[Tensor] = []
-    output = model.network.get_output_embeddings()
-    hook = output.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0][:, -1].float().cpu()))
-    before, after = model.prompt(prompt)
-    found = []
-    for at in range(0, len(positions), 32):
-        tokens = images.tokens(positions[at : at + 32], model.device)
-        inputs, mask, cache = model._splice(tokens, before, [after] * len(tokens))
-        done = cache.get_seq_length() if cache is not None else 0
-        model.network(
-            inputs_embeds=inputs[:, done:], attention_mask=mask, cache=cache, use_cache=True, logits_to_keep=1
-        )
-        found.append(kept[-1])  # what the prompt's own pass left stands before it
-    hook.remove()
-    return torch.cat(found)
 
 
 def regression(features: Tensor, labels: Any) -> Any:

@@ -230,25 +230,28 @@ class VLM(nn.Module):
     ) -> Tensor:
         """The LLM's last state, which its output layer reads the first word of an answer from, of many cached images:
         [images, D], float32, on the CPU; batch by batch as in `answers`."""
-        kept: list[Tensor] = []
-        output = self.network.get_output_embeddings()
-        hook = output.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0][:, -1].float().cpu()))
 
         def ask(tokens: Tensor, part: slice) -> list[Tensor]:
-            before, ends = self._around(prompt, len(tokens), None if hints is None else hints[part])
-            inputs, mask, cache = self._splice(tokens, before, ends, decoding=True)
-            done = cache.get_seq_length() if cache is not None else 0
+            return list(self._state(tokens, prompt, None if hints is None else hints[part]).cpu())
+
+        found = self._asked(images, positions, prompt, batch, ask)
+        return torch.stack(found) if found else torch.empty(0, self.network.get_input_embeddings().weight.shape[1])
+
+    def _state(self, tokens: Tensor, prompt: str, hints: Sequence[str] | None) -> Tensor:
+        """Of a batch: [B, D], float32."""
+        before, ends = self._around(prompt, len(tokens), hints)
+        inputs, mask, cache = self._splice(tokens, before, ends, decoding=True)
+        done = cache.get_seq_length() if cache is not None else 0
+        read: list[Tensor] = []
+        hook = self.network.get_output_embeddings().register_forward_pre_hook(lambda _, given: read.append(given[0]))
+        try:
             self.network(
                 inputs_embeds=inputs[:, done:], attention_mask=mask, position_ids=(mask.cumsum(1) - 1)[:, done:],
                 cache=cache, use_cache=cache is not None, logits_to_keep=1,
             )  # fmt: skip
-            return list(kept[-1])  # what the prompt's own pass left stands before it
-
-        try:
-            found = self._asked(images, positions, prompt, batch, ask)
         finally:
             hook.remove()
-        return torch.stack(found) if found else torch.empty(0, self.network.get_input_embeddings().weight.shape[1])
+        return read[0][:, -1].float()
 
     def _asked(
         self, images: ImageTokens, positions: list[int], prompt: str, batch: int,
