@@ -16,7 +16,6 @@ from pipeline.errors import UserError
 from pipeline.naming.classes import class_names, labelled
 from pipeline.runs import remedy, require
 from pipeline.tasks.base import SPEEDS, Models, Task
-from pipeline.tasks.ranking import Ranking
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -71,6 +70,8 @@ class Naming(Task):
             outputs = model.answers(images, positions, self.prompt, self.max_tokens, batch, hints)
             speeds = {"": len(positions) / (time.perf_counter() - began)} if positions else {}
             if ranks and named and positions:
+                from pipeline.tasks.ranking import Ranking  # torch
+
                 hints_of = partial(self._hints, models, named, images)
                 ranking = Ranking(model, images, named, positions, self.prompt, batch, hints_of)
                 ranked = ranking.by_rule()
