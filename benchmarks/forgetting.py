@@ -148,7 +148,7 @@ class Model(VLM):
     """The model of a variant."""
 
     smoothing = 0.0
-    head: nn.Linear | None = None
+    head: nn.Linear | None  # set on every model: a default here would hide the layer
     names: list[str]
 
     def loss(
@@ -204,8 +204,7 @@ class Bench:
         adapter = Altered(load_adapter(self.run.pretrained(self.adapter), "last"), variant, self.words)
         model = Model(adapter, llm)  # type: ignore[arg-type]  # an adapter in all that is asked of it here
         model.smoothing, model.names = variant.smoothing, self.names
-        if variant.head:
-            model.head = nn.Linear(llm.width, len(self.names), device=model.device)
+        model.head = nn.Linear(llm.width, len(self.names), device=model.device) if variant.head else None
         found: dict[str, Any] = {"variant": name, "seed": seed, "batch": settings.batch, "steps": 0, "seconds": 0.0}
         found |= {"lr": settings.lr, "adapter_lr": settings.adapter_lr}
         if lora is not None:
