@@ -218,7 +218,7 @@ class Recipe(Optimisation):
     # The likeliest names of a picture, as stage `name` found them without the LLM, that are written into the prompt,
     # in fine-tuning and for answers; 0: none. At most 10; of data sets of classes alone.
     hints: Annotated[Whole, Field(ge=0, le=10)] = default("finetune.recipe.hints")
-    # The share of training pictures with hints that get the image tokens of a picture of one of these names. The adapter
+    # The share of training pictures with hints that get the image tokens of a picture of one of these names. An adapter
     # knows training pictures by heart: without decoys its tokens would be trusted above the hints with new ones, too.
     decoys: Share = default("finetune.recipe.decoys")
     # Of an adapter that was not pre-trained; null: the same.
