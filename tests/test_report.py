@@ -216,7 +216,7 @@ def test_head_of_the_page(params: Params) -> None:
     tiles = page.tiles(results, convergence.collect(params))
     assert [tile.value.replace("\u00a0", " ") for tile in tiles] == ["90 %", "25 %", "20 of 30", "40 %"]
     assert tiles[0].label == "of unseen pictures named, out of 4 names"
-    note = "classes: query; 83 % to 94 % with 95 % confidence, the better of these, or their sum, no LLM 78.0 %"
+    note = "classes: query; 83 % to 94 % with 95 % confidence, the namer, no LLM 78.0 %"
     note += ", chance 25.0 %, linear probe 90.0 %, discriminant analysis 73.0 %"
     assert tiles[0].note.replace("\u00a0", " ") == note
 
@@ -229,13 +229,13 @@ def test_every_way_of_naming_is_beside_what_it_is_compared_with(params: Params) 
     chart = {head: [way.name for way in rows] for head, rows in sections.chart(results, "classes").items()}
     aided = {"mlp": ["said by the LLM"], "query": ["said by the LLM", "ranked by the LLM"]}
     for name in ("mlp", "query"):
-        assert chart[name] == ["EMD alone", "the better, or the sum", *aided[name]]
+        assert chart[name] == ["EMD alone", "the namer", *aided[name]]
     assert list(chart) == [*params.run.adapters, "for comparison"]
     assert chart["for comparison"] == ["linear probe", "discriminant analysis", "chance"]
     table = tables.ways_table(results, "classes")
     rows = {name: [cell.text.replace("\u00a0", " ") for cell in cells] for name, cells in table.rows}
     assert table.head[-1] == "images/s"
-    assert rows["query: the better, or the sum"] == ["80.0 %", "95.0 %", "50.0 %", "6.2 %", "987"]
+    assert rows["query: the namer"] == ["80.0 %", "95.0 %", "50.0 %", "6.2 %", "987"]
     assert rows["query: ranked by the LLM"][::4] == ["40.0 %", "0.83"]
     assert rows["discriminant analysis"][:2] == ["73.0 %", "95.0 %"] and rows["discriminant analysis"][4] == "12,346"
     assert rows["query: said by the LLM"] == ["90.0 %", "–", "–", "–", "7.1"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -132,7 +132,8 @@ def _naming_tile(results: Results, data: str) -> Tile | None:
 def _unaided(results: Results, data: str) -> list[Figure]:
     """The accuracy of the namer without the LLM that answers."""
     best = results.best_without_llm(data)
-    return [figure for figure in best.figures if figure.key == "acc/namer"] if best else []
+    found = best.figures if best else []
+    return [replace(figure, label="the namer, no LLM") for figure in found if figure.key == "acc/namer"]
 
 
 def _rough(figure: Figure) -> list[str]:

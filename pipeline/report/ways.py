@@ -8,7 +8,7 @@ from pipeline.metrics.base import Figure
 from pipeline.report.results import Outcome, Results, WithoutLLM
 
 # What a rule is called, by what stands behind the measure in the key of a figure (acc/emd).
-WITHOUT_LLM = {"emd": "EMD alone", "namer": "the better, or the sum"}
+WITHOUT_LLM = {"emd": "EMD alone", "namer": "the namer"}
 WITH_LLM = {
     "": "said by the LLM",
     "ranked": "ranked by the LLM",
