@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import ot
+import pandas as pd
 import pytest
 import torch
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
@@ -15,13 +16,15 @@ from pipeline.metrics.rules import calibration_error, figures_of
 from pipeline.naming.discriminant import Discriminant, as_good_as, choose_shrinkage, cross_fitted, deal
 from pipeline.naming.namer import Namer, Scales
 from pipeline.naming.nearest import Nearest
-from pipeline.naming.table import hinted
+from pipeline.naming.rules import RULES
+from pipeline.naming.table import Named, hinted
 from pipeline.naming.weigh import LOWEST, combined, fit_weights, sure_weights
 from pipeline.objectives.base import Means
 from pipeline.objectives.closed_form import fit_closed_form
 from pipeline.objectives.emd import EMD, EMDSettings
 from pipeline.objectives.names import NAMED, start_names
 from pipeline.objectives.pairs import Names, Pairs
+from pipeline.runs import Run
 
 CLASSES, PER_CLASS, WIDTH, WORDS = 6, 16, 8, 20
 
@@ -99,6 +102,23 @@ def test_the_llm_is_told_as_many_names_as_are_probable_together():
     likeliest = [("a", 0.6), ("b", 0.25), ("c", 0.1), ("d", 0.05)]
     assert hinted(likeliest, 5) == ["a", "b", "c"] and hinted(likeliest, 2) == ["a", "b"]
     assert hinted([("a", 0.95), ("b", 0.05)], 5) == ["a"] and hinted([], 5) == []
+
+
+def test_a_table_of_names_comes_back_and_one_of_an_earlier_version_is_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run, shares = Run("demo"), [[-0.1, -2.4], [-1.0, -0.5]]
+    rows = pd.DataFrame({"split": ["val", "train"], "label": ["a", "b"], "candidates": [["a", "b"], ["b", "a"]]})
+    rows = rows.assign(probabilities=[[0.9, 0.1], [0.6, 0.4]]).set_index(pd.Index(["x", "y"], name="id"))
+    for rule in RULES:
+        rows[rule] = shares
+    named = Named(["a", "b"], rows)
+    named.write(run.named("mlp") / "classes")
+    again = Named.read(run, "mlp", "classes")
+    assert again.names == ["a", "b"] and again.hinted("x", 5) == ["a"] and again.hinted("y", 5) == ["b", "a"]
+    assert again.hinted("no such picture", 5) == []
+    Named(["a", "b"], rows.drop(columns="probabilities")).write(run.named("mlp") / "classes")
+    with pytest.raises(UserError, match=r"cannot be read .*'probabilities'.*; run `dvc repro name@mlp`"):
+        Named.read(run, "mlp", "classes")
 
 
 def test_candidates_of_training_pictures_are_as_good_as_those_of_new_ones():

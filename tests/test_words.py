@@ -126,7 +126,8 @@ def examples_of(params: Params, rows: pd.DataFrame, data: str) -> Examples:
 
 def test_decoys_show_the_tokens_of_another_of_the_hints(tiny_params: Params) -> None:
     rows = rows_of([["x"]] * 12, labels=["a", "b", "c"] * 4)
-    hints = pd.DataFrame({"label": rows["label"], "candidates": [["b", "a"]] * 12}, index=list(rows["id"]))
+    hints = pd.DataFrame({"label": list(rows["label"]), "candidates": [["b", "a"]] * 12}, index=list(rows["id"]))
+    hints["probabilities"] = [[0.6, 0.3]] * 12
     recipe = tiny_params.finetune.recipes["classes"]
 
     def shown(decoys: float) -> set[str]:

@@ -15,10 +15,12 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.files import atomically
+from pipeline.naming.rules import RULES
 from pipeline.naming.weigh import LOWEST
 from pipeline.runs import Run, remedy, require
 
 TABLE = "names.parquet"
+COLUMNS = ("split", "label", "candidates", "probabilities", *RULES)
 HINTED = 0.9
 
 
@@ -81,7 +83,7 @@ class Named:
         """Raises UserError when `name` has not run, or its table cannot be read."""
         path = require(run.named(adapter) / data / TABLE)
         try:
-            rows = pq.read_table(path).to_pandas().set_index("id")
+            rows = pq.read_table(path).to_pandas().set_index("id")[list(COLUMNS)]
             return cls(sorted(set(rows["label"])), rows)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(path, f"cannot be read ({error})", remedy(path.parents[1])) from None
