@@ -79,7 +79,6 @@ class Ranking:
         train = some_of(labelled(self.images, "train"), READ)
         labels = self.images.rows["label"].to_numpy()[train]
         if len({*labels}) == 1:  # nothing to fit
-            self.speeds["state"] = float("inf")
             return {"state": torch.zeros(len(val), 1)}, {"state": torch.zeros(len(self.test), 1)}
         classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300))
         classifier.fit(self._states(train).numpy(), labels)
