@@ -70,12 +70,13 @@ def _check_data_folder() -> None:
 
 
 @contextmanager
-def timed(params: Params, stage: str) -> Iterator[None]:
+def timed(params: Params, stage: str) -> Iterator[dict[str, float]]:
     """Measure a stage; on success write data/<profile>/seconds/<stage>.json, e.g. seconds/pretrain@mlp.json.
 
     `stage` is the name in dvc.yaml. A stage that raises writes nothing. The file is not a DVC output: a timing
-    differs on every run and must not make the stages after it stale. Raises UserError, before the work, when the
-    profile's folder can't be written to.
+    differs on every run and must not make the stages after it stale. What the stage puts into the dictionary stands
+    there too, beside its peak memory in bytes. Raises UserError, before the work, when the profile's folder can't be
+    written to.
     """
     from pipeline.files import atomically, check_writable
     from pipeline.runs import Run
@@ -83,7 +84,22 @@ def timed(params: Params, stage: str) -> Iterator[None]:
     _check_data_folder()
     path = Run.of(params).seconds(stage)
     check_writable(path.parent)
-    began = time.monotonic()
-    yield
+    began, also = time.monotonic(), dict[str, float]()
+    yield also
+    measured = {"seconds": round(time.monotonic() - began, 3), **also, **_peak_memory()}
     with atomically(path) as file:
-        file.write((json.dumps({"seconds": round(time.monotonic() - began, 3)}) + "\n").encode())
+        file.write((json.dumps(measured) + "\n").encode())
+
+
+def _peak_memory() -> dict[str, float]:
+    """What this process, and PyTorch on a GPU, held at most, in bytes."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return {}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = {"peak_bytes": float(peak if sys.platform == "darwin" else 1024 * peak)}
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        found["peak_gpu_bytes"] = float(torch.cuda.max_memory_allocated())
+    return found

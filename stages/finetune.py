@@ -37,7 +37,7 @@ def finetune_scratch(
 def _finetune(adapter: str, recipe: str, scratch: bool) -> None:
     params = load_params()
     params.finetune_for(adapter, recipe)
-    with timed(params, f"finetune{'_scratch' if scratch else ''}@{adapter}-{recipe}"):
+    with timed(params, f"finetune{'_scratch' if scratch else ''}@{adapter}-{recipe}") as measured:
         from pipeline.training.finetune import finetune
 
-        finetune(params, adapter, recipe, scratch)
+        measured["training"] = finetune(params, adapter, recipe, scratch)

@@ -18,7 +18,7 @@ def pretrain(adapter: Annotated[str, typer.Argument(help="One of run.adapters.")
     """
     params = load_params()
     params.adapter(adapter)
-    with timed(params, f"pretrain@{adapter}"):
+    with timed(params, f"pretrain@{adapter}") as measured:
         from pipeline.training.pretrain import pretrain
 
-        pretrain(params, adapter)
+        measured["training"] = pretrain(params, adapter)

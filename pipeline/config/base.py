@@ -25,6 +25,7 @@ def whole(value: object) -> object:
 Whole = Annotated[int, BeforeValidator(whole), Field(strict=True)]
 Number = Annotated[float, Field(strict=True)]
 Positive = Annotated[Whole, Field(gt=0)]
+Seed = Annotated[Whole, Field(ge=0, lt=2**31)]
 NotNegative = Annotated[Number, Field(ge=0)]
 AboveZero = Annotated[Number, Field(gt=0)]
 Rate = Annotated[Number, Field(gt=0, le=1)]

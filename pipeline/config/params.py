@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import Field, SerializeAsAny, ValidationError, ValidationInfo, field_validator, model_validator
 
 from pipeline.config import components
-from pipeline.config.base import Section, Whole, fault_at
+from pipeline.config.base import Section, Seed, fault_at
 from pipeline.config.messages import message_of
 from pipeline.config.schema import (
     LLM,
@@ -34,7 +34,7 @@ class Params(Section):
     """The whole of params.yaml."""
 
     profile: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
-    seed: Annotated[Whole, Field(ge=0, lt=2**31)]
+    seed: Seed
     run: Run
     data: Annotated[dict[Key, Annotated[SerializeAsAny[DataSettings], part(DataSettings)]], Field(min_length=1)]
     vision: Annotated[SerializeAsAny[Vision], part(Vision)]
@@ -133,6 +133,10 @@ class Params(Section):
     def pretrain_for(self, adapter: str) -> Pretrain:
         """The pretrain section with this adapter's overrides; UserError when there is no such adapter."""
         return _override(self.pretrain, self.adapter(adapter).pretrain, ("adapters", adapter, "pretrain"))
+
+    def seeded(self, settings: Pretrain | Recipe) -> Params:
+        """The same with the seed of one training, where that has its own."""
+        return self if settings.seed is None else self.model_copy(update={"seed": settings.seed})
 
     def finetune_for(self, adapter: str, recipe: str) -> Recipe:
         """A recipe with this adapter's overrides; UserError when there is no such adapter or recipe."""

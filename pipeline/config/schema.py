@@ -36,6 +36,7 @@ from pipeline.config.base import (
     Prompt,
     Rate,
     Section,
+    Seed,
     Share,
     Whole,
     whole,
@@ -178,6 +179,8 @@ class Optimisation(Section):
     epochs: Positive
     batch: Positive
     lr: Rate
+    # Of this training alone, e.g. of one adapter of several that are alike; null: `seed`, which also splits the data.
+    seed: Seed | None = default("pretrain.seed")
     max_steps: Positive | None = default("pretrain.max_steps")  # stop after this many optimiser steps
     # Batches a step; pre-training on a GPU solves one while the next runs, which takes 2 or more.
     accumulate: Positive = default("pretrain.accumulate")
@@ -199,6 +202,9 @@ class Pretrain(Optimisation):
     data: Keys = default("pretrain.data")  # data sets to learn from; the held-out figures are of the first
     objective: Annotated[SerializeAsAny[ObjectiveSettings], part(ObjectiveSettings)]
     candidates: Positive = default("pretrain.candidates")  # captions to choose from in retrieval
+    # Stop at the first step after so many seconds of training, validation apart; what is learned then depends on the
+    # machine. To compare objectives that cost differently.
+    max_seconds: AboveZero | None = default("pretrain.max_seconds")
 
 
 class LoRA(Section):
@@ -224,6 +230,7 @@ class Recipe(Optimisation):
     # Of an adapter that was not pre-trained; null: the same.
     scratch_adapter_lr: Rate | None = default("finetune.recipe.scratch_adapter_lr")
     validations: Positive = default("finetune.recipe.validations")  # validation points over the run, besides the first
+    seed: Seed | None = default("finetune.recipe.seed")
     max_steps: Positive | None = default("finetune.recipe.max_steps")
     accumulate: Positive = default("finetune.recipe.accumulate")
     weight_decay: NotNegative = default("finetune.recipe.weight_decay")

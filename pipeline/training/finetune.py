@@ -143,19 +143,20 @@ class Mixture:
         return self.sets[chosen], own
 
 
-def finetune(params: Params, name: str, recipe: str, scratch: bool = False) -> None:
-    """Fine-tune an adapter with a fresh LoRA by one recipe, and write weights, history and metrics.
+def finetune(params: Params, name: str, recipe: str, scratch: bool = False) -> float:
+    """Fine-tune an adapter with a fresh LoRA by one recipe, write weights, history and metrics; returns the seconds.
 
     Starts from the pre-trained adapter, or from a random one. Raises UserError when features or adapter are not there,
     or of other models than the parameters name.
     """
     run, settings = Run.of(params), _settings(params, name, recipe, scratch)
+    of_data, params = params.seed, params.seeded(settings)
     pretrained, out = None if scratch else run.pretrained(name), run.finetuned(name, recipe, scratch)
     check_of_one_kind(run, "images", settings.data)
     if pretrained:
         for data in settings.data:
             check_tokens(pretrained, run, data)
-    sets = [_examples(params, run, data, settings, name) for data in settings.data]
+    sets = [_examples(params, run, data, settings, name, of_data) for data in settings.data]
     mixture, shape = Mixture(sets, settings.mixture), sets[0].images.shape
     torch.manual_seed(params.seed)
     fast_products()
@@ -189,6 +190,7 @@ def finetune(params: Params, name: str, recipe: str, scratch: bool = False) -> N
     Origin.of(run, settings.data[0], Words.of_module(embedding), params.llm, start).write(out)
     print(f"{trainer.name}: validation loss {history[0]['val_loss']:.3f} -> {history[-1]['val_loss']:.3f}")
     trainer.checkpoint.remove()
+    return history[-1]["seconds"]
 
 
 def _settings(params: Params, name: str, recipe: str, scratch: bool) -> Recipe:
@@ -197,10 +199,11 @@ def _settings(params: Params, name: str, recipe: str, scratch: bool) -> Recipe:
     return found.model_copy(update={"hints": 0, "decoys": 0.0}) if scratch else found
 
 
-def _examples(params: Params, run: Run, data: str, settings: Recipe, adapter: str) -> Examples:
+def _examples(params: Params, run: Run, data: str, settings: Recipe, adapter: str, seed: int) -> Examples:
+    """Examples of a data set; `seed` chooses the validation pictures, the same whatever a training's own seed."""
     kind = params.data_set(data).task
     named = Named.read(run, adapter, data) if settings.hints and kind == "classify" else None
-    return Examples(ImageTokens.open(run, data), data, Task.of(kind, params.evaluate), settings, params.seed, named)
+    return Examples(ImageTokens.open(run, data), data, Task.of(kind, params.evaluate), settings, seed, named)
 
 
 def _checkpoint(params: Params, name: str, recipe: str, scratch: bool, read: list[Path]) -> Checkpoint:

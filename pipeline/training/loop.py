@@ -32,7 +32,7 @@ class Trainer:
     `groups` are AdamW's parameter groups; `loss` starts on the number of a batch, draws all that is random, and gives
     the scalar as its result; `validate` gives a row of the history; `extras` is state that `validate` may fill and
     that survives an interruption. `in_flight`: how many of a step's `accumulate` losses are under way at a time; it
-    does not change the result.
+    does not change the result. `max_seconds` of training end it too, and the learning rate then falls by the time.
     """
 
     name: str
@@ -48,6 +48,8 @@ class Trainer:
     extras: dict[str, Any] = field(default_factory=dict)
     history: History = field(default_factory=list)
     in_flight: int = 1
+    max_seconds: float | None = None
+    _seconds: float = field(default=0.0, init=False)  # of training so far
 
     def run(self) -> History:
         """Train to the end, leave the model in eval mode and return the history.
@@ -63,18 +65,19 @@ class Trainer:
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self._rate(step, total))
         torch.manual_seed(self.seed)
         step, losses, seconds = self._resume(optimizer, schedule)
+        self._seconds = seconds
         if step == 0 and not self.history:
             self._validate(0, math.nan, 0.0)
         began = saved = time.monotonic()
         with progress_bar(self.name, total, "steps") as advance:
             advance(step)
-            while step < total:
+            while step < total and not self._out_of_time():
                 losses.append(self._step(step, optimizer))
+                self._seconds = now = seconds + time.monotonic() - began
                 schedule.step()
                 step += 1
                 advance(1)
-                now = seconds + time.monotonic() - began
-                if step in self.validate_at or step == total:
+                if step in self.validate_at or step == total or self._out_of_time():
                     self._validate(step, sum(losses) / len(losses), now)
                     losses.clear()
                     began, seconds = time.monotonic(), now  # validation is not training time
@@ -115,12 +118,16 @@ class Trainer:
             row = self.validate(step)
         self.history.append({"step": step, "seconds": round(seconds, 2), "train_loss": train_loss, **row})
 
+    def _out_of_time(self) -> bool:
+        return self.max_seconds is not None and self._seconds >= self.max_seconds
+
     def _rate(self, step: int, total: int) -> float:
-        """Linear warm-up, then cosine decay to zero."""
+        """Linear warm-up, then cosine decay to zero; by steps, or by the time where it is further on."""
+        done = step if self.max_seconds is None else max(step, total * min(1, self._seconds / self.max_seconds))
         warmup = max(1, round(self.settings.warmup * total))
-        if step < warmup:
-            return (step + 1) / warmup
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+        if done < warmup:
+            return min(1, (done + 1) / warmup)
+        return 0.5 * (1 + math.cos(math.pi * (done - warmup) / max(1, total - warmup)))
 
     def _trained(self) -> list[nn.Parameter]:
         return [parameter for group in self.groups for parameter in group["params"]]

@@ -29,11 +29,15 @@ PLAIN = EMDSettings.model_validate({"cost": "euclidean", "word_weights": "unifor
 LLM_CODE = "pipeline.llms.load"
 
 
-def pretrain(params: Params, name: str) -> None:
-    """Pre-train an adapter and write its weights of the first and last epoch, history and metrics."""
+def pretrain(params: Params, name: str) -> float:
+    """Pre-train an adapter and write its weights of the first and last epoch, history and metrics; returns the seconds.
+
+    These are of training alone.
+    """
     keep_freed_memory()
     fast_products()
     settings, run = params.pretrain_for(name), Run.of(params)
+    params = params.seeded(settings)
     pairs = Pairs.open(params, settings)
     for kind in EXTRACTED_BY:
         check_of_one_kind(run, kind, settings.data)
@@ -51,15 +55,19 @@ def pretrain(params: Params, name: str) -> None:
     history = trainer.run()
     last = {key: value for key, value in history[-1].items() if key not in ("step", "epoch", "seconds", "train_loss")}
     metrics = last | held_out_figures(objective, adapter, params.seed)
+    plain = retrieval(_plain(objective), adapter, _candidates(pairs, settings, params.seed), params.seed)
+    metrics |= {f"plain_{key}": share for key, share in plain.items()}
     metrics["parameters"] = sum(p.numel() for p in adapter.parameters())
     out = run.pretrained(name)
     adapter.save(out, "last")
-    adapter.load_state_dict(trainer.extras["first"])
+    if "first" in trainer.extras:  # else it was stopped before the end of an epoch
+        adapter.load_state_dict(trainer.extras["first"])
     adapter.save(out, "first")
     write_history(out / "history.csv", history)
     (out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
     Origin.of(run, settings.data[0], _words(pairs)).write(out)
     trainer.checkpoint.remove()
+    return history[-1]["seconds"]
 
 
 def _objective(params: Params, settings: Pretrain, pairs: Pairs) -> Objective:
@@ -109,8 +117,7 @@ def _trainer(
     """The run of an adapter; `blind` are figures that stand in every row of its history."""
     pairs = objective.pairs
     epoch, total = steps_per_epoch(settings, len(pairs.train)), total_steps(settings, len(pairs.train))
-    rng = np.random.default_rng(params.seed)
-    candidates = rng.permutation(pairs.val)[: settings.candidates].tolist()
+    candidates = _candidates(pairs, settings, params.seed)
     extras: dict[str, dict[str, Tensor]] = {}
 
     def loss(number: int) -> Started:
@@ -131,7 +138,7 @@ def _trainer(
         examples=len(pairs.train), seed=params.seed, loss=loss, validate=validate,
         validate_at=set(range(epoch, total + 1, epoch)),
         checkpoint=_checkpoint(params, f"pretrain@{name}", settings, decides, params.kind_of(name)), extras=extras,
-        in_flight=objective.in_flight,
+        in_flight=objective.in_flight, max_seconds=settings.max_seconds,
     )  # fmt: skip
 
 
@@ -156,6 +163,17 @@ class HeldOut:
         draws = np.random.default_rng(seed).integers(len(difference), size=(10_000, len(difference)))
         low, high = np.quantile(difference[draws].mean(1), [0.025, 0.975])
         return float(difference.mean()), float(low), float(high)
+
+
+def _candidates(pairs: Pairs, settings: Pretrain, seed: int) -> list[int]:
+    """The held-out pictures that retrieval is among."""
+    found: list[int] = np.random.default_rng(seed).permutation(pairs.val)[: settings.candidates].tolist()
+    return found
+
+
+def _plain(objective: Objective) -> EMD:
+    """The measure that is the same for every objective: Euclidean EMD, all words alike."""
+    return EMD(PLAIN, objective.pairs, objective.means)
 
 
 def _partners(positions: list[int], seed: int) -> dict[int, int]:
@@ -192,7 +210,7 @@ def held_out_figures(objective: Objective, adapter: Adapter, seed: int) -> dict[
     """
     gain, low, high = HeldOut.of(objective, adapter, seed).gain(seed)
     figures = {"image_gain": gain, "image_gain_low": low, "image_gain_high": high, "held_out": len(objective.pairs.val)}
-    plain = HeldOut.of(EMD(PLAIN, objective.pairs, objective.means), adapter, seed)
+    plain = HeldOut.of(_plain(objective), adapter, seed)
     gain, low, high = plain.gain(seed)
     matched = plain.matched.mean().item()
     figures |= {"plain_val": matched, "plain_shuffled": plain.shuffled.mean().item()}
