@@ -47,6 +47,7 @@ COMMANDS = {
     "pca": ("stages.pca", STAGES),
     "report": ("stages.report", STAGES),
     "run": ("stages.run", PEOPLE),
+    "study": ("stages.study", PEOPLE),
     "show": ("stages.show", PEOPLE),
     "caption": ("stages.answer", PEOPLE),
     "classify": ("stages.answer", PEOPLE),

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from graphlib import TopologicalSorter
 from typing import Annotated
@@ -31,24 +32,39 @@ def run(
     on both. On a GPU, whose memory they would share, take --jobs 1. What is up to date is skipped. What fails is shown;
     stages that are at work end, no other is begun, and the same command goes on from there.
     """
-    stages = _stages()
+    stages = stages_of_graph()
+    to_the_end = _lengths(stages)
+    # First what most waits for, or the last long chain runs alone in the end.
+    faults = run_stages(stages, jobs, to_the_end.__getitem__)
+    if faults:
+        raise UserErrors([*faults, UserError("", "run the same command again to go on")])
+
+
+def run_stages(
+    stages: dict[str, list[str]], jobs: int, urgency: Callable[[str], int], go_on: bool = False
+) -> list[UserError]:
+    """Run stages side by side, given with those that each depends on; returns what failed, with its output.
+
+    The most urgent of those that wait is next; of equals one whose kind is not being run already: two of a kind may
+    prepare the same thing, such as an LLM's weights, at the same time. After a failure none is begun any more, or with
+    `go_on` none that depends on it.
+    """
     sorter = TopologicalSorter(stages)
     sorter.prepare()
     waiting: list[str] = []
     running: dict[Future[str], str] = {}
     faults: list[UserError] = []
-    to_the_end = _lengths(stages)
     with ThreadPoolExecutor(jobs) as pool, new_progress("stages") as progress:
         task = progress.add_task("stages", total=len(stages))
-        while sorter.is_active() and (running or not faults):
+        while sorter.is_active():
             waiting += sorter.get_ready()
-            while waiting and len(running) < jobs and not faults:
-                # First what most waits for, or the last long chain runs alone in the end; of these what is not being
-                # run already: two of a kind may prepare the same thing, such as an LLM's weights, at the same time.
+            while waiting and len(running) < jobs and (go_on or not faults):
                 kinds = {_kind(other) for other in running.values()}
-                stage = max(waiting, key=lambda stage: (to_the_end[stage], _kind(stage) not in kinds))
+                stage = max(waiting, key=lambda stage: (urgency(stage), _kind(stage) not in kinds))
                 waiting.remove(stage)
                 running[pool.submit(_repro, stage, jobs)] = stage
+            if not running:
+                break  # all that is left depends on what failed
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 stage = running.pop(future)
@@ -58,8 +74,7 @@ def run(
                     progress.advance(task)
                 except UserError as fault:
                     faults.append(fault)
-    if faults:
-        raise UserErrors([*faults, UserError("", "run the same command again to go on")])
+    return faults
 
 
 def _kind(stage: str) -> str:
@@ -75,7 +90,7 @@ def _lengths(stages: dict[str, list[str]]) -> dict[str, int]:
     return lengths
 
 
-def _stages() -> dict[str, list[str]]:
+def stages_of_graph() -> dict[str, list[str]]:
     """The stages of dvc.yaml by name, with those that each depends on; UserError when DVC cannot read it."""
     from dvc.exceptions import DvcException
     from dvc.repo import Repo

@@ -32,6 +32,7 @@ from pipeline.config.base import (
     Folder,
     Name,
     NotNegative,
+    Number,
     Positive,
     Prompt,
     Rate,
@@ -220,7 +221,7 @@ class Recipe(Optimisation):
     data: Keys
     mixture: dict[Key, AboveZero] | None = default("finetune.recipe.mixture")  # shares of the batches; null: by size
     prompts: dict[Key, Annotated[list[Prompt], Field(min_length=1)]]
-    adapter_lr: Rate = Field(description="learning rate of the adapter; lr is LoRA's")
+    adapter_lr: Annotated[Number, Field(ge=0, le=1, description="of the adapter, lr is LoRA's; 0: it stays as it is")]
     # The likeliest names of a picture, as stage `name` found them without the LLM, that are written into the prompt,
     # in fine-tuning and for answers; 0: none. At most 10; of data sets of classes alone.
     hints: Annotated[Whole, Field(ge=0, le=10)] = default("finetune.recipe.hints")

@@ -61,14 +61,14 @@ def write_report(results: Results) -> Path:
     return page
 
 
-def render(context: dict[str, Any]) -> str:
-    """The page; every text in it is escaped, and a text the template wants but does not get is an error."""
+def render(context: dict[str, Any], template: str = "report.html.jinja") -> str:
+    """A page; every text in it is escaped, and a text the template wants but does not get is an error."""
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         loader=FileSystemLoader(Path(__file__).parent),
     )  # fmt: skip
     environment.filters |= {"percent": percent, "duration": duration, "written": written, "interval": interval}
-    return environment.get_template("report.html.jinja").render(context)
+    return environment.get_template(template).render(context)
 
 
 def _context(results: Results, table: pd.DataFrame) -> dict[str, Any]:

@@ -1,0 +1,136 @@
+"""study.yaml: which trainings `terraalign study` compares, and the parameters that make them stages of the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError
+
+from pipeline.config.base import Positive, Section, Seed
+from pipeline.config.messages import message_of
+from pipeline.config.params import merged
+from pipeline.config.schema import Key, Keys
+from pipeline.config.yaml12 import read_yaml
+from pipeline.errors import UserError
+
+ENDLESS = 100_000  # epochs: the time ends the training
+
+
+class Method(Section):
+    """A way to train: overrides of pretrain.* and finetune.recipes.<recipe>.*, as in adapters.<name>."""
+
+    pretrain: dict[str, Any] = Field(default_factory=dict)
+    finetune: dict[Key, dict[str, Any]] = Field(default_factory=dict)
+    adapters: Keys | None = Field(None, description="those that it is for; null: all of the study")
+
+
+class Study(Section):
+    """The whole of study.yaml: each adapter by each method with each seed, after equal steps and equal seconds."""
+
+    adapters: Keys
+    methods: Annotated[dict[Key, Method], Field(min_length=1)]
+    seeds: Annotated[list[Seed], Field(min_length=1)]
+    # Of params.yaml by their names, or new ones: `of` names the one that the other keys change.
+    recipes: Annotated[dict[Key, dict[str, Any]], Field(min_length=1)]
+    seconds: Positive | None = Field(None, description="of pre-training, for the comparison at equal time; null: none")
+
+    def cells(self) -> list[Cell]:
+        """All trainings, those of the first seed first."""
+        return [
+            Cell(adapter, method, seed, seconds)
+            for seed in self.seeds
+            for seconds in (None, *([self.seconds] if self.seconds else []))
+            for method, settings in self.methods.items()
+            for adapter in self.adapters
+            if settings.adapters is None or adapter in settings.adapters
+            if seconds is None or settings.pretrain.get("max_steps") != 0  # which takes no time
+        ]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A training of a study; its name is that of an adapter in the parameters. `seconds` None: as many steps as all."""
+
+    adapter: str
+    method: str
+    seed: int
+    seconds: int | None = None
+
+    @property
+    def name(self) -> str:
+        return "_".join([self.adapter, self.method, str(self.seed), *([f"{self.seconds}s"] if self.seconds else [])])
+
+    @property
+    def parts(self) -> set[str]:
+        """What it can be asked for by."""
+        budget = f"{self.seconds}s" if self.seconds else "steps"
+        return {self.name, self.adapter, self.method, str(self.seed), budget}
+
+    def stages(self, recipes: Iterable[str]) -> Iterator[str]:
+        """Its own stages of dvc.yaml, in their order."""
+        yield from (f"pretrain@{self.name}", f"name@{self.name}")
+        yield from (f"{stage}@{self.name}-{recipe}" for recipe in recipes for stage in ("finetune", "evaluate"))
+
+
+def parse_study(text: str, name: str) -> Study:
+    """A study from a file's text. Raises UserError naming the key that is at fault."""
+    try:
+        study = Study.model_validate(read_yaml(text, name))
+    except ValidationError as error:
+        fault = error.errors()[0]
+        where = ".".join(map(str, fault["loc"]))
+        raise UserError(name, f"{where}: {message_of(dict(fault), Study, {})}") from None
+    names = [cell.name for cell in study.cells()]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice:
+        raise UserError(name, f"two trainings would be called {twice}", "rename a method")
+    return study
+
+
+def parameters_of(study: Study, values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a parameter file with the study's trainings as its adapters, as a profile of its own.
+
+    Raises UserError for an adapter or a recipe that the file does not have.
+    """
+    known, recipes, names = values["adapters"], values["finetune"]["recipes"], list(study.recipes)
+    based = {name: changes.get("of", name) for name, changes in study.recipes.items()}
+    for kind, wanted, there in (("adapters", study.adapters, known), ("recipes", based.values(), recipes)):
+        for name in wanted:
+            if name not in there:
+                raise UserError(f"{kind}: {name}", f"params.yaml has only {', '.join(there)}", "add a section there")
+    cells = study.cells()
+    run = values["run"] | {"adapters": [cell.name for cell in cells], "recipes": names}
+    run |= {"scratch": [cells[0].name], "scratch_recipes": names[:1]}  # which the schema wants, and no study runs
+    changed = {
+        name: merged(recipes[based[name]], {key: value for key, value in changes.items() if key != "of"})
+        for name, changes in study.recipes.items()
+    }
+    return values | {
+        "profile": profile_of(values["profile"]),
+        "run": run,
+        "adapters": {cell.name: _section(study, cell, known[cell.adapter]) for cell in cells},
+        "finetune": values["finetune"] | {"recipes": changed},
+        "pca": values["pca"] | {"recipe": names[0]},
+    }
+
+
+def profile_of(profile: str) -> str:
+    """What a study of a profile is called, and so where its results are."""
+    return f"{profile}-study"
+
+
+def _section(study: Study, cell: Cell, base: dict[str, Any]) -> dict[str, Any]:
+    """The section of a training, as adapters.<name>."""
+    method, seed = study.methods[cell.method], {"seed": cell.seed}
+    timed = {"epochs": ENDLESS, "max_seconds": cell.seconds} if cell.seconds else {}
+    finetune = {
+        recipe: merged(merged(base["finetune"].get(recipe, {}), method.finetune.get(recipe, {})), seed)
+        for recipe in study.recipes
+    }
+    return {
+        "architecture": {"kind": cell.adapter} | base["architecture"],
+        "pretrain": merged(merged(base["pretrain"], method.pretrain), seed | timed),
+        "finetune": finetune,
+    }

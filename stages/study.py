@@ -1,0 +1,118 @@
+"""`terraalign study`: adapters, methods and seeds side by side, each an ordinary run of the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import yaml
+
+from pipeline.config import parse_params, read_yaml
+from pipeline.config.study import Cell, Study, parameters_of, parse_study, profile_of
+from pipeline.errors import UserError, UserErrors
+from pipeline.files import atomically
+from pipeline.runs import RESULTS
+from stages.run import run_stages, stages_of_graph
+
+PARAMS = Path("params.yaml")
+KEPT = "params-before.yaml"
+
+
+def study(
+    file: Annotated[Path, typer.Argument(help="What is compared.")] = Path("study.yaml"),
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="WORD",
+            help="Only trainings of which a part is so called: an adapter, a method, a seed, or 60s; steps are those "
+            "after equal steps. Repeatable: all of these, e.g. --only mlp --only 17.",
+        ),
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Stages side by side; each gets its share of the cores.")] = 2,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Name the trainings, and run none.")] = False,
+    page: Annotated[bool, typer.Option("--page", help="Write the page of what is there, and run nothing.")] = False,
+) -> None:
+    """Compare adapters and ways to train them on the data of params.yaml, e.g. `terraalign study --only mlp`.
+
+    Each training of study.yaml (adapter x method x seed, after equal steps and equal seconds) is an adapter of the
+    profile <profile>-study: pre-trained, fine-tuned and evaluated by the graph's own stages, so that what is done is
+    never done again, an interrupted study goes on, and any part of it may run first. One that fails is told at the end,
+    and the others go on. Writes data/<profile>-study/study.html and study.csv, a row for each training.
+    """
+    _restore()
+    text = _read(PARAMS)
+    compared = parse_study(_read(file), str(file))
+    values = parameters_of(compared, read_yaml(text, str(PARAMS)))
+    cells = _chosen(compared, only or [])
+    active = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    params = parse_params(active, f"{file} with {PARAMS}")
+    if dry_run:
+        typer.echo("\n".join(cell.name for cell in cells))
+        return
+    faults = [] if page else _run(active, compared, cells, jobs)
+    from pipeline.report.study import write_study
+
+    typer.echo(write_study(params, compared))
+    if faults:
+        raise UserErrors([*faults, UserError("", "mend it, and run the same command again: it goes on from there")])
+
+
+def _chosen(compared: Study, only: list[str]) -> list[Cell]:
+    """The trainings that have all of these parts; UserError when there is none."""
+    cells = compared.cells()
+    found = [cell for cell in cells if set(only) <= cell.parts]
+    if not found:
+        known = dict.fromkeys(part for cell in cells for part in sorted(cell.parts - {cell.name}))
+        raise UserError(f"--only {' '.join(only)}", f"no such training; there are {', '.join(known)}")
+    return found
+
+
+def _run(active: str, compared: Study, cells: list[Cell], jobs: int) -> list[UserError]:
+    """Run some trainings, with what they need before them, one whole after the other; returns what failed."""
+    own = {stage: number for number, cell in enumerate(cells) for stage in cell.stages(compared.recipes)}
+    with _active(active):
+        graph = stages_of_graph()
+        wanted, found = list(own), dict[str, list[str]]()
+        while wanted:
+            stage = wanted.pop()
+            if stage not in found:
+                found[stage] = graph[stage]
+                wanted += graph[stage]
+        return run_stages(found, jobs, lambda stage: -own.get(stage, -1), go_on=True)
+
+
+@contextmanager
+def _active(text: str) -> Iterator[None]:
+    """Have params.yaml say this for a while: DVC reads no other file."""
+    kept = RESULTS / profile_of(read_yaml(_read(PARAMS), str(PARAMS))["profile"]) / KEPT
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    _write(kept, _read(PARAMS))
+    try:
+        _write(PARAMS, text)
+        yield
+    finally:
+        _write(PARAMS, _read(kept))
+        kept.unlink()
+
+
+def _restore() -> None:
+    """Put params.yaml back where a study was killed."""
+    for kept in RESULTS.glob(f"*/{KEPT}"):
+        _write(PARAMS, _read(kept))
+        kept.unlink()
+        typer.echo(f"{PARAMS} is again what it was before a study that was killed", err=True)
+
+
+def _write(path: Path, text: str) -> None:
+    with atomically(path) as file:
+        file.write(text.encode())
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(path, f"cannot be read as text: {error}") from None
