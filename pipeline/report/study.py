@@ -171,10 +171,10 @@ def winners(table: pd.DataFrame, loss: str, title: str) -> Iterator[str]:
         if by_seed.empty or by_seed.shape[1] < 2:
             continue
         first, second = by_seed.mean().nsmallest(2).index
-        gap = by_seed[second] - by_seed[first]
+        best, worse = by_seed[first].mean(), (by_seed[second] > by_seed[first]).sum()
         yield (
-            f"{title}: {adapter} has the lowest loss on {loss.partition('/')[0]} by {first}, "
-            f"{by_seed[first].mean():.3f}; next is {second}, {by_seed[second].mean():.3f}, worse with {(gap > 0).sum()} of {len(gap)} seeds"
+            f"{title}: {adapter} has the lowest loss on {loss.partition('/')[0]} by {first}, {best:.3f}; next is {second}, "
+            f"{by_seed[second].mean():.3f}, worse with {worse} of {len(by_seed)} seeds"
         )
 
 
