@@ -173,8 +173,8 @@ def winners(table: pd.DataFrame, loss: str, title: str) -> Iterator[str]:
         first, second = by_seed.mean().nsmallest(2).index
         best, worse = by_seed[first].mean(), (by_seed[second] > by_seed[first]).sum()
         yield (
-            f"{title}: {adapter} has the lowest loss on {loss.partition('/')[0]} by {first}, {best:.3f}; next is {second}, "
-            f"{by_seed[second].mean():.3f}, worse with {worse} of {len(by_seed)} seeds"
+            f"{title}: {adapter} has the lowest loss on {loss.partition('/')[0]} by {first}, {best:.3f}; "
+            f"next is {second}, {by_seed[second].mean():.3f}, worse with {worse} of {len(by_seed)} seeds"
         )
 
 
