@@ -1,0 +1,155 @@
+"""A study: which trainings it is of, the parameters that make them stages, and the page of what they came to."""
+
+import json
+
+import pytest
+import typer
+
+from pipeline.config import parse_params, read_yaml
+from pipeline.config.study import parameters_of, parse_study
+from pipeline.errors import UserError
+from pipeline.report.study import write_study
+from pipeline.runs import Run
+from stages import study as command
+
+TEXT = """
+adapters: [linear, query]
+seeds: [1, 2]
+recipes:
+  captions: {}
+  frozen: {of: captions, adapter_lr: 0}
+seconds: 5
+methods:
+  emd: {}
+  start: {pretrain: {max_steps: 1, objective: {contrast: 0.0}}}
+  late: {finetune: {captions: {adapter_lr: 0.5}}, adapters: [query]}
+"""
+
+
+def values(project):
+    return read_yaml((project / "profiles/demo.yaml").read_text(), "demo.yaml")
+
+
+@pytest.fixture
+def project(request):
+    return request.config.rootpath
+
+
+def test_every_combination_once_and_the_first_seed_first():
+    cells = parse_study(TEXT, "study.yaml").cells()
+    assert len({cell.name for cell in cells}) == len(cells) == 2 * 2 * (2 + 2 + 1)
+    assert {cell.seed for cell in cells[: len(cells) // 2]} == {1}
+    assert {cell.adapter for cell in cells if cell.method == "late"} == {"query"}
+
+
+def test_what_takes_no_time_has_no_run_of_equal_time():
+    text = TEXT.replace("max_steps: 1", "max_steps: 0")
+    budgets = {cell.seconds for cell in parse_study(text, "study.yaml").cells() if cell.method == "start"}
+    assert budgets == {None}
+
+
+def test_a_training_is_its_adapter_with_the_changes_of_its_method(project):
+    study = parse_study(TEXT, "study.yaml")
+    params = parse_params(json.dumps(parameters_of(study, values(project))), "study")
+    demo = parse_params((project / "profiles/demo.yaml").read_text(), "demo")
+    assert params.profile == "demo-study" and params.seed == demo.seed
+    assert params.kind_of("query_emd_1") == "query"
+    assert params.adapter("query_emd_1").architecture["width"] == demo.adapter("query").architecture["width"]
+    same = {"seed": None}
+    assert params.pretrain_for("query_emd_2").model_copy(update=same) == demo.pretrain_for("query")
+    assert params.pretrain_for("query_emd_2").seed == 2
+    started = params.pretrain_for("linear_start_1")
+    assert started.objective.contrast == 0 and started.objective.unmatched == demo.pretrain.objective.unmatched
+    assert params.pretrain_for("linear_emd_1_5s").max_seconds == 5
+    assert params.finetune_for("query_late_1", "captions").adapter_lr == 0.5
+    assert params.finetune_for("query_late_1", "frozen").adapter_lr == 0
+    assert params.finetune_for("query_emd_2", "captions").seed == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (("[linear, query]", "[linear, none_such]"), "none_such"),
+        (("of: captions", "of: nothing"), "recipes: nothing"),
+        (("seconds: 5", "seconds: 0"), "seconds"),
+        (("  emd: {}", "  emd: {pretrian: {}}"), "methods.emd.pretrian"),
+    ],
+)
+def test_a_fault_is_named(project, change, fault):
+    text = TEXT.replace(*change)
+    assert text != TEXT
+    with pytest.raises(UserError, match=fault):
+        parameters_of(parse_study(text, "study.yaml"), values(project))
+
+
+def test_two_trainings_of_one_name_are_refused():
+    text = "adapters: [mlp, mlp_a]\nrecipes: {captions: {}}\nmethods: {b: {}, a_b: {}}\nseeds: [1]"
+    with pytest.raises(UserError, match="mlp_a_b_1"):
+        parse_study(text, "study.yaml")
+
+
+def test_params_come_back_also_after_a_kill(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command.PARAMS.write_text("profile: demo\n")
+    with pytest.raises(KeyboardInterrupt), command._active("profile: demo-study\n"):
+        assert "study" in command.PARAMS.read_text()
+        raise KeyboardInterrupt
+    assert command.PARAMS.read_text() == "profile: demo\n"
+    kept = tmp_path / "data/demo-study" / command.KEPT  # as a kill leaves it
+    kept.write_text("profile: demo\n")
+    command.PARAMS.write_text("profile: demo-study\n")
+    command._restore()
+    assert command.PARAMS.read_text() == "profile: demo\n"
+    assert not list(tmp_path.rglob(command.KEPT))
+
+
+def test_a_part_of_a_study_is_asked_for_by_its_words():
+    study = parse_study(TEXT, "study.yaml")
+    assert [c.name for c in command._chosen(study, ["query", "late", "2", "steps"])] == ["query_late_2"]
+    with pytest.raises(UserError, match="no such training; there are"):
+        command._chosen(study, ["mlp"])
+
+
+def made(folder, name, values):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(values if isinstance(values, str) else json.dumps(values))
+
+
+def test_the_page_has_means_over_the_seeds_and_who_wins(project, tmp_path, monkeypatch):
+    text = (project / "profiles/demo.yaml").read_text()
+    study = parse_study(TEXT, "study.yaml")
+    params = parse_params(json.dumps(parameters_of(study, read_yaml(text, "demo.yaml"))), "study")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="no training"):
+        write_study(params, study)
+    run = Run.of(params)
+    for cell in study.cells():
+        if cell.seconds or cell.adapter == "linear":
+            continue  # not run yet
+        gain, loss = (0.1, 2.0) if cell.method == "emd" else (0.05, 2.5)
+        made(run.pretrained(cell.name), "metrics.json", {"plain_gain_relative": gain * cell.seed})
+        made(run.pretrained(cell.name), "history.csv", "step,val\n0,1\n10,0.5\n")
+        made(run.seconds("x").parent, f"pretrain@{cell.name}.json", {"training": 32.0, "peak_bytes": 2.0**31})
+        made(run.finetuned(cell.name, "captions"), "metrics.json", {"val_loss": loss + cell.seed / 10})
+        made(run.finetuned(cell.name, "captions"), "history.csv", f"step,val_loss\n0,3\n4,{loss}\n")
+        figure = {"key": "f1", "value": 0.5, "label": "things, F1"}
+        chance = {"key": "chance", "value": 0.2, "label": "chance", "baseline": True}
+        made(run.evaluated(cell.name, "captions") / "captions", "figures.json", [figure, chance])
+    page = write_study(params, study).read_text()
+    assert "6 of 20 trainings" in page
+    assert "15.0 ± 7.1" in page  # the mean of 10 and 20 %, and their standard deviation
+    assert "100.0" in page  # ms a picture: 32 s for 10 steps of 32
+    assert "query has the lowest loss on captions by emd, 2.150" in page and "worse with 2 of 2 seeds" in page
+    assert "captions: chance 20.0 %" in page and page.count("<img") == 2
+    rows = (run.base / "study.csv").read_text().splitlines()
+    assert len(rows) == 7 and "captions/captions/f1" in rows[0]
+
+
+def test_the_command_names_trainings_without_running_any(project, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    command.PARAMS.write_text((project / "profiles/demo.yaml").read_text())
+    (tmp_path / "mine.yaml").write_text(TEXT)
+    command.study(tmp_path / "mine.yaml", only=["emd", "1"], jobs=1, dry_run=True, page=False)
+    assert capsys.readouterr().out.split() == ["linear_emd_1", "query_emd_1", "linear_emd_1_5s", "query_emd_1_5s"]
+    with pytest.raises((UserError, typer.Exit)):
+        command.study(tmp_path / "none.yaml", only=None, jobs=1, dry_run=True, page=False)
