@@ -55,7 +55,10 @@ def study(
     faults = [] if page else _run(active, compared, cells, jobs)
     from pipeline.report.study import write_study
 
-    typer.echo(write_study(params, compared))
+    try:
+        typer.echo(write_study(params, compared))
+    except UserError as error:
+        faults.append(error)
     if faults:
         raise UserErrors([*faults, UserError("", "mend it, and run the same command again: it goes on from there")])
 

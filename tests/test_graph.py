@@ -17,6 +17,8 @@ import pytest
 import yaml
 from dulwich import porcelain
 
+from pipeline.config.study import parameters_of, parse_study
+
 PROJECT = Path(__file__).parents[1]
 ADAPTERS = ("mlp", "query")  # two are enough to see what one change spares the other; DVC takes its time per stage
 DATA = ("captions", "classes")
@@ -268,3 +270,42 @@ def test_another_recipe_has_its_names_and_concerns_no_other(repo: Repo) -> None:
     repo.write_outputs()
     names = {f"name {adapter}" for adapter in ADAPTERS}
     assert repo.repro() == trained(*ADAPTERS, pretrain=False, data=("again",)) | names | {"inputs"}
+
+
+STUDY = """
+adapters: [mlp]
+seeds: [1, 2]
+recipes: {captions: {}}
+methods: {emd: {}, other: {pretrain: {lr: 0.01}}}
+"""
+
+
+def test_a_study_runs_what_is_asked_for_once_and_leaves_the_parameters(repo: Repo) -> None:
+    (repo.root / "study.yaml").write_text(STUDY)
+    before = (repo.root / "params.yaml").read_bytes()
+    values = parameters_of(parse_study(STUDY, "study"), yaml.safe_load(before))
+    repo.outputs.write_text(json.dumps(commands(yaml.safe_load((repo.root / "dvc.yaml").read_text()), values)))
+    names = [f"mlp_{method}_1" for method in ("emd", "other")]
+    fails = repo.log.with_name(f"{repo.log.name}.fails")
+    fails.write_text(f"pretrain {names[0]}")
+
+    def study() -> tuple[list[str], str]:
+        start = len(repo.log.read_text().splitlines())
+        command = [sys.executable, "-m", "stages.cli", "study", "--only", "1"]
+        env = {**repo.env, "PYTHONPATH": str(PROJECT)}
+        done = subprocess.run(command, cwd=repo.root, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 2 and "Traceback" not in done.stderr  # what is pretended has no figures to show
+        return repo.log.read_text().splitlines()[start:], done.stderr
+
+    ran, said = study()
+    of = [f"{stage} {name}" for name in names for stage in ("pretrain", "name")]
+    of += [f"{stage} {name} captions" for name in names for stage in ("finetune", "evaluate")]
+    assert {command for command in ran if "mlp" in command} == {
+        c for c in of if names[1] in c or c.startswith("pretrain")
+    }
+    assert f"pretrain@{names[0]} failed:" in said and "the reason" in said
+    fails.unlink()
+    assert set(study()[0]) == {command for command in of if names[0] in command}
+    assert (repo.root / "params.yaml").read_bytes() == before
+    repo.write_outputs()
+    repo.repro()
