@@ -203,6 +203,7 @@ class Pretrain(Optimisation):
     data: Keys = default("pretrain.data")  # data sets to learn from; the held-out figures are of the first
     objective: Annotated[SerializeAsAny[ObjectiveSettings], part(ObjectiveSettings)]
     candidates: Positive = default("pretrain.candidates")  # captions to choose from in retrieval
+    validations: Positive | None = default("pretrain.validations")  # points over the run; null: after every epoch
     # Stop at the first step after so many seconds of training, validation apart; what is learned then depends on the
     # machine. To compare objectives that cost differently.
     max_seconds: AboveZero | None = default("pretrain.max_seconds")

@@ -124,7 +124,7 @@ def profile_of(profile: str) -> str:
 def _section(study: Study, cell: Cell, base: dict[str, Any]) -> dict[str, Any]:
     """The section of a training, as adapters.<name>."""
     method, seed = study.methods[cell.method], {"seed": cell.seed}
-    timed = {"epochs": ENDLESS, "max_seconds": cell.seconds} if cell.seconds else {}
+    timed = {"epochs": ENDLESS, "max_seconds": cell.seconds, "validations": 1} if cell.seconds else {}
     finetune = {
         recipe: merged(merged(base["finetune"].get(recipe, {}), method.finetune.get(recipe, {})), seed)
         for recipe in study.recipes

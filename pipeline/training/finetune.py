@@ -28,7 +28,7 @@ from pipeline.started import Started
 from pipeline.store.reader import ImageTokens
 from pipeline.tasks.base import Task
 from pipeline.training.checkpoint import Checkpoint
-from pipeline.training.loop import Trainer, batch_at, total_steps, write_history
+from pipeline.training.loop import Trainer, batch_at, points, total_steps, write_history
 from pipeline.vlm import VLM, add_lora
 
 
@@ -263,7 +263,6 @@ def _trainer(
         return {"val_loss": sum(map(operator.mul, mixture.shares, values)), **each}
 
     total = total_steps(settings, mixture.size)
-    points = {max(1, round(total * i / settings.validations)) for i in range(1, settings.validations + 1)}
     rate = (settings.scratch_adapter_lr if scratch else None) or settings.adapter_lr
     groups = [
         {"params": list(model.adapter.parameters()), "lr": rate},
@@ -271,7 +270,7 @@ def _trainer(
     ]
     return Trainer(
         name="", model=model, groups=groups, settings=settings, examples=mixture.size, seed=seed,
-        loss=loss, validate=validate, validate_at=points, checkpoint=checkpoint,
+        loss=loss, validate=validate, validate_at=points(total, settings.validations), checkpoint=checkpoint,
     )  # fmt: skip
 
 

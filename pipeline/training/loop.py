@@ -167,6 +167,11 @@ def total_steps(settings: Optimisation, examples: int) -> int:
     return min(settings.epochs * steps_per_epoch(settings, examples), settings.max_steps or sys.maxsize)
 
 
+def points(total: int, count: int) -> set[int]:
+    """The steps after which a run of so many is validated, so many times, at the end the last."""
+    return {max(1, round(total * i / count)) for i in range(1, count + 1)}
+
+
 def batch_at(number: int, size: int, examples: int, seed: int) -> list[int]:
     """The indices of the number-th batch of a run: a function of the seed alone, so a resumed run sees the same.
 

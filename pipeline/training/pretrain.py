@@ -23,7 +23,7 @@ from pipeline.runs import EXTRACTED_BY, Run
 from pipeline.started import Started
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.code import digest_of
-from pipeline.training.loop import Trainer, batch_at, steps_per_epoch, total_steps, write_history
+from pipeline.training.loop import Trainer, batch_at, points, steps_per_epoch, total_steps, write_history
 
 PLAIN = EMDSettings.model_validate({"cost": "euclidean", "word_weights": "uniform", "start": "random"})
 LLM_CODE = "pipeline.llms.load"
@@ -136,7 +136,7 @@ def _trainer(
     return Trainer(
         name=f"pretrain {name}", model=adapter, groups=[{"params": list(adapter.parameters())}], settings=settings,
         examples=len(pairs.train), seed=params.seed, loss=loss, validate=validate,
-        validate_at=set(range(epoch, total + 1, epoch)),
+        validate_at=points(total, settings.validations) if settings.validations else {*range(epoch, total + 1, epoch)},
         checkpoint=_checkpoint(params, f"pretrain@{name}", settings, decides, params.kind_of(name)), extras=extras,
         in_flight=objective.in_flight, max_seconds=settings.max_seconds,
     )  # fmt: skip
