@@ -40,6 +40,7 @@ from pipeline.adapters.module import Adapter, load_adapter
 from pipeline.config import Params, load_params
 from pipeline.config.schema import LoRA, Recipe
 from pipeline.llms.load import load_llm
+from pipeline.llms.spliced import IGNORED
 from pipeline.naming.classes import class_names, labelled, numbers
 from pipeline.naming.fit import KEPT, REFERENCE, _nearest
 from pipeline.naming.nearest import adapted_by, many
@@ -55,7 +56,7 @@ from pipeline.tasks.naming import find_class
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.finetune import Examples
 from pipeline.training.loop import Trainer, batch_at
-from pipeline.vlm import IGNORED, VLM, add_lora
+from pipeline.vlm import VLM, add_lora
 
 QV = ("q_proj", "v_proj")
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -5,30 +5,40 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline.config import Params
+from pipeline.config import Params, components
 from pipeline.files import atomically
 from pipeline.runs import EXTRACTED_BY, Run, require
 
+CLASSES = "name-data"  # no name of a recipe has a hyphen
+
 
 def write_inputs(params: Params) -> None:
-    """Write inputs/<recipe>.json for every recipe of the graph, and the same for pre-training and for naming.
+    """Write inputs/<recipe>.json for every recipe of the graph, pretrain-<adapter>.json, and name-data.json for naming.
 
-    Raises UserError naming the stage that writes what is missing.
+    The language model is input to the pre-training of those adapters alone whose objective asks it. Raises UserError
+    naming the stage that writes what is missing.
     """
-    run = Run.of(params)
     recipes = {name: params.finetune.recipes[name].data for name in params.run.recipes}
+    for name, names in recipes.items():
+        _write(params, name, names)
+    for adapter in params.run.adapters:
+        settings = params.pretrain_for(adapter)
+        asks = components.find("objective", settings.objective.name).needs_llm
+        llm = {"the LLM": params.llm.model_dump(mode="json")} if asks else {}
+        _write(params, f"pretrain-{adapter}", settings.data, llm)
     classes = [data for data in params.run.data if params.data[data].task == "classify"]
-    for name, names in {**recipes, PRETRAIN: params.pretrain.data, CLASSES: [*params.pretrain.data, *classes]}.items():
-        digests: dict[str, object] = {data: {"task": params.data[data].task, **_digests(run, data)} for data in names}
-        if name == CLASSES:  # stage `name` writes a file for each recipe
-            digests["recipes of"] = recipes
-        with atomically(run.inputs(name)) as file:
-            file.write((json.dumps(digests, indent=1) + "\n").encode())
+    # Stage `name` writes a file for each recipe.
+    _write(params, CLASSES, [*params.pretrain.data, *classes], {"recipes of": recipes})
 
 
-PRETRAIN, CLASSES = "pretrain-data", "name-data"  # no name of a recipe has a hyphen
+def _write(params: Params, name: str, data: list[str], more: Mapping[str, object] | None = None) -> None:
+    run = Run.of(params)
+    digests = {one: {"task": params.data[one].task, **_digests(run, one)} for one in data}
+    with atomically(run.inputs(name)) as file:
+        file.write((json.dumps({**digests, **(more or {})}, indent=1) + "\n").encode())
 
 
 def _digests(run: Run, data: str) -> dict[str, str]:

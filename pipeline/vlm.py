@@ -18,6 +18,7 @@ from pipeline.config.schema import LoRA
 from pipeline.errors import UserError
 from pipeline.llms.load import LanguageModel, context_of, load_llm
 from pipeline.llms.ranking import Forest, Trie, best, grow, tree_reach
+from pipeline.llms.spliced import IGNORED, answered, read_once, splice
 from pipeline.llms.text import Texts
 from pipeline.origin import check_llm
 from pipeline.progress import progress_bar
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from pipeline.store.reader import ImageTokens
 
 T = TypeVar("T")
-IGNORED = -100
 MOST_LOGITS = 2**26  # held at once in ranking: 256 MB of float32
 
 
@@ -87,22 +87,7 @@ class VLM(nn.Module):
         """Logits [B, T, V], float32, for the tokens of given answers, and these as labels [B, T]."""
         before, afters = self._around(prompt, len(answer_ids), hints)
         ends = [after + ids for after, ids in zip(afters, answer_ids, strict=True)]
-        inputs, mask, cache = self._splice(tokens, before, ends)
-        done = cache.get_seq_length() if cache is not None else 0
-        # Logits are computed from where the first answer begins: [B, kept + 1, V]. Positions are named one by one,
-        # since with a slice each row would be multiplied by the vocabulary alone.
-        first = min(map(len, afters))
-        kept = max(map(len, ends)) - first
-        last = torch.arange(-kept - 1, 0, device=self.device)
-        labels = torch.full((len(answer_ids), kept), IGNORED, device=self.device)
-        for row, (after, ids) in enumerate(zip(afters, answer_ids, strict=True)):
-            start = len(after) - first
-            labels[row, start : start + len(ids)] = torch.tensor(ids, device=self.device)
-        output = self.network(
-            inputs_embeds=inputs[:, done:], attention_mask=mask, position_ids=(mask.cumsum(1) - 1)[:, done:],
-            cache=cache, use_cache=cache is not None, logits_to_keep=last,
-        )  # fmt: skip
-        return output.logits[:, :-1].float(), labels
+        return answered(self.network, *self._splice(tokens, before, ends), afters, answer_ids)
 
     @torch.no_grad()
     def generate(
@@ -284,26 +269,13 @@ class VLM(nn.Module):
         """LLM inputs [B, L, D] and their mask [B, L], both whole; and the cache of the words before the image, or None.
 
         Those words are the same in every row, so they go through the LLM once where that pays; `ends` are the ids
-        behind the image. Rows are padded at their ends, where no causal model looks from: padding inside would count as
-        distance in some (MPT). Rows to decode end together: if their lengths differ they are padded at their
-        beginnings, and each goes through the LLM whole.
+        behind the image. Rows to decode end together: if their lengths differ they are padded at their beginnings, and
+        each goes through the LLM whole.
         """
-        embed = self.network.get_input_embeddings()
-        head, cache = embed(torch.tensor([before], device=self.device)), None
-        longest = max(map(len, ends))
-        left = decoding and min(map(len, ends)) < longest
+        left, cache = decoding and len({*map(len, ends)}) > 1, None
         if self.shares_prompt and not left and len(ends) > 1:
-            cache = self.network(inputs_embeds=head, use_cache=True, logits_to_keep=1).cache
-            cache.batch_repeat_interleave(len(ends))
-        soft_prompts = self._adapted(tokens).to(head.dtype)
-        rows, masks = [], []
-        for soft_prompt, ids in zip(soft_prompts.unbind(0), ends, strict=True):
-            row = torch.cat([head[0], soft_prompt, embed(torch.tensor(ids, device=self.device))])
-            missing = longest - len(ids)
-            padding = (missing, 0) if left else (0, missing)
-            rows.append(F.pad(row, (0, 0, *padding)))
-            masks.append(F.pad(torch.ones(len(row), dtype=torch.long, device=self.device), padding))
-        return torch.stack(rows), torch.stack(masks), cache
+            cache = read_once(self.network, before, len(ends))
+        return *splice(self.network, before, self._adapted(tokens), ends, left), cache
 
     def _adapted(self, tokens: Tensor) -> Tensor:
         """Soft prompts [B, M, D], float32."""

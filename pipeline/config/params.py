@@ -157,13 +157,12 @@ _S = TypeVar("_S", bound=Section)
 
 
 def _override(section: _S, changes: dict[str, Any], where: tuple[str, ...]) -> _S:
-    for key in (("data",), ("objective", "name")):
-        value: Any = changes
-        for name in key:
-            value = value.get(name) if isinstance(value, dict) else None
-        if value is not None:
-            raise fault_at((*where, *key), "is the same for all adapters; leave it out here", value)
-    return _validated(type(section), merged(section.model_dump(), changes), where) if changes else section
+    if changes.get("data") is not None:
+        raise fault_at((*where, "data"), "is the same for all adapters; leave it out here", changes["data"])
+    values, objective = section.model_dump(), changes.get("objective")
+    if isinstance(objective, dict) and "name" in objective and objective["name"] != values["objective"]["name"]:
+        values["objective"] = {}  # the keys of another part are none of this one's
+    return _validated(type(section), merged(values, changes), where) if changes else section
 
 
 def _validated(settings: type[_S], values: dict[str, Any], where: tuple[str, ...]) -> _S:

@@ -7,6 +7,7 @@ from typing import Any
 from pipeline.config import Params, components
 from pipeline.errors import UserError
 from pipeline.llms.text import Texts
+from pipeline.objectives.caption_ce import CaptionCESettings
 from pipeline.tasks.base import Task
 
 
@@ -22,6 +23,8 @@ def check_prompts(params: Params, tokenizer: Any, context: int | None) -> None:
     for name in params.run.adapters:
         recipes = [params.finetune_for(name, recipe) for recipe in params.run.recipes]
         prompts = [*asked, *(prompt for recipe in recipes for some in recipe.prompts.values() for prompt in some)]
+        objective = params.pretrain_for(name).objective
+        prompts += [objective.prompt] if isinstance(objective, CaptionCESettings) else []
         section = params.adapter(name)
         adapter = components.find("adapter", params.kind_of(name))
         image_tokens = adapter(adapter.Settings.model_validate(section.architecture)).tokens(1)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pipeline.config.schema import ObjectiveSettings
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from pipeline.adapters.module import Adapter
     from pipeline.llms.load import LanguageModel
@@ -50,6 +50,8 @@ class Objective(ABC):
 
     Settings: ClassVar[type[ObjectiveSettings]] = ObjectiveSettings
     needs_llm: ClassVar[bool] = False
+    # What an objective learns besides the adapter: trained, checkpointed and switched to eval mode with it, then left.
+    module: nn.Module | None = None
 
     def __init__(self, settings: Any, pairs: Pairs, means: Means | None = None):
         self.settings, self.pairs, self.means = settings, pairs, means or Means()

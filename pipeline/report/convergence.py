@@ -153,7 +153,7 @@ def draw_pretraining(params: Params, folder: Path) -> list[Path]:
     paths = []
     for name in params.run.adapters:
         rows = read_history(Run.of(params).pretrained(name), ["epoch", "val"]).dropna(subset=["val"])
-        paths.append(_draw_epochs(rows, name, measure(params), folder / f"pretraining-{name}.png"))
+        paths.append(_draw_epochs(rows, name, measure(params, name), folder / f"pretraining-{name}.png"))
     return paths
 
 

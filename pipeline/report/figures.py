@@ -21,13 +21,16 @@ RETRIEVAL = re.compile(r"r\d+_\w+")  # r1_raw, r5_debiased: of what pre-training
 def flat_metrics(results: Results) -> dict[str, float | None]:
     """The figures of a profile under flat keys, for `dvc metrics diff`; null where a figure is not finite.
 
-    emd/<adapter>/<key>, retrieval/<adapter>/<key>, pca/<adapter>/<state>/k80, <data>/<adapter>/<figure> of names
-    without the LLM, <data>/<adapter>/<recipe>/<figure>, <data>/<baseline> and seconds/<stage>.
+    emd/<adapter>/<key> (of another objective its name for emd, but for plain_*), retrieval/<adapter>/<key>,
+    pca/<adapter>/<state>/k80, <data>/<adapter>/<figure> of names without the LLM, <data>/<adapter>/<recipe>/<figure>,
+    <data>/<baseline> and seconds/<stage>.
     """
     flat: dict[str, float | None] = {}
     for name, found in results.pretrain.items():
+        own = measure(results.params, name).lower()
         for key, value in found.items():
-            flat[f"{'retrieval' if RETRIEVAL.fullmatch(key) else 'emd'}/{name}/{key}"] = value
+            kind = "retrieval" if RETRIEVAL.fullmatch(key) else "emd" if key.startswith("plain_") else own
+            flat[f"{kind}/{name}/{key}"] = value
     for name, states in results.pca.items():
         flat |= {f"pca/{name}/{state}/k80": values["k80"] for state, values in states.items() if "k80" in values}
     for outcome in results.outcomes:
@@ -76,7 +79,8 @@ def main_figures(results: Results) -> Iterator[tuple[str, str, str, str]]:
         if "image_gain" in found:
             ends = (found[key] for key in ("image_gain_low", "image_gain_high") if key in found)
             interval = " to ".join(f"{end:.3f}" for end in ends)
-            value = f"{found['image_gain']:.3f} {measure(results.params)}" + (f" ({interval})" if interval else "")
+            of = measure(results.params, name)
+            value = f"{found['image_gain']:.3f} {of}" + (f" ({interval})" if interval else "")
             yield "image gain of pre-training", results.params.pretrain.data[0], name, value
     yield "time of all stages, added up", "", "", total_time(results)
 
@@ -100,10 +104,15 @@ def labels(outcomes: list[Outcome]) -> dict[str, str]:
     return {figure.key: figure.label for figure in figures if not figure.baseline and not is_detail(figure)}
 
 
-def measure(params: Params) -> str:
-    """What the distance of pre-training is called."""
-    name = params.pretrain.objective.name
+def measure(params: Params, adapter: str) -> str:
+    """What the distance of an adapter's pre-training is called."""
+    name = params.pretrain_for(adapter).objective.name
     return "EMD" if name == "emd" else name.rpartition(":")[2]
+
+
+def measures(params: Params) -> list[str]:
+    """Those of all adapters: figures compare across them only where they are plain EMD, or shares."""
+    return list(dict.fromkeys(measure(params, name) for name in params.run.adapters))
 
 
 def total_time(results: Results) -> str:

@@ -14,9 +14,10 @@ import pandas as pd
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from pipeline.config import components
 from pipeline.metrics.base import Figure
 from pipeline.report import convergence
-from pipeline.report.figures import compared, duration, flat_metrics, interval, measure, percent, total_time, written
+from pipeline.report.figures import compared, duration, flat_metrics, interval, measures, percent, total_time, written
 from pipeline.report.results import Results
 from pipeline.report.sections import sections
 from pipeline.report.tables import candidates_of, finetuning_table, pretraining_table
@@ -81,7 +82,8 @@ def _context(results: Results, table: pd.DataFrame) -> dict[str, Any]:
         "profile": params.profile,
         "seed": params.seed,
         "adapters": params.run.adapters,
-        "measure": measure(params),
+        "measure": listed(measures(params)),
+        "several": len(measures(params)) > 1,
         "tiles": tiles(results, table),
         "sections": sections(results),
         "recipes": listed(params.run.scratch_recipes),
@@ -162,7 +164,8 @@ def _retrieval_tile(results: Results) -> Tile | None:
     candidates, raw = candidates_of(results, name), results.pretrain[name].get("r1_raw")
     note = f"{name} after pre-training, debiased; chance {percent(1 / candidates)}"
     note += "" if raw is None else f", raw {percent(raw, 0)}"
-    label = f"of pictures find their own caption among {candidates}, with no language model"
+    asks = components.find("objective", results.params.pretrain_for(name).objective.name).needs_llm
+    label = f"of pictures find their own caption among {candidates}, with {'the' if asks else 'no'} language model"
     return Tile(percent(shares[name], 0), label, note)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from pipeline.report import convergence
-from pipeline.report.figures import interval, labels, percent, written
+from pipeline.report.figures import interval, labels, measure, measures, percent, written
 from pipeline.report.results import Results
 from pipeline.report.ways import MEASURES, SPEED, is_of_rule, ways
 
@@ -84,6 +84,7 @@ def finetuning_table(results: Results, curves: pd.DataFrame) -> Table:
 
 
 PRETRAINING = {
+    "measure": "measured by",
     "val": "own\npicture",
     "shuffled": "another\npicture",
     "image_gain": "image gain\n(95\u00a0% interval)",
@@ -92,6 +93,7 @@ PRETRAINING = {
     "below": "below the\nbest of these",
     "retrieval": "finds its caption\nraw / debiased",
     "chance": "chance",
+    "plain": "image gain in\nplain EMD",
 }
 
 
@@ -104,6 +106,9 @@ def _pretrained(results: Results, adapter: str) -> dict[str, Cell]:
     found = results.pretrain[adapter]
     distances = ("val", "shuffled", "image_gain", "const_token", "const_set")
     cells = {key: Cell(f"{found[key]:.3f}") for key in distances if key in found}
+    if len(measures(results.params)) > 1:
+        cells["measure"] = Cell(measure(results.params, adapter))
+        cells |= {"plain": Cell(f"{found['plain_gain']:.3f}")} if "plain_gain" in found else {}
     if {"image_gain", "image_gain_low", "image_gain_high"} <= found.keys():
         low, high = found["image_gain_low"], found["image_gain_high"]
         mood = "yes" if low > 0 else "no"

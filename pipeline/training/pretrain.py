@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.adapters.module import Adapter, build_adapter
 from pipeline.config import Params, components
@@ -22,11 +21,9 @@ from pipeline.origin import Origin, Words, check_of_one_kind
 from pipeline.runs import EXTRACTED_BY, Run
 from pipeline.started import Started
 from pipeline.training.checkpoint import Checkpoint
-from pipeline.training.code import digest_of
 from pipeline.training.loop import Trainer, batch_at, points, steps_per_epoch, total_steps, write_history
 
 PLAIN = EMDSettings.model_validate({"cost": "euclidean", "word_weights": "uniform", "start": "random"})
-LLM_CODE = "pipeline.llms.load"
 
 
 def pretrain(params: Params, name: str) -> float:
@@ -74,8 +71,10 @@ def _objective(params: Params, settings: Pretrain, pairs: Pairs) -> Objective:
     """The objective that the parameters name, with the LLM where it needs one."""
     found: type[Objective] = components.find("objective", settings.objective.name)
     llm = None
-    if found.needs_llm:  # by name: this code decides nothing for an objective that needs none
-        llm = importlib.import_module(LLM_CODE).load_llm(params.llm, params.runtime.device)
+    if found.needs_llm:
+        from pipeline.llms.load import load_llm
+
+        llm = load_llm(params.llm, params.runtime.device)
     keep = _keep(params, settings)
     return found(settings.objective, pairs, Means(params.seed, params.runtime.emd_threads, keep, llm))
 
@@ -107,7 +106,7 @@ def _checkpoint(
     files += [run.manifest(data) for data in settings.data]
     parts = [("objective", settings.objective.name), *([("adapter", kind)] if kind else [])]
     found: type[Objective] = components.find(*parts[0])
-    llm = [params.llm, digest_of(LLM_CODE)] if found.needs_llm else []
+    llm = [params.llm] if found.needs_llm else []
     return Checkpoint.of(run, name, [*decides, parts, *llm], [*files, *components.sources_of(parts)], __name__)
 
 
@@ -131,10 +130,10 @@ def _trainer(
         values = {"val": held_out.matched.mean().item(), "shuffled": held_out.shuffled.mean().item()}
         return {"epoch": step / epoch, **values, **blind, **retrieval(objective, adapter, candidates, params.seed)}
 
-    section = params.adapter(name)
+    section, learned = params.adapter(name), nn.ModuleList([adapter, *filter(None, [objective.module])])
     decides = [params.seed, settings.model_dump(), section.architecture]
     return Trainer(
-        name=f"pretrain {name}", model=adapter, groups=[{"params": list(adapter.parameters())}], settings=settings,
+        name=f"pretrain {name}", model=learned, groups=[{"params": list(learned.parameters())}], settings=settings,
         examples=len(pairs.train), seed=params.seed, loss=loss, validate=validate,
         validate_at=points(total, settings.validations) if settings.validations else {*range(epoch, total + 1, epoch)},
         checkpoint=_checkpoint(params, f"pretrain@{name}", settings, decides, params.kind_of(name)), extras=extras,
