@@ -199,6 +199,8 @@ class Pretrain(Optimisation):
     data: Keys = default("pretrain.data")  # data sets to learn from; the held-out figures are of the first
     objective: Annotated[SerializeAsAny[ObjectiveSettings], part(ObjectiveSettings)]
     candidates: Positive = default("pretrain.candidates")  # captions to choose from in retrieval
+    # 0: the start is the result
+    max_steps: Annotated[Whole, Field(ge=0)] | None = default("pretrain.max_steps")
 
 
 class LoRA(Section):

@@ -1,3 +1,8 @@
 """What pre-training minimises, by the names of pretrain.objective.name."""
 
-OBJECTIVES = {"emd": "pipeline.objectives.emd:EMD"}
+OBJECTIVES = {
+    "emd": "pipeline.objectives.emd:EMD",
+    "mmd": "pipeline.objectives.mmd:MMD",
+    "sinkhorn_divergence": "pipeline.objectives.sinkhorn_divergence:SinkhornDivergence",
+    "bag_of_words": "pipeline.objectives.bag_of_words:BagOfWords",
+}
