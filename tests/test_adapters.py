@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.adapters.base import Architecture
-from pipeline.adapters.blocks import Attention
+from pipeline.adapters.blocks import Attention, Mixture
 from pipeline.adapters.module import build_adapter, load_adapter, pool_grid
 from pipeline.errors import UserError
 
@@ -103,6 +103,31 @@ def test_positions_tell_equal_tokens_apart():
     assert all((out[:, i] - out[:, j]).abs().max() > 1e-3 for i in range(4) for j in range(i))
     with pytest.raises(UserError, match="positions is 4, but the adapter has 9 tokens"):
         build_adapter("mlp", 8, 6, positions=4)(torch.randn(1, 9, 8))
+
+
+@pytest.mark.parametrize("name", ["linear", "mlp", "self_attention", "query"])
+def test_mixtures_of_words_are_trained_and_come_back(name, tmp_path):
+    adapter, words = build_adapter(name, 16, 24), torch.randn(11, 24)
+    tokens = torch.randn(3, 9, 16)
+    adapter.start_at(torch.randn(*adapter(tokens).shape[1:]), tokens)
+    free = adapter.eval()(tokens)
+    adapter.mix(words)
+    mixed, shares = adapter(tokens), adapter.mixture.weights(free)
+    assert (shares >= 0).all() and not torch.allclose(mixed, free, atol=0.1)
+    torch.testing.assert_close(shares.sum(2), torch.ones(shares.shape[:2]))
+    torch.testing.assert_close(mixed, shares @ words)
+    mixed.square().sum().backward()
+    assert adapter.mixture.log_temperature.grad.abs() > 0 and adapter.out.weight.grad.abs().sum() > 0
+    assert not any("words" in key for key, _ in adapter.named_parameters())
+    with torch.no_grad():
+        adapter.mixture.log_temperature += 0.3
+    adapter.save(tmp_path, "last")
+    torch.testing.assert_close(load_adapter(tmp_path, "last")(tokens), adapter(tokens), rtol=0, atol=0)
+
+
+def test_a_mixture_of_a_word_begins_as_that_word():
+    words = torch.randn(300, 64) + torch.randn(64)  # as an LLM's, they share a direction
+    assert Mixture(words).weights(words[None])[0].diagonal().mean() > 0.9
 
 
 @pytest.mark.parametrize("with_offset", [False, True])

@@ -41,7 +41,7 @@ def _own_modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_the_page_has_a_file_of_each_kind_and_none_is_long() -> None:
-    assert list(FILES) == [f"my_package/{name}.py" for name in ("siglip", "mmd", "cider", "table", "gated")]
+    assert list(FILES) == [f"my_package/{name}.py" for name in ("siglip", "chamfer", "cider", "table", "gated")]
     assert len(SETTINGS) == 5
     for name, text in FILES.items():
         assert text.count("\n") <= 30, name
@@ -110,7 +110,7 @@ def test_every_part_of_the_page_through_the_stages(tiny_params: Params, tmp_path
     take_the_parts(tmp_path)
     said = terraalign("prepare", "captions")
     for kind, name in (
-        ("source", "table:Table"), ("encoder", "siglip:Encoder"), ("objective", "mmd:MMD"),
+        ("source", "table:Table"), ("encoder", "siglip:Encoder"), ("objective", "chamfer:Chamfer"),
         ("metric", "cider:CIDEr"), ("adapter", "gated:Gated"),
     ):  # fmt: skip
         path = tmp_path / "my_package" / f"{name.partition(':')[0]}.py"
@@ -272,9 +272,9 @@ def test_keys_of_a_part_are_checked_as_all_others(tiny_params: Params, tmp_path:
         (values["vision"], "layers", -1, "vision.layers is -1: unknown key; did you mean layer?"),
         (
             values["pretrain"]["objective"],
-            "bandwidth",
+            "back",
             0,
-            "pretrain.objective.bandwidth is 0: should be greater than 0",
+            "pretrain.objective.back is 0: should be greater than 0",
         ),
         (
             values["data"]["captions"],

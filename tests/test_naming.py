@@ -7,6 +7,7 @@ import ot
 import pandas as pd
 import pytest
 import torch
+from sklearn.cross_decomposition import CCA
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch.nn import functional as F
 
@@ -269,3 +270,25 @@ def test_the_closed_form_is_least_squares_where_that_ranks_best(monkeypatch):
     near.append(np.ptp(ratio) < 1e-3 * np.abs(ratio).mean())  # the same but for its scale
     assert any(near)
     np.testing.assert_allclose(fitted[-1].numpy(), images.mean(0) @ fitted[:-1].numpy(), atol=1e-5)
+
+
+def test_the_closed_form_by_cca_maps_canonical_variates_to_their_partners(monkeypatch):
+    monkeypatch.setattr("pipeline.objectives.closed_form.RIDGES", (1e-9,))
+    found = objective(closed_form="cca")
+    fitted = fit_closed_form(found, lambda tokens: tokens)[:-1].double().numpy()
+    images = found.pairs.tokens(found.pairs.train).mean(1).double().numpy()
+    words = [found.pairs.table[found.pairs.captions[i][0]].mean(0).double().numpy() for i in found.pairs.train]
+    reference = CCA(5, scale=False, max_iter=100_000, tol=1e-12).fit(images, np.array(words))
+    mapped, variates = (images - images.mean(0)) @ fitted, reference.transform(images)
+    partners = mapped @ reference.y_rotations_
+    for number in range(5):
+        assert np.corrcoef(partners[:, number], variates[:, number])[0, 1] > 0.9999
+    ratio = np.cov(mapped.T) / np.cov(np.array(words).T)
+    assert np.ptp(ratio) < 1e-3 * ratio.mean()  # they spread as words do, but for the scale
+
+
+def test_the_kind_of_the_closed_form_may_be_named():
+    kinds = ("best", "ridge", "procrustes", "cca")
+    fitted = {kind: fit_closed_form(objective(closed_form=kind), lambda tokens: tokens) for kind in kinds}
+    assert any(torch.equal(fitted["best"], fitted[kind]) for kind in ("ridge", "procrustes"))
+    assert len({tuple(one.flatten().tolist()) for one in fitted.values()}) == 3

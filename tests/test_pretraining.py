@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from torch import nn
 from typer.testing import CliRunner
 
@@ -282,6 +283,7 @@ def features(tmp_path_factory, tiny_mistral):
         values["run"] |= {"data": ["captions"], "adapters": ["mlp"], "recipes": ["captions"], "scratch": ["mlp"]}
         values["data"] = {"captions": values["data"]["captions"] | {"count": 40}}
         values["finetune"]["recipes"].pop("classes")
+        values["finetune"]["recipes"]["captions"] |= {"max_steps": 1, "validation_images": 2, "validations": 1}
         values["llm"] |= {
             "loader": "huggingface",
             "model": str(tiny_mistral),
@@ -323,6 +325,35 @@ def test_an_own_objective_is_a_class_of_settings_and_distances(features, monkeyp
 def test_an_objective_that_needs_the_llm_gets_it(features, monkeypatch):
     _, history = pretrained_by({"name": "own_objectives:CrossEntropy"}, features, monkeypatch)
     assert history["val"].iloc[-1] < history["val"].iloc[0] < 7  # the vocabulary's 400 tokens alike: 6
+
+
+def test_no_step_at_all_leaves_the_start_as_the_result(features, monkeypatch):
+    folder, values = features
+    steps = {"pretrain": values["pretrain"] | {"max_steps": 0}}
+    start = PLAIN | {"start": "closed_form", "cost": "euclidean"}
+    metrics, history = pretrained_by(start, (folder, values | steps), monkeypatch)
+    assert len(history) == 1 and history["step"].tolist() == [0]
+    assert set(metrics) >= {"val", "shuffled", "r1_debiased", "const_set", "image_gain", "plain_gain_relative"}
+    first, last = (load_file(f"data/demo/pretrain/mlp/{name}.safetensors") for name in ("first", "last"))
+    assert first.keys() == last.keys() and "skip.weight" in last
+    assert all(torch.equal(first[key], last[key]) for key in last)
+    done = CliRunner().invoke(cli.app, ["finetune", "mlp", "captions"], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    _, history = pretrained_by(start, features, monkeypatch)
+    assert history["val"].iloc[0] == pytest.approx(metrics["val"], rel=1e-5)  # where the steps begin
+
+
+@pytest.mark.parametrize("name", ["mmd", "sinkhorn_divergence", "bag_of_words"])
+def test_other_objectives_have_the_same_figures(name, features, monkeypatch):
+    metrics, history = pretrained_by({"name": name, "start": "constant_set"}, features, monkeypatch)
+    assert history["val"].iloc[-1] < history["val"].iloc[0]
+    assert set(metrics) >= {"val", "shuffled", "r1_debiased", "image_gain", "plain_val", "plain_gain_relative"}
+
+
+def test_tokens_may_be_mixtures_of_words(features, monkeypatch):
+    _, history = pretrained_by(PLAIN | {"tokens": "mixture", "cost": "euclidean"}, features, monkeypatch)
+    assert history["val"].iloc[-1] < history["val"].iloc[0]
+    assert "mixture.words" in load_file("data/demo/pretrain/mlp/last.safetensors")
 
 
 def test_runs_share_what_an_objective_keeps(features, monkeypatch):

@@ -445,6 +445,12 @@ def test_convergence_table_and_steps_to_match(params: Params) -> None:
     assert convergence.steps_to_match(never, "self_attention", "captions") == (None, 30)
 
 
+def test_a_pre_training_without_a_step_has_a_picture(params: Params) -> None:
+    write("pretrain/mlp/history.csv", "step,train_loss,epoch,val,shuffled\n0,,0.0,2.0,3.0\n")
+    assert "<h1" in report(params)
+    assert Run.of(params).report.joinpath("pretraining-mlp.png").stat().st_size > 1000
+
+
 def test_a_pre_training_that_does_not_pay_is_called_so(params: Params) -> None:
     write("finetune/self_attention-captions/history.csv", losses(4.0))
     tiles = page.tiles(read_results(params), convergence.collect(params))

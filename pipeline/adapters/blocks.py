@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,6 +30,30 @@ class Positions(nn.Module):
                 "set it to that",
             )
         return tokens + self.bias
+
+
+class Mixture(nn.Module):
+    """Tokens as convex mixtures of words (AlignVLM, Masry et al. 2025): softmax(x W^T / temperature) W.
+
+    `words` W [T, d_out] stay as they are; the temperature is learned. It begins where a token that is a word is that
+    word and hardly another.
+    """
+
+    words: Tensor
+
+    def __init__(self, words: Tensor):
+        super().__init__()
+        self.register_buffer("words", words)
+        spread = (words - words.mean(0)).square().sum(1).mean().clamp_min(torch.finfo(words.dtype).tiny)
+        self.log_temperature = nn.Parameter((spread / (2 * math.log(len(words) + 1))).log())
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[B, M, d_out] to the same."""
+        return self.weights(tokens) @ self.words
+
+    def weights(self, tokens: Tensor) -> Tensor:
+        """How much of each word is in each token, [B, M, T]."""
+        return (tokens @ self.words.T / self.log_temperature.exp()).softmax(-1)
 
 
 class QueryBody(nn.Module):

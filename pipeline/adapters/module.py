@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline.adapters.base import Architecture
+from pipeline.adapters.blocks import Mixture
 from pipeline.config import components
 from pipeline.errors import UserError
 
@@ -22,7 +23,8 @@ class Adapter(nn.Module):
 
     `pool` first averages a square grid of tokens down to pool x pool; `dropout` acts on the input tokens.
     Absent at first, and where pre-training may start from: `offset` [M, d_out], a constant token set, and `skip`, a
-    linear map from the mean of the tokens past the body, which is added to each token that comes out.
+    linear map from the mean of the tokens past the body, which is added to each token that comes out. Last of all
+    `mixture`, where asked for, makes each token a mixture of words.
     """
 
     def __init__(self, body: nn.Module, out: nn.Linear, pool: int | None = None, dropout: float = 0.0):
@@ -31,6 +33,7 @@ class Adapter(nn.Module):
         self.body, self.out = body, out
         self.register_parameter("offset", None)
         self.skip: nn.Linear | None = None
+        self.mixture: Mixture | None = None
         self.config: dict[str, Any] = {}
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -39,7 +42,9 @@ class Adapter(nn.Module):
         tokens = self.out(self.body(pooled))
         if self.skip is not None:
             tokens = tokens + self.skip(pooled.mean(1, keepdim=True))
-        return tokens if self.offset is None else tokens + self.offset
+        if self.offset is not None:
+            tokens = tokens + self.offset
+        return tokens if self.mixture is None else self.mixture(tokens)
 
     def pooled(self, tokens: Tensor) -> Tensor:
         """What the body is given of image tokens [B, N, d_in]: [B, pool * pool, d_in], or all."""
@@ -66,6 +71,10 @@ class Adapter(nn.Module):
         self.skip = nn.Linear(len(fitted) - 1, fitted.shape[1], bias=False, device=fitted.device)
         self.skip.weight.copy_(fitted[:-1].T)
         self.offset.sub_(fitted[-1])
+
+    def mix(self, words: Tensor) -> None:
+        """From now on give mixtures of words [T, d_out], to be called after `start_at` and `skip_by`."""
+        self.mixture = Mixture(words.clone())
 
     def save(self, folder: Path, weights: str) -> None:
         """Write adapter.json and <weights>.safetensors."""
@@ -115,6 +124,8 @@ def load_adapter(folder: Path, weights: str) -> Adapter:
             adapter.offset = nn.Parameter(torch.empty_like(state["offset"]))
         if "skip.weight" in state:
             adapter.skip = nn.Linear(config["d_in"], config["d_out"], bias=False)
+        if "mixture.words" in state:
+            adapter.mix(state["mixture.words"])
         adapter.load_state_dict(state)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -207,6 +207,8 @@ class Pretrain(Optimisation):
     # Stop at the first step after so many seconds of training, validation apart; what is learned then depends on the
     # machine. To compare objectives that cost differently.
     max_seconds: AboveZero | None = default("pretrain.max_seconds")
+    # 0: the start is the result
+    max_steps: Annotated[Whole, Field(ge=0)] | None = default("pretrain.max_steps")
 
 
 class LoRA(Section):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +14,7 @@ from pipeline.devices import exact_products
 if TYPE_CHECKING:
     from pipeline.objectives.emd import EMD
 
+KINDS = ("ridge", "procrustes")  # of which the better is taken; cca told captions apart worse (docs/emd.md)
 RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # of the images' mean variance
 BLOCK, HELD_OUT = 8, 4  # consecutive pictures are of one series of shots; every fourth block of so many is held out
 JUDGED = 1024  # held-out images at most
@@ -24,10 +25,11 @@ def fit_closed_form(objective: EMD, pooled: Callable[[Tensor], Tensor]) -> Tenso
     """A linear map from an image's mean token to the mean word of its captions, less their means: [D_img + 1, D].
 
     The last row is what it makes of the mean image, to be subtracted. `pooled` gives what an adapter makes of image
-    tokens before its body, [B, M, D_img]. Words weigh as in the objective. Two kinds of map are tried: ridge
-    regression, and the orthogonal map from whitened images (Procrustes; SITTA, Paischer et al. 2023) at the scale that
-    fits best, each with RIDGES. Every fourth block of training pictures is held out, and the map that ranks its
-    captions best, by the cosine of centred words, is fitted again on all.
+    tokens before its body, [B, M, D_img]. Words weigh as in the objective. The kind that the objective's `closed_form`
+    names is tried, or each of KINDS, with RIDGES: ridge regression; the orthogonal map from whitened images
+    (Procrustes; SITTA, Paischer et al. 2023); the same to whitened words, whose axes are the canonical directions (CCA,
+    Hotelling 1936). The latter two are taken at the scale that fits best. Every fourth block of training pictures is
+    held out, and the map that ranks its captions best, by the cosine of centred words, is fitted again on all.
     """
     train = objective.pairs.train
     judged = [p for i, p in enumerate(train) if i // BLOCK % HELD_OUT == HELD_OUT - 1]
@@ -35,47 +37,65 @@ def fit_closed_form(objective: EMD, pooled: Callable[[Tensor], Tensor]) -> Tenso
     if not judged:
         judged = rest  # so few pictures that nothing can be held out
     step = -(-len(judged) // JUDGED)
+    kind = objective.settings.closed_form
+    kinds = KINDS if kind == "best" else (kind,)
     images, words = (torch.cat(parts) for parts in zip(*_means(objective, pooled, judged[::step]), strict=True))
     with exact_products():
-        first = _Fit(objective, pooled, rest)
-        tried = [(kind, ridge) for kind in ("ridge", "procrustes") for ridge in RIDGES]
+        first = _Fit(objective, pooled, rest, kinds)
+        tried = [(kind, ridge) for kind in kinds for ridge in RIDGES]
         ranks = [_reciprocal_rank(images @ one[:-1] - one[-1], words) for one in itertools.starmap(first.map, tried)]
-        return _Fit(objective, pooled, train).map(*tried[ranks.index(max(ranks))]).float()
+        return _Fit(objective, pooled, train, kinds).map(*tried[ranks.index(max(ranks))]).float()
 
 
 class _Fit:
-    """What linear maps of some images are made of: means, covariances and the images' main axes."""
+    """What linear maps of some images are made of: means, covariances, and main axes of images and words."""
 
-    def __init__(self, objective: EMD, pooled: Callable[[Tensor], Tensor], positions: list[int]):
-        sums = _Sums()
+    def __init__(self, objective: EMD, pooled: Callable[[Tensor], Tensor], positions: list[int], kinds: Sequence[str]):
+        sums = _Sums("cca" in kinds)
         for images, words in _means(objective, pooled, positions):
             sums.add(images, words)
         self.mean, target = sums.images / sums.count, sums.words / sums.count
         self.spread = sums.squares / sums.count - self.mean.outer(self.mean)
         self.together = sums.products / sums.count - self.mean.outer(target)
-        variances, self.axes = torch.linalg.eigh(self.spread)
-        self.variances = variances.clamp_min(0)
+        self.images = _Axes(self.spread)
+        self.words = _Axes(sums.word_squares / sums.count - target.outer(target)) if "cca" in kinds else None
 
     def map(self, kind: str, ridge: float) -> Tensor:
         """A map, [D_img + 1, D]; the last row is what it makes of the mean image."""
-        level = ridge * self.variances.mean() + torch.finfo(self.variances.dtype).tiny
-        whitening = self.axes * (self.variances + level).rsqrt()  # [D_img, D_img]
+        whitening = self.images.times(-0.5, ridge)  # [D_img, D_img]
         found = whitening.T @ self.together
-        if kind == "procrustes":
+        if self.words is not None:
+            found = found @ self.words.times(-0.5, ridge)
+        if kind != "ridge":
             left, _, right = torch.linalg.svd(found, full_matrices=False)
             found = left @ right
+        if self.words is not None:
+            found = found @ self.words.times(0.5, ridge).T
         found = whitening @ found
-        if kind == "procrustes":
+        if kind != "ridge":
             found = found * ((found * self.together).sum() / (found * (self.spread @ found)).sum())
         return torch.cat([found, (self.mean @ found)[None]])
+
+
+class _Axes:
+    """The main axes of a covariance [D, D]."""
+
+    def __init__(self, covariance: Tensor):
+        variances, self.axes = torch.linalg.eigh(covariance)
+        self.variances = variances.clamp_min(0)
+
+    def times(self, power: float, ridge: float) -> Tensor:
+        """The axes, as columns, times a power of the variances along them, which a ridge has been added to."""
+        level = ridge * self.variances.mean() + torch.finfo(self.variances.dtype).tiny
+        return self.axes * (self.variances + level) ** power
 
 
 class _Sums:
     """What a linear map is fitted on, added up over images."""
 
-    def __init__(self) -> None:
-        self.count = 0
-        self.images, self.words, self.squares, self.products = (torch.zeros(()) for _ in range(4))
+    def __init__(self, of_words: bool) -> None:
+        self.count, self.of_words = 0, of_words
+        self.images, self.words, self.squares, self.products, self.word_squares = (torch.zeros(()) for _ in range(5))
 
     def add(self, images: Tensor, words: Tensor) -> None:
         """images [B, D_img], words [B, D]."""
@@ -84,6 +104,8 @@ class _Sums:
         self.words = self.words.to(words) + words.sum(0)
         self.squares = self.squares.to(images) + images.T @ images
         self.products = self.products.to(images) + images.T @ words
+        if self.of_words:  # as large as the LLM's width squared
+            self.word_squares = self.word_squares.to(words) + words.T @ words
 
 
 @torch.no_grad()

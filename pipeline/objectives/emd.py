@@ -32,6 +32,12 @@ class EMDSettings(ObjectiveSettings):
     start: Literal["random", "constant_set", "closed_form"] = Field(
         description="closed_form: the constant set, and a linear map from image to words that needs no training"
     )
+    closed_form: Literal["best", "ridge", "procrustes", "cca"] = Field(
+        "best", description="kind of that map; best: ridge or procrustes, the one that ranks held-out captions better"
+    )
+    tokens: Literal["free", "mixture"] = Field(
+        "free", description="mixture: convex mixtures of the words of the captions, as the adapter chooses"
+    )
     contrast: NotNegative = Field(
         0.0, description="weight of a second loss: telling the batch's own captions from the others by EMD; 0: none"
     )
@@ -109,15 +115,16 @@ class EMD(Objective):
         return Started(lambda: torch.stack([weight * loss.result() for weight, loss in losses]).sum())
 
     def initialise(self, adapter: Adapter, tokens: Tensor) -> None:
-        if self.settings.start == "random":
-            return
-        adapter.start_at(self.constant_set(adapter(tokens[:1]).shape[1]), tokens)
+        if self.settings.start != "random":
+            adapter.start_at(self.constant_set(adapter(tokens[:1]).shape[1]), tokens)
         if self.settings.start == "closed_form":
             from pipeline.objectives.closed_form import fit_closed_form
 
-            decides = [self.settings.word_weights, adapter.pool]
+            decides = [self.settings.word_weights, adapter.pool, self.settings.closed_form]
             name, fit = f"closed-form-{adapter.pool}", lambda: fit_closed_form(self, adapter.pooled)
             adapter.skip_by(self.means.keep(name, decides, fit).to(self.pairs.device))
+        if self.settings.tokens == "mixture":
+            adapter.mix(self.pairs.table)
 
     def baselines(self, count: int) -> dict[str, float]:
         """EMD of the best constant token, and of the best constant set, on held-out images."""
@@ -127,7 +134,8 @@ class EMD(Objective):
         """The best image-blind set of `count` tokens, [count, D]: adapters that give equally many share it."""
         from pipeline.objectives.constant_set import fit_constant_set
 
-        decides = self.settings.model_dump(exclude={"start", "solver", "contrast", "temperature", "names"})
+        undecided = {"start", "closed_form", "tokens", "solver", "contrast", "temperature", "names"}
+        decides = self.settings.model_dump(exclude=undecided)
         fitted = self.means.keep(f"constant-set-{count}", [decides], lambda: fit_constant_set(self, count))
         return fitted.to(self.pairs.device)
 

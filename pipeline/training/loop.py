@@ -164,7 +164,8 @@ def steps_per_epoch(settings: Optimisation, examples: int) -> int:
 
 def total_steps(settings: Optimisation, examples: int) -> int:
     """Optimiser steps of a run."""
-    return min(settings.epochs * steps_per_epoch(settings, examples), settings.max_steps or sys.maxsize)
+    most = sys.maxsize if settings.max_steps is None else settings.max_steps
+    return min(settings.epochs * steps_per_epoch(settings, examples), most)
 
 
 def points(total: int, count: int) -> set[int]:

@@ -84,6 +84,7 @@ def _keep(params: Params, settings: Pretrain) -> Keep:
 
     def keep(name: str, decides: Sequence[object], compute: Callable[[], Tensor]) -> Tensor:
         kept = _checkpoint(params, name, settings, [params.seed, settings.data, *decides], None)
+        kept.path = kept.path.with_stem(f"{name}-{kept.key[:12]}")  # adapters that differ here keep one each
         state = kept.load()
         if state is None:
             state = {"tokens": compute()}
