@@ -276,6 +276,7 @@ STUDY = """
 adapters: [mlp]
 seeds: [1, 2]
 recipes: {captions: {}}
+steps: 4
 methods: {emd: {}, other: {pretrain: {lr: 0.01}}}
 """
 

@@ -18,7 +18,9 @@ seeds: [1, 2]
 recipes:
   captions: {}
   frozen: {of: captions, adapter_lr: 0}
+steps: 7
 seconds: 5
+parameters: {run: {data: [captions]}, pretrain: {data: [captions]}, pca: {images: 9}}
 methods:
   emd: {}
   start: {pretrain: {max_steps: 1, objective: {contrast: 0.0}}}
@@ -55,12 +57,14 @@ def test_a_training_is_its_adapter_with_the_changes_of_its_method(project):
     assert params.profile == "demo-study" and params.seed == demo.seed
     assert params.kind_of("query_emd_1") == "query"
     assert params.adapter("query_emd_1").architecture["width"] == demo.adapter("query").architecture["width"]
-    same = {"seed": None}
-    assert params.pretrain_for("query_emd_2").model_copy(update=same) == demo.pretrain_for("query")
-    assert params.pretrain_for("query_emd_2").seed == 2
+    assert params.run.data == ["captions"] and params.pca.images == 9
+    trained = params.pretrain_for("query_emd_2")
+    assert (trained.seed, trained.max_steps, trained.max_seconds) == (2, 7, None)
+    assert (trained.lr, trained.objective) == (demo.pretrain_for("query").lr, demo.pretrain.objective)
     started = params.pretrain_for("linear_start_1")
     assert started.objective.contrast == 0 and started.objective.unmatched == demo.pretrain.objective.unmatched
-    assert params.pretrain_for("linear_emd_1_5s").max_seconds == 5
+    timed = params.pretrain_for("linear_emd_1_5s")
+    assert (timed.max_steps, timed.max_seconds) == (None, 5)
     assert params.finetune_for("query_late_1", "captions").adapter_lr == 0.5
     assert params.finetune_for("query_late_1", "frozen").adapter_lr == 0
     assert params.finetune_for("query_emd_2", "captions").seed == 2
@@ -72,6 +76,7 @@ def test_a_training_is_its_adapter_with_the_changes_of_its_method(project):
         (("[linear, query]", "[linear, none_such]"), "none_such"),
         (("of: captions", "of: nothing"), "recipes: nothing"),
         (("seconds: 5", "seconds: 0"), "seconds"),
+        (("steps: 7\nseconds: 5", ""), "steps or seconds"),
         (("  emd: {}", "  emd: {pretrian: {}}"), "methods.emd.pretrian"),
     ],
 )
@@ -83,7 +88,7 @@ def test_a_fault_is_named(project, change, fault):
 
 
 def test_two_trainings_of_one_name_are_refused():
-    text = "adapters: [mlp, mlp_a]\nrecipes: {captions: {}}\nmethods: {b: {}, a_b: {}}\nseeds: [1]"
+    text = "adapters: [mlp, mlp_a]\nrecipes: {captions: {}}\nmethods: {b: {}, a_b: {}}\nseeds: [1]\nsteps: 1"
     with pytest.raises(UserError, match="mlp_a_b_1"):
         parse_study(text, "study.yaml")
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from pipeline.config.base import Positive, Section, Seed
 from pipeline.config.messages import message_of
@@ -34,24 +34,34 @@ class Study(Section):
     seeds: Annotated[list[Seed], Field(min_length=1)]
     # Of params.yaml by their names, or new ones: `of` names the one that the other keys change.
     recipes: Annotated[dict[Key, dict[str, Any]], Field(min_length=1)]
-    seconds: Positive | None = Field(None, description="of pre-training, for the comparison at equal time; null: none")
+    # For the comparison at equal steps and at equal time; null: none, but one of them there has to be.
+    steps: Positive | None = Field(None, description="of pre-training")
+    seconds: Positive | None = Field(None, description="of pre-training, validation apart")
+    parameters: dict[str, Any] = Field(default_factory=dict, description="what else the study changes in params.yaml")
+
+    @model_validator(mode="after")
+    def _compares_something(self) -> Study:
+        if self.steps is None and self.seconds is None:
+            raise ValueError("steps or seconds of pre-training are needed, or both")
+        return self
 
     def cells(self) -> list[Cell]:
         """All trainings, those of the first seed first."""
         return [
             Cell(adapter, method, seed, seconds)
             for seed in self.seeds
-            for seconds in (None, *([self.seconds] if self.seconds else []))
+            for seconds in ([None] if self.steps else []) + ([self.seconds] if self.seconds else [])
             for method, settings in self.methods.items()
             for adapter in self.adapters
             if settings.adapters is None or adapter in settings.adapters
-            if seconds is None or settings.pretrain.get("max_steps") != 0  # which takes no time
+            # What takes no step takes no time either: it is in both comparisons.
+            if seconds is None or settings.pretrain.get("max_steps") != 0 or not self.steps
         ]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A training of a study; its name is that of an adapter in the parameters. `seconds` None: as many steps as all."""
+    """A training of a study; its name is that of an adapter in the parameters. `seconds` None: of equal steps."""
 
     adapter: str
     method: str
@@ -94,6 +104,7 @@ def parameters_of(study: Study, values: dict[str, Any]) -> dict[str, Any]:
 
     Raises UserError for an adapter or a recipe that the file does not have.
     """
+    values = merged(values, study.parameters)
     known, recipes, names = values["adapters"], values["finetune"]["recipes"], list(study.recipes)
     based = {name: changes.get("of", name) for name, changes in study.recipes.items()}
     for kind, wanted, there in (("adapters", study.adapters, known), ("recipes", based.values(), recipes)):
@@ -124,13 +135,17 @@ def profile_of(profile: str) -> str:
 def _section(study: Study, cell: Cell, base: dict[str, Any]) -> dict[str, Any]:
     """The section of a training, as adapters.<name>."""
     method, seed = study.methods[cell.method], {"seed": cell.seed}
-    timed = {"epochs": ENDLESS, "max_seconds": cell.seconds, "validations": 1} if cell.seconds else {}
+    budget: dict[str, Any] = {"max_steps": study.steps, "epochs": ENDLESS}
+    if cell.seconds:
+        budget |= {"max_steps": None, "max_seconds": cell.seconds}
+    if method.pretrain.get("max_steps") == 0:
+        budget = {}
     finetune = {
         recipe: merged(merged(base["finetune"].get(recipe, {}), method.finetune.get(recipe, {})), seed)
         for recipe in study.recipes
     }
     return {
         "architecture": {"kind": cell.adapter} | base["architecture"],
-        "pretrain": merged(merged(base["pretrain"], method.pretrain), seed | timed),
+        "pretrain": merged(merged(base["pretrain"], method.pretrain), {**seed, **budget, "validations": 1}),
         "finetune": finetune,
     }

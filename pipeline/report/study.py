@@ -109,9 +109,12 @@ def _json(path: Path) -> dict[str, Any] | None:
 
 def _context(params: Params, study: Study, table: pd.DataFrame) -> dict[str, Any]:
     columns = _columns(params, study)
-    parts = {"After as many steps": table[table["seconds"].isna()]}
+    at_once = table["steps"] == 0  # belongs to both
+    parts = {}
     if study.seconds:
-        parts[f"After {study.seconds} seconds of pre-training each"] = table[table["seconds"].notna()]
+        parts[f"After {study.seconds} seconds of pre-training"] = table[table["seconds"].notna() | at_once]
+    if study.steps:
+        parts[f"After {study.steps} steps of pre-training"] = table[table["seconds"].isna()]
     losses = [f"{recipe}/val_loss" for recipe in study.recipes if f"{recipe}/val_loss" in table]
     return {
         "profile": params.profile, "seeds": study.seeds, "adapters": study.adapters, "sections": [],
@@ -121,7 +124,7 @@ def _context(params: Params, study: Study, table: pd.DataFrame) -> dict[str, Any
         "tables": {title: means(part, columns) for title, part in parts.items() if len(part)},
         "winners": [line for title, part in parts.items() for loss in losses for line in winners(part, loss, title)],
         "baselines": _baselines(params, study),
-        "curves": [_uri(path) for path in _draw_curves(params, study, table)],
+        "curves": [_uri(path) for path in _draw_curves(params, study)],
         "cost": [_uri(path) for path in _draw_cost(params, table, losses)],
     }  # fmt: skip
 
@@ -196,24 +199,22 @@ def _styles(names: list[str]) -> dict[str, tuple[str, str]]:
     return dict(zip(names, cycle((colour, line) for line in LINES for colour in COLOURS), strict=False))
 
 
-def _draw_curves(params: Params, study: Study, table: pd.DataFrame) -> Iterator[Path]:
+def _draw_curves(params: Params, study: Study) -> Iterator[Path]:
     """Validation loss while fine-tuning, a panel for each adapter, recipe and budget, a band over the seeds."""
-    run, styles = Run.of(params), _styles(list(study.methods))
-    for recipe, adapter, seconds in product(study.recipes, study.adapters, (None, study.seconds)):
+    run, styles, cells = Run.of(params), _styles(list(study.methods)), study.cells()
+    budgets = dict.fromkeys(cell.seconds for cell in cells)
+    for recipe, adapter, seconds in product(study.recipes, study.adapters, budgets):
         lines = dict[str, pd.DataFrame]()
-        for method in study.methods:
-            names = [c.name for c in study.cells() if (c.adapter, c.method, c.seconds) == (adapter, method, seconds)]
-            there = [
-                folder for name in names if (folder := run.finetuned(name, recipe)).joinpath("history.csv").exists()
-            ]
-            if there:
-                lines[method] = pd.concat([read_history(folder, ["step", "val_loss"]) for folder in there])
-        if not lines or (seconds is None and study.seconds is None and adapter not in set(table["adapter"])):
+        for cell in cells:
+            folder = run.finetuned(cell.name, recipe)
+            budget = seconds if params.pretrain_for(cell.name).max_steps == 0 else cell.seconds
+            if (cell.adapter, budget) == (adapter, seconds) and (folder / "history.csv").exists():
+                lines[cell.method] = pd.concat([lines.get(cell.method), read_history(folder, ["step", "val_loss"])])
+        if not lines:
             continue
-        after = f"{seconds} s of pre-training" if seconds else "equal steps of pre-training"
-        figure, axes = canvas(
-            f"{adapter}, fine-tuned on {recipe}\nafter {after}", "optimiser steps", "validation loss", PANEL
-        )
+        after = f"{seconds} s" if seconds else f"{study.steps} steps"
+        title = f"{adapter}, fine-tuned on {recipe}\nafter {after} of pre-training"
+        figure, axes = canvas(title, "optimiser steps", "validation loss", PANEL)
         for method, rows in lines.items():
             _band(axes, rows, method, styles[method])
         figure.legend(loc="outside lower left", ncols=3, fontsize=10, frameon=False)
@@ -221,8 +222,6 @@ def _draw_curves(params: Params, study: Study, table: pd.DataFrame) -> Iterator[
         path.parent.mkdir(exist_ok=True)
         save_png(figure, path)
         yield path
-        if study.seconds is None:
-            break
 
 
 def _band(axes: Axes, rows: pd.DataFrame, label: str, style: tuple[str, str]) -> None:
