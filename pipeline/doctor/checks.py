@@ -7,7 +7,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config import Params, read_yaml
+from pipeline.config import LLM, Params, read_yaml
 from pipeline.doctor import costs
 from pipeline.doctor.costs import GIB, Estimate, gib
 from pipeline.doctor.machine import Hub, cuda
@@ -35,10 +35,17 @@ def diagnose(params: Params) -> Diagnosis:
     """Look at data, weights, GPU, disk and memory for these parameters; takes a few seconds at most."""
     hub = Hub()
     checks = [_data(params, name) for name in params.run.data]
-    checks += [Encoder.of(params.vision).need(), Loader.of(params.llm).need(), _gpu(params)]
+    checks += [Encoder.of(params.vision).need(), *dict.fromkeys(Loader.of(llm).need() for llm in _llms(params))]
+    checks.append(_gpu(params))
     disk, memory = costs.disk_bytes(params), costs.memory_bytes(params)
     checks += [_disk(disk), _memory(params, memory)]
     return Diagnosis(params.profile, checks, costs.estimates(params, disk, memory), hub.answer())
+
+
+def _llms(params: Params) -> list[LLM]:
+    """The LLM, and those that metrics bring along."""
+    own = [getattr(metric, "llm", None) for metric in params.evaluate.metrics]
+    return [params.llm, *(llm for llm in own if isinstance(llm, LLM))]
 
 
 def _data(params: Params, name: str) -> Need:

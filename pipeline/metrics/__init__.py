@@ -4,4 +4,5 @@ METRICS = {
     "accuracy": "pipeline.metrics.accuracy:Accuracy",
     "probe": "pipeline.metrics.probe:Probe",
     "things": "pipeline.metrics.things:NamedThings",
+    "judge": "pipeline.metrics.judge:Judge",
 }

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pipeline.config.schema import MetricSettings
+from pipeline.config.schema import LLM, MetricSettings
 from pipeline.errors import UserError
 from pipeline.runs import Run, remedy, require
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from pipeline.metrics.choice import Chooser
     from pipeline.store.reader import ImageTokens
 
 FIGURES = "figures.json"
@@ -80,6 +81,8 @@ class Tested:
     data: str
     images: ImageTokens
     predictions: pd.DataFrame
+    chooser: Callable[[LLM | None], Chooser]
+    """An LLM without an adapter, to be asked about texts: the run's own, which is loaded, for None; else it loads."""
 
 
 class Metric(ABC):

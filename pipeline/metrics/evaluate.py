@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from pipeline.config import Params, components
+from pipeline.config import LLM, Params, components
 from pipeline.llms.load import LanguageModel, load_llm
 from pipeline.metrics.base import FIGURES, Metric, Tested
+from pipeline.metrics.choice import Chooser
 from pipeline.metrics.speeds import keep_speeds
 from pipeline.naming.table import Named
 from pipeline.origin import check_results
@@ -63,11 +64,22 @@ def evaluate(params: Params, adapter: str, recipe: str) -> None:
         task.write(predictions, folder)
         if predictions.attrs.get(SPEEDS):
             speeds[data] = predictions.attrs[SPEEDS]
-        tested = Tested(run, data, images[data], predictions)
+        tested = Tested(run, data, images[data], predictions, chooser_of(params, llm))
         figures = [figure for metric in metrics_of(params, name) for figure in metric.figures(tested)]
         text = json.dumps([figure.as_json() for figure in figures], indent=1)
         (folder / FIGURES).write_text(text + "\n", encoding="utf-8")
     keep_speeds(run, f"evaluate@{adapter}-{recipe}", speeds)
+
+
+def chooser_of(params: Params, llm: LanguageModel) -> Callable[[LLM | None], Chooser]:
+    """What `Tested.chooser` is; `llm` is the run's own, which is not loaded a second time."""
+
+    def chooser(wanted: LLM | None) -> Chooser:
+        wanted = wanted or params.llm
+        asked = llm if wanted == params.llm else load_llm(wanted, params.runtime.device)
+        return Chooser(asked, params.evaluate.batch)
+
+    return chooser
 
 
 def metrics_of(params: Params, task: str) -> list[Metric]:
