@@ -79,6 +79,8 @@ def pca(params: Params, adapter: str) -> Path:
     draw_vocabulary(folder / "vocabulary.png", adapter, images["last"], text, vocabulary, params.seed, device)
     draw_explained(folder / "explained.png", adapter, {state: found.explained for state, found in states.items()})
     metrics = {state: found.metrics() for state, found in states.items()}
+    _, alone = components([text], device)
+    metrics["text"] = {"k80": count_for(alone, 0.8), "explained": [float(ratio) for ratio in alone[:100]]}
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
     return folder
 

@@ -103,7 +103,9 @@ def test_stage_writes_pictures_and_figures_the_same_twice(tmp_path: Path, monkey
     first = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert sorted(first) == sorted([*PICTURES, "metrics.json"])
     metrics = json.loads(first["metrics.json"])
-    assert list(metrics) == ["epoch1", "last", "finetuned"]
+    assert list(metrics) == ["epoch1", "last", "finetuned", "text"]
+    alone = metrics.pop("text")
+    assert alone["k80"] == alignment.count_for(np.array(alone["explained"]), 0.8)
     assert all(set(state) == {"k80", "gap", "explained"} for state in metrics.values())
     for name in PICTURES:
         assert len(first[name]) < 150_000 and Image.open(folder / name).size == (902, 704)

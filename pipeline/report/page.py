@@ -20,7 +20,7 @@ from pipeline.report import convergence
 from pipeline.report.figures import compared, duration, flat_metrics, interval, measures, percent, total_time, written
 from pipeline.report.results import Results
 from pipeline.report.sections import sections
-from pipeline.report.tables import candidates_of, finetuning_table, pretraining_table
+from pipeline.report.tables import candidates_of, finetuning_table, pretraining_table, setup_table
 from pipeline.runs import require
 
 PCA_PICTURES = {
@@ -98,6 +98,8 @@ def _context(results: Results, table: pd.DataFrame) -> dict[str, Any]:
         "llm": params.llm.model,
         "versions": {name: _version(name) for name in PACKAGES},
         "seconds": results.seconds,
+        "memory": results.memory,
+        "setup": setup_table(results),
         "slowest": max(known, default=1.0) or 1.0,
         "total": total_time(results),
         "made_of": listed([f"{source} ({data})" for data, source in sources.items()]),
@@ -201,7 +203,10 @@ def _components(states: dict[str, dict[str, Any]]) -> str:
     gaps = [f"{states[s]['gap']:.2f} {text}" for s, text in STATES.items() if "gap" in states.get(s, {})]
     counts = [str(states[s]["k80"]) for s in STATES if "k80" in states.get(s, {})]
     texts = [f"Modality gap (distance of the centroids) {', '.join(gaps)}"] if gaps else []
-    texts += [f"components for 80\u00a0% of the variance: {', '.join(counts)}"] if counts else []
+    planes = [percent(sum(states[s]["explained"][:2]), 0) for s in STATES if "explained" in states.get(s, {})]
+    alone = f"; of the caption tokens alone {states['text']['k80']}" if "k80" in states.get("text", {}) else ""
+    texts += [f"components for 80\u00a0% of the variance: {', '.join(counts)}{alone}"] if counts else []
+    texts += [f"the first two hold {', '.join(planes)}"] if planes else []
     return "; ".join(texts) + "." if texts else ""
 
 

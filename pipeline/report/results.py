@@ -52,7 +52,9 @@ class Results:
     pca: dict[str, dict[str, dict[str, Any]]]  # by adapter and state
     without_llm: list[WithoutLLM]
     outcomes: list[Outcome]
+    tuned: dict[str, dict[str, dict[str, Any]]]  # what fine-tuning wrote, by adapter and recipe
     seconds: dict[str, float | None]  # None: the stage was restored from DVC's cache and never ran here
+    memory: dict[str, str]  # what a stage held at most, in words; nothing where it is not known
 
     @property
     def run(self) -> Run:
@@ -113,7 +115,12 @@ def read_results(params: Params) -> Results:
         {adapter: _metrics(run.pca(adapter)) for adapter in params.run.adapters},
         [found for data in params.run.data for adapter in params.run.adapters for found in _named(run, data, adapter)],
         outcomes,
-        {stage: _seconds(run.seconds(stage)) for stage in stages(params)},
+        {
+            adapter: {recipe: _metrics(run.finetuned(adapter, recipe)) for recipe in params.run.recipes}
+            for adapter in params.run.adapters
+        },
+        {stage: _measured(run.seconds(stage)).get("seconds") for stage in stages(params)},
+        {stage: _memory(_measured(run.seconds(stage))) for stage in stages(params)},
     )
 
 
@@ -170,9 +177,17 @@ def _metrics(folder: Path) -> dict[str, Any]:
     return values
 
 
-def _seconds(path: Path) -> float | None:
-    """A stage's seconds; None when it did not run here or its file is not readable: a timing is worth no failure."""
+def _measured(path: Path) -> dict[str, float]:
+    """A stage's seconds and bytes; nothing when it did not run here or its file is not readable: a timing is worth no
+    failure."""
     try:
-        return float(json.loads(path.read_text(encoding="utf-8"))["seconds"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return {key: float(value) for key, value in values.items()}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return {}
+
+
+def _memory(measured: dict[str, float]) -> str:
+    """What a stage held at most, e.g. '1.3 GB', on a GPU '3.1 GB, GPU 7.5 GB'."""
+    kinds = (("peak_bytes", ""), ("peak_gpu_bytes", "GPU "))
+    return ", ".join(f"{name}{measured[key] / 1e9:.1f} GB" for key, name in kinds if key in measured)

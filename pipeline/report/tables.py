@@ -122,6 +122,39 @@ def _pretrained(results: Results, adapter: str) -> dict[str, Cell]:
     return cells
 
 
+SETUP = {
+    "architecture": "architecture",
+    "parameters": "parameters",
+    "pretrain": "pre-training:\nbatch, epochs, rate",
+}
+
+
+def setup_table(results: Results) -> Table:
+    """What was trained, and how: the adapters, and each recipe's fine-tuning."""
+    params, rows = results.params, dict[str, dict[str, Cell]]()
+    headings = SETUP | {recipe: f"{recipe}:\nbatch, steps, rates" for recipe in params.run.recipes}
+    for name, found in results.pretrain.items():
+        own = params.pretrain_for(name)
+        said = params.adapter(name).architecture
+        kind = params.kind_of(name)
+        keys = ", ".join(f"{key} {value}" for key, value in said.items() if key != "kind")
+        cells = {"architecture": Cell(keys or "its defaults", "" if kind == name else kind)}
+        if "parameters" in found:
+            cells["parameters"] = Cell(f"{found['parameters']:,}")
+        cells["pretrain"] = Cell(f"{own.batch * own.accumulate}, {own.epochs}, {own.lr:g}", own.objective.name)
+        for recipe, tuned in results.tuned[name].items():
+            recipe_of = params.finetune_for(name, recipe)
+            text = f"{recipe_of.batch * recipe_of.accumulate}, {tuned.get('steps', '?')}, {recipe_of.lr:g}"
+            lora = (
+                f"LoRA {tuned['parameters_lora']:,}: {tuned['lora_percent']:.4f}\u00a0%"
+                if "lora_percent" in tuned
+                else ""
+            )
+            cells[recipe] = Cell(f"{text} (adapter {recipe_of.adapter_lr:g})", lora)
+        rows[name] = cells
+    return Table.of(headings, rows)
+
+
 def candidates_of(results: Results, adapter: str) -> int:
     """How many captions retrieval chose from: chance is one in so many."""
     most = results.params.pretrain_for(adapter).candidates
