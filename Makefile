@@ -25,7 +25,7 @@ test: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n 2 --dist loadfile  # two at a time, the tests of a file one after the other
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder  # two files at a time; else the longest come last, one alone
 
 # Installs anew only when the list of packages changed; the stamp is written last, so an interrupted one is repeated.
 # Without compiling all 24,000 files of the packages beforehand: Python compiles those that it imports.
