@@ -41,7 +41,7 @@ def _own_modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_the_page_has_a_file_of_each_kind_and_none_is_long() -> None:
-    assert list(FILES) == [f"my_package/{name}.py" for name in ("siglip", "chamfer", "cider", "table", "gated")]
+    assert list(FILES) == [f"my_package/{name}.py" for name in ("siglip", "chamfer", "distinct", "table", "gated")]
     assert len(SETTINGS) == 5
     for name, text in FILES.items():
         assert text.count("\n") <= 30, name
@@ -111,7 +111,7 @@ def test_every_part_of_the_page_through_the_stages(tiny_params: Params, tmp_path
     said = terraalign("prepare", "captions")
     for kind, name in (
         ("source", "table:Table"), ("encoder", "siglip:Encoder"), ("objective", "chamfer:Chamfer"),
-        ("metric", "cider:CIDEr"), ("adapter", "gated:Gated"),
+        ("metric", "distinct:Distinct"), ("adapter", "gated:Gated"),
     ):  # fmt: skip
         path = tmp_path / "my_package" / f"{name.partition(':')[0]}.py"
         assert f"{kind} my_package.{name}: imports {path}\n" in said.stderr
@@ -132,10 +132,13 @@ def test_every_part_of_the_page_through_the_stages(tiny_params: Params, tmp_path
     terraalign("evaluate", "gated", "captions")
     terraalign("pca", "gated")
     terraalign("report")
-    assert 0 <= json.loads((base / "metrics.json").read_text())["captions/gated/captions/cider"] <= 10
-    assert "CIDEr" in (base / "report/index.html").read_text() and "CIDEr" in terraalign("show").output
+    measured = json.loads((base / "metrics.json").read_text())
+    assert 0 <= measured["captions/gated/captions/distinct_2"] <= 1
+    assert 0 < measured["captions/distinct_2_references"] <= 1
+    label = "different runs of 2 words"
+    assert label in (base / "report/index.html").read_text() and label in terraalign("show").output
     assert "pictures/1.png: " in terraalign("caption", "pictures/1.png").output
-    check_cider()
+    check_distinct()
     check_faults(tmp_path)
 
 
@@ -150,19 +153,19 @@ def check_faults(project: Path) -> None:
     assert error.startswith("error: vision.model siglip: ") and error.endswith("; run `hf download` for it")
 
 
-def check_cider() -> None:
-    """What a right caption gets, and a wrong one."""
-    cider = sys.modules["my_package.cider"]
-    texts = [["a red dog", "the red dog"], ["a blue cat", "the blue cat"], ["a green fish", "the green fish"]]
-    images = pd.Series({"rows": pd.DataFrame({"captions": texts})})
+def check_distinct() -> None:
+    """Runs of two words by hand: a-dog, dog-runs; a-dog, dog-sits; and of captions that have none."""
+    distinct = sys.modules["my_package.distinct"]
 
-    def score(captions: list[str]) -> float:
-        predictions = pd.DataFrame({"finetuned": captions, "references": texts})
-        tested = pd.Series({"predictions": predictions, "images": images})
-        return cider.CIDEr(None).figures(tested)[0].value
+    def shares(captions: list[str]) -> list[float]:
+        predictions = pd.DataFrame(
+            {"finetuned": captions, "references": [["One cat.", "two cats run"]] * len(captions)}
+        )
+        settings = distinct.DistinctSettings(metric="my_package.distinct:Distinct")
+        return [figure.value for figure in distinct.Distinct(settings).figures(pd.Series({"predictions": predictions}))]
 
-    assert score(["a red dog", "a blue cat", "a green fish"]) > 4 > 1 > score(["the dog"] * 3) > 0
-    assert score(["", "no", "word of it"]) == 0
+    assert shares(["A dog runs.", "a dog sits"]) == [3 / 4, 1 / 2]
+    assert shares(["", "dog"]) == [0, 1 / 2]
 
 
 # Faults

@@ -93,6 +93,7 @@ def test_every_stage_of_the_graph(tiny_params, tiny_mistral):
     assert {"emd/mlp/val", "retrieval/query/r1_debiased", "classes/mlp/classes/acc", "classes/probe", "classes/chance",
             "classes/mlp/classes/acc_strict", "captions/mlp/captions/f1", "captions/mlp/captions/f1_shuffled",
             "captions/mlp/captions/judge", "captions/judge_auc",
+            "captions/mlp/captions/bleu_4", "captions/mlp/captions/cider_over_nearest", "captions/cider_constant",
             "classes/discriminant", "classes/mlp/acc/emd", "classes/mlp/ece/namer", "classes/mlp/classes/acc/combined",
             "classes/mlp/classes/acc/state",
             "captions/mlp/captions/val_loss", "captions/mlp/captions/scratch_val_loss", "pca/mlp/epoch1/k80",

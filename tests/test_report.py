@@ -69,8 +69,18 @@ def captioned(path: str) -> None:
         hits("repeats", 3, "captions that repeat themselves"),
         Figure("repeats_references", 0.0, "references that repeat themselves", baseline=True),
         Figure("captioned", 30, "captioned test pictures", kind="count"),
+        *scored(),
     ]
     write_figures(path, found)
+
+
+def scored() -> list[Figure]:
+    """As the metric caption_scores has them."""
+    found = {"bleu_1": 0.6, "bleu_4": 0.2, "cider": 0.7, "cider_pretrained": 0.1, "cider_over_constant": 0.4}
+    figures = [Figure(key, value, key.upper(), (value - 0.1, value + 0.1), "number") for key, value in found.items()]
+    near = Figure("cider_over_nearest", 0.05, "CIDER_OVER_NEAREST", (-0.1, 0.2), "number")
+    constant = Figure("cider_constant", 0.3, "the best constant", (0.2, 0.4), "number", baseline=True)
+    return [*figures, near, constant]
 
 
 def caption(number: int) -> dict[str, Any]:
@@ -163,11 +173,12 @@ def test_metrics_are_complete(params: Params) -> None:
     expected = {"captions/self_attention/captions/scratch_val_loss"}
     expected |= {f"classes/{key}" for key in ("probe", "chance", "test_images", "classes", "discriminant")}
     expected |= {f"classes/{measure}/discriminant" for measure in ("top5", "macro", "ece")}
-    expected |= {"captions/repeats_references"}
+    expected |= {"captions/repeats_references", "captions/cider_constant"}
     for name in params.run.adapters:
         expected |= {f"emd/{name}/{key}" for key in (*DISTANCES, "held_out", "parameters")}
         expected |= {f"retrieval/{name}/r1_raw", f"retrieval/{name}/r1_debiased"}
         keys = ("f1", "f1_pretrained", "f1_shuffled", "repeats", "captioned", "val_loss")
+        keys += tuple(figure.key for figure in scored() if not figure.baseline)
         expected |= {f"captions/{name}/captions/{key}" for key in keys}
         expected |= {f"classes/{name}/classes/{key}" for key in ("acc", "acc_strict", "val_loss")}
         rules = [f"{key}/{rule}" for key in ("acc", "top5", "macro", "ece") for rule in ("emd", "namer")]
@@ -244,6 +255,26 @@ def test_every_way_of_naming_is_beside_what_it_is_compared_with(params: Params) 
     text = report(params)
     assert LABELS["ranked"] not in text, "the table of answers does not say it all again"
     assert "without\nthe language model mlp, with it (<code>--llm</code>) query" in text
+
+
+def test_scores_of_captions_are_in_a_table_of_their_own(params: Params) -> None:
+    results = read_results(params)
+    table = tables.scores_table(results, "captions")
+    assert table.head[:4] == ["captions", "BLEU-1", "BLEU-4", "CIDEr-D"] and len(table.head) == 6
+    rows = {name: [cell.text for cell in cells] for name, cells in table.rows}
+    assert rows["mlp"] == ["0.600", "0.200", "0.700", "0.400", "0.050"]
+    assert rows["mlp, before fine-tuning"] == ["–", "–", "0.100", "–", "–"]
+    assert rows["the best constant caption"][2] == "0.300" and len(rows) == 2 * len(params.run.adapters) + 1
+    [cells] = [cells for name, cells in table.rows if name == "mlp"]
+    assert [cell.mood for cell in cells] == ["", "", "", "yes", "no"] and cells[4].small == "-0.100 to 0.200"
+    assert not any("CIDER" in heading for heading in tables.figures_table(results, "captions").head)
+    shown = {label for label, *_ in figures.main_figures(results)}
+    assert {"BLEU_4", "CIDER", "CIDER_OVER_NEAREST", "the best constant"} <= shown
+    assert not {"BLEU_1", "CIDER_PRETRAINED"} & shown, "the terminal has the main ones"
+    assert "above the\nbest constant" in report(params)
+    for name in params.run.adapters:
+        write_figures(f"{name}-captions/captions", [hits("f1", 40, "things named, F1")])
+    assert tables.scores_table(read_results(params), "captions").head == ["captions"]
 
 
 def test_every_rule_has_a_name_on_the_page() -> None:

@@ -14,12 +14,14 @@ from pipeline.errors import UserError
 from pipeline.runs import Run, remedy, require
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
 
     from pipeline.metrics.choice import Chooser
     from pipeline.store.reader import ImageTokens
 
 FIGURES = "figures.json"
+DRAWS = 2000  # of pictures, for an interval
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,21 @@ def wilson(hits: int, trials: int) -> tuple[float, float]:
         return 0.0, 1.0
     low, high = binomtest(hits, trials).proportion_ci(0.95, "wilson")
     return float(low), float(high)
+
+
+def mean_of(key: str, values: np.ndarray, label: str, baseline: bool = False) -> Figure:
+    """The mean of a number of each picture, [n], or of differences; its interval is that of drawing pictures anew."""
+    import numpy as np
+
+    low, high = np.quantile(redrawn(len(values)) @ values / len(values), (0.025, 0.975))
+    return Figure(key, float(values.mean()), label, (float(low), float(high)), kind="number", baseline=baseline)
+
+
+def redrawn(n: int) -> np.ndarray:
+    """How often each of n pictures is in each of DRAWS samples of n: [DRAWS, n] (Efron's bootstrap, 1979)."""
+    import numpy as np
+
+    return np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), DRAWS)
 
 
 @dataclass(frozen=True)

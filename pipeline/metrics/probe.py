@@ -8,6 +8,8 @@ from pipeline.metrics.base import Figure, Metric, Tested, wilson
 from pipeline.naming.classes import labelled
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from pipeline.store.reader import ImageTokens
 
 
@@ -35,20 +37,22 @@ class Probe(Metric):
 
 def linear_probe(images: ImageTokens) -> float:
     """Test accuracy of logistic regression on mean-pooled image tokens, trained on the train and val parts."""
-    import numpy as np
-    import torch
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
-
-    def pooled(positions: list[int]) -> np.ndarray:
-        parts = [images.tokens(positions[i : i + 256]).mean(1) for i in range(0, len(positions), 256)]
-        return torch.cat(parts).numpy()
 
     labels = images.rows["label"].to_numpy()
     train, test = labelled(images, "train", "val"), labelled(images, "test")
     if len(set(labels[train])) == 1:  # nothing to fit: it always says this class
         return float((labels[test] == labels[train][0]).mean())
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300))
-    probe.fit(pooled(train), labels[train])
-    return float(probe.score(pooled(test), labels[test]))
+    probe.fit(pooled(images, train), labels[train])
+    return float(probe.score(pooled(images, test), labels[test]))
+
+
+def pooled(images: ImageTokens, positions: list[int]) -> np.ndarray:
+    """The mean token of some pictures: float32 [B, D]."""
+    import torch
+
+    parts = [images.tokens(positions[i : i + 256]).mean(1) for i in range(0, len(positions), 256)]
+    return torch.cat(parts).numpy()

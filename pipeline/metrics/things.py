@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from pipeline.metrics.base import Figure, Metric, Tested, share_of
+from pipeline.metrics.base import Figure, Metric, Tested, redrawn, share_of
 
 COMMON = 0.1
 """A word in the captions of more than this share of pictures (a, on, background) is no thing of a picture."""
 
 RUN = 4
 """So many words said twice are a repetition. Three are none: "is at the top and ... is at the bottom"."""
-
-DRAWS = 2000  # of pictures, for an interval
 
 
 class Judged(NamedTuple):
@@ -28,7 +26,8 @@ class Judged(NamedTuple):
 
 
 class NamedThings(Metric):
-    """f1, precision and recall of the things that captions name; repeats: the share that say something twice.
+    """f1, precision and recall of the things that captions name; repeats: the share that say something twice; and
+    *_unseen, of the pictures with a thing that stands in no training caption, where there are any.
 
     All pictures' things are counted together (micro): each thing weighs alike, and a caption that names none has its
     place. Intervals are those of drawing the pictures anew (Efron's bootstrap, 1979).
@@ -40,6 +39,7 @@ class NamedThings(Metric):
         rows = tested.predictions
         references = list(rows["references"])
         things = Things([list(texts) for texts in tested.images.rows["captions"]])
+        train = tested.images.rows["captions"].iloc[tested.images.split("train")]
 
         def judged(column: str, of: Sequence[Sequence[str]]) -> list[Judged]:
             return [things.judge(text, texts) for text, texts in zip(rows[column], of, strict=True)]
@@ -58,7 +58,28 @@ class NamedThings(Metric):
             share_of("repeats_pretrained", [row.repeats for row in before], "the same before fine-tuning"),
             share_of("repeats_references", own, "references that repeat themselves", baseline=True),
             Figure("captioned", len(rows), "captioned test pictures", kind="count"),
+            *unseen(things, train, references, rows["finetuned"]),
         ]
+
+
+def unseen(
+    things: Things, train: Iterable[Sequence[str]], references: Iterable[Sequence[str]], captions: Iterable[str]
+) -> list[Figure]:
+    """Of the pictures with a thing that no caption of `train` has a word for: are these things named, and all there?"""
+    known = {word for texts in train for text in texts for word in spoken(text)}
+    new, whole = [], []
+    for own, text in zip(references, captions, strict=True):
+        if never := things.of(own) - known:
+            named = len(never & set(spoken(text)))
+            new.append(Judged(named, 0, len(never) - named, False))
+            whole.append(things.judge(text, own))
+    if not new:
+        return []
+    return [
+        f_score("recall_unseen", new, 0, 1, "things never captioned in training that are named"),
+        f_score("f1_unseen", whole, 1, 1, "F1 on pictures with such things"),
+        Figure("captioned_unseen", len(new), "test pictures with such things", kind="count"),
+    ]
 
 
 class Things:
@@ -109,9 +130,7 @@ def f_score(key: str, judged: Sequence[Judged], wrong: int, missed: int, label: 
     counts = np.array([row[:3] for row in judged], float)  # [pictures, 3]
     counts[:, 1:] *= (wrong, missed)
     counts[:, 0] *= wrong + missed
-    n = len(counts)
-    drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), DRAWS)  # [DRAWS, pictures]
-    sums = np.vstack([counts.sum(0), drawn @ counts])
+    sums = np.vstack([counts.sum(0), redrawn(len(counts)) @ counts])
     shares = sums[:, 0] / np.maximum(sums.sum(1), 1)
     low, high = np.quantile(shares[1:], (0.025, 0.975))
     return Figure(key, float(shares[0]), label, (float(low), float(high)))

@@ -16,7 +16,7 @@ from pipeline.media.pictures import decode, read
 from pipeline.metrics.things import Judged, Things
 from pipeline.report.figures import compared, with_interval
 from pipeline.report.results import Outcome, Results
-from pipeline.report.tables import Table, figures_table, ways_table
+from pipeline.report.tables import Table, figures_table, scores_table, ways_table
 from pipeline.report.ways import Way, ways
 from pipeline.tasks.base import Task
 from pipeline.tasks.captioning import Captioning
@@ -135,7 +135,8 @@ def _gallery(results: Results, data: str, prefix: str) -> dict[str, Any]:
             key: things.judge(found["finetuned"], found["references"]) for key, found in captions.items() if things
         }
         shots.append(Shot(thumbnail(row["image"]), next(iter(row["references"]), ""), captions, judged))
-    return {"shots": shots, "captioned": len(tables[key_of(best)]), "prefix": prefix}
+    scores = scores_table(results, data)
+    return {"shots": shots, "captioned": len(tables[key_of(best)]), "prefix": prefix, "scores": scores}
 
 
 def _things(results: Results, data: str) -> Things:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from pipeline.metrics.base import Figure
 from pipeline.report import convergence
 from pipeline.report.figures import interval, labels, measure, measures, percent, written
 from pipeline.report.results import Results
@@ -41,7 +42,7 @@ class Table:
 
 
 def figures_table(results: Results, data: str) -> Table:
-    """All that was measured on one data set but baselines and rules that score all names (see `ways_table`)."""
+    """All that was measured on one data set but baselines and what `ways_table` and `scores_table` have."""
     outcomes = results.of(data)
     rows = {}
     for outcome in outcomes:
@@ -49,7 +50,7 @@ def figures_table(results: Results, data: str) -> Table:
         cells = {key: Cell(written(figure), interval(figure)) for key, figure in found.items()}
         loss = {} if outcome.val_loss is None else {"val_loss": Cell(f"{outcome.val_loss:.3f}")}
         rows[results.name(outcome)] = cells | loss
-    headings = {key: label for key, label in labels(outcomes).items() if not is_of_rule(key)}
+    headings = {key: label for key, label in labels(outcomes).items() if not (is_of_rule(key) or key in SCORES)}
     return Table.of(headings | {"val_loss": "validation loss"}, rows)
 
 
@@ -63,6 +64,36 @@ def ways_table(results: Results, data: str) -> Table:
         for way in ways(results, data)
     }
     return Table.of({**MEASURES, "speed": SPEED}, rows, "way of naming")
+
+
+SCORES = {
+    **{f"bleu_{n}": f"BLEU-{n}" for n in range(1, 5)},
+    "rouge_l": "ROUGE-L",
+    "cider": "CIDEr-D",
+    "cider_over_shuffled": "above another\npicture's",
+    "cider_over_constant": "above the\nbest constant",
+    "cider_over_nearest": "above the\nnearest picture's",
+}
+SCORED = {"cider_pretrained": "before fine-tuning", "cider_shuffled": "against another picture"}
+BLIND = {"cider_constant": "the best constant caption", "cider_nearest": "a caption of the nearest training picture"}
+
+
+def scores_table(results: Results, data: str) -> Table:
+    """Captions against their references, with what CIDEr-D is before fine-tuning and for those that see no picture."""
+    rows: dict[str, dict[str, Cell]] = {}
+    for outcome in results.of(data):
+        found, name = {figure.key: figure for figure in outcome.figures}, results.name(outcome)
+        rows[name] = {key: _score(found[key]) for key in SCORES if key in found}
+        rows |= {f"{name}, {text}": {"cider": _score(found[key])} for key, text in SCORED.items() if key in found}
+    lines = {figure.key: figure for figure in results.baselines(data)}
+    rows |= {text: {"cider": _score(lines[key])} for key, text in BLIND.items() if key in lines}
+    return Table.of(SCORES, rows, "captions")
+
+
+def _score(figure: Figure) -> Cell:
+    """Of a difference, good news is one whose interval is above 0."""
+    news = "" if "_over_" not in figure.key or figure.interval is None else "yes" if figure.interval[0] > 0 else "no"
+    return Cell(written(figure), interval(figure), news)
 
 
 FINETUNING = {"steps": "steps", "emd": "final loss\npre-trained", "scratch": "final loss\nfrom scratch"}

@@ -23,6 +23,8 @@ MEASURES = {
     "ece": "calibration\nerror",
 }
 SPEED = "images/s"
+# Measures of captions that say less than their neighbours: BLEU-4, and what CIDEr-D is more than these.
+LESSER = {"bleu_1", "bleu_2", "bleu_3", "cider_pretrained", "cider_shuffled"}
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,8 @@ def is_of_rule(key: str) -> bool:
 
 
 def is_detail(figure: Figure) -> bool:
-    """Whether a figure says more of a rule than its accuracy: such ones stand in one table of their own."""
-    return is_of_rule(figure.key) and not figure.key.startswith("acc/")
+    """Whether a figure stands in a table of its own alone: what a rule has but its accuracy, and LESSER."""
+    return figure.key in LESSER or (is_of_rule(figure.key) and not figure.key.startswith("acc/"))
 
 
 def ways(results: Results, data: str) -> list[Way]:
