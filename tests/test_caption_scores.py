@@ -70,6 +70,10 @@ def pictures(splits: dict[str, list[list[str]]], means: list[list[float]] | None
     return ImageTokens(rows, tokens.shape[1:], "float32", lambda some: {"tokens": tokens[some]})
 
 
+def no_llm(wanted: object) -> None:
+    pytest.fail("no LLM is needed for this")
+
+
 def answered(images: ImageTokens, captions: list[str], pretrained: str = "") -> metrics.Tested:
     """Captions of the test pictures, in a project folder with the files that decide what is kept."""
     run, rows = Run("tiny"), images.rows.iloc[images.split("test")].reset_index(drop=True)
@@ -77,7 +81,7 @@ def answered(images: ImageTokens, captions: list[str], pretrained: str = "") -> 
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(list(map(list, images.rows["captions"]))))
     table = {"id": rows["id"], "references": rows["captions"], "finetuned": captions, "pretrained": pretrained}
-    return metrics.Tested(run, "scenes", images, pd.DataFrame(table))
+    return metrics.Tested(run, "scenes", images, pd.DataFrame(table), no_llm)
 
 
 def figures(of: metrics.Tested) -> dict[str, Figure]:

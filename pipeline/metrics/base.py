@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pipeline.store.reader import ImageTokens
 
 FIGURES = "figures.json"
+Kind = Literal["share", "number", "count"]
 DRAWS = 2000  # of pictures, for an interval
 
 
@@ -35,7 +36,7 @@ class Figure:
     value: float
     label: str
     interval: tuple[float, float] | None = None
-    kind: Literal["share", "number", "count"] = "share"
+    kind: Kind = "share"
     baseline: bool = False
 
     def as_json(self) -> dict[str, Any]:
@@ -75,12 +76,12 @@ def wilson(hits: int, trials: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def mean_of(key: str, values: np.ndarray, label: str, baseline: bool = False) -> Figure:
+def mean_of(key: str, values: np.ndarray, label: str, kind: Kind = "number", baseline: bool = False) -> Figure:
     """The mean of a number of each picture, [n], or of differences; its interval is that of drawing pictures anew."""
     import numpy as np
 
     low, high = np.quantile(redrawn(len(values)) @ values / len(values), (0.025, 0.975))
-    return Figure(key, float(values.mean()), label, (float(low), float(high)), kind="number", baseline=baseline)
+    return Figure(key, float(values.mean()), label, (float(low), float(high)), kind, baseline)
 
 
 def redrawn(n: int) -> np.ndarray:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import SerializeAsAny
 
 from pipeline.config.schema import LLM, MetricSettings, part
-from pipeline.metrics.base import Figure, Metric, Tested
-from pipeline.metrics.things import DRAWS, Things
+from pipeline.metrics.base import DRAWS, Figure, Metric, Tested, mean_of, redrawn
+from pipeline.metrics.things import Things
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,11 +57,14 @@ class Judge(Metric):
         judged = [things.judge(text, texts) for text, texts in zip(captions, references, strict=True)]
         f1 = np.array([2 * row.right / max(1, 2 * row.right + row.wrong + row.missed) for row in judged])
         figures = [
-            mean("judge", own, verdict(tested.data, check)),
-            mean("judge_shuffled", shuffled, "judge, against another picture's references"),
+            mean_of("judge", own, verdict(tested.data, check), kind="share"),
+            mean_of("judge_shuffled", shuffled, "judge, against another picture's references", kind="share"),
         ]
         if check:
-            figures += [mean("judge_references", matched, "judge of people's captions", baseline=True), check]
+            figures += [
+                mean_of("judge_references", matched, "judge of people's captions", "share", baseline=True),
+                check,
+            ]
         if np.ptp(own) and np.ptp(f1):
             figures.append(agreement(own, f1))
         else:
@@ -92,21 +95,6 @@ def verdict(data: str, check: Figure | None) -> str:
     return f"judge ({found})"
 
 
-def drawn(count: int) -> np.ndarray:
-    """How often each of `count` pictures is in each of DRAWS samples with replacement (Efron 1979): [DRAWS, count]."""
-    import numpy as np
-
-    return np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), DRAWS)
-
-
-def mean(key: str, scores: np.ndarray, label: str, baseline: bool = False) -> Figure:
-    """Of some probabilities."""
-    import numpy as np
-
-    low, high = np.quantile(drawn(len(scores)) @ scores / len(scores), (0.025, 0.975))
-    return Figure(key, float(scores.mean()), label, (float(low), float(high)), baseline=baseline)
-
-
 def auc(matched: np.ndarray, unmatched: np.ndarray) -> Figure:
     """How probably a score of the first is above one of the second, of the same or another picture; a tie is half.
 
@@ -115,7 +103,7 @@ def auc(matched: np.ndarray, unmatched: np.ndarray) -> Figure:
     import numpy as np
 
     above = (np.sign(matched[:, None] - unmatched[None]) + 1) / 2  # [pictures, pictures]
-    samples = drawn(len(matched)) / len(matched)
+    samples = redrawn(len(matched)) / len(matched)
     low, high = np.quantile(((samples @ above) * samples).sum(1), (0.025, 0.975))
     label = "judge tells people's captions from shuffled ones, AUC"
     return Figure("judge_auc", float(above.mean()), label, (float(low), float(high)), "number", baseline=True)
