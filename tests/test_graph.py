@@ -35,7 +35,7 @@ if command == "inputs":  # the real one: what it writes decides what runs again
     path = {{"PYTHONPATH": "{project}"}}
     sys.exit(subprocess.call(["{python}", "-m", "stages.cli", "inputs"], env=os.environ | path))
 content = hashlib.sha256(command.encode()).hexdigest()
-if not command.startswith("name "):  # names that come out the same concern nothing behind them
+if not command.startswith(("name ", "extract-captions ")):  # as when they come out the same, whatever was changed
     content += str(len(log.read_text().splitlines()))
 for name in json.loads(pathlib.Path("{outputs}").read_text())[command]:
     path = pathlib.Path(name)
@@ -208,7 +208,7 @@ def test_nothing_runs_twice(repo: Repo) -> None:
 
 def test_an_architecture_concerns_its_adapter_alone(repo: Repo) -> None:
     repo.set("adapters.mlp.architecture.dropout", 0.2)
-    assert repo.repro() == trained("mlp")
+    assert repo.repro() == trained("mlp") | {"inputs"}
 
 
 def test_side_by_side_runs_what_one_after_the_other_would(tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def side_by_side(repo: Repo) -> tuple[int, list[str], str]:
 
 def test_an_adapter_that_is_not_trained_concerns_the_report_alone(repo: Repo) -> None:
     repo.set("adapters.linear.architecture.pool", 2)
-    assert repo.repro() == {"report"}  # which prints all parameters
+    assert repo.repro() == {"report", "inputs"}  # the one prints all parameters, the other looks at all objectives
 
 
 def test_fine_tuning_parameters_leave_pretraining_alone(repo: Repo) -> None:
@@ -264,6 +264,15 @@ def test_another_encoder_extracts_images_but_no_captions(repo: Repo) -> None:
     repo.set("vision.dtype", "float32")
     images = {f"extract-images {name}" for name in DATA}
     assert repo.repro() == images | trained(*ADAPTERS) | {"finetune-scratch query captions", "inputs"}
+
+
+def test_the_llm_concerns_the_pretraining_that_asks_it_alone(repo: Repo) -> None:
+    repo.set("adapters.mlp.pretrain", {"objective": {"name": "caption_ce"}})
+    assert repo.repro() == trained("mlp") | {"inputs"}
+    repo.set("llm.system_prompt", "You see a picture.")
+    captions = {f"extract-captions {name}" for name in DATA}
+    tuned = trained(*ADAPTERS, pretrain=False) | trained("mlp")
+    assert repo.repro() == captions | tuned | {"finetune-scratch query captions", "inputs"}
 
 
 def test_the_runtime_decides_nothing(repo: Repo) -> None:

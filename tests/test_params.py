@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -205,11 +206,30 @@ def test_an_override_keeps_to_what_adapters_may_differ_in() -> None:
     assert "adapters.mlp.pretrain.data is [classes]: is the same for all adapters" in fault_in(text)
     text = of_mlp("    finetune: {}", "    finetune: {captions: {data: [classes]}}")
     assert "adapters.mlp.finetune.captions.data is [classes]: is the same" in fault_in(text)
-    text = of_mlp("    pretrain: {}", "    pretrain: {objective: {name: 'my.own:Loss'}}")
-    assert "adapters.mlp.pretrain.objective.name is my.own:Loss: is the same" in fault_in(text)
     text = of_mlp("    finetune: {}", "    finetune: {captions: {mixture: {captions: 2}}}")
     assert parse_params(text, "params.yaml").finetune_for("mlp", "captions").mixture == {"captions": 2}
     assert "adapters.mlp.pretrain.lr" in fault_in(of_mlp("    pretrain: {}", "    pretrain: {lr: {a: 2}}"))
+
+
+def test_an_adapter_may_have_an_objective_of_its_own() -> None:
+    def of(override: str) -> Any:
+        text = of_mlp("    pretrain: {}", f"    pretrain: {override}")
+        return parse_params(text, "params.yaml").pretrain_for("mlp")
+
+    demo = parse_params(DEMO, "params.yaml").pretrain
+    assert of("{objective: {unmatched: 0.5}}").objective == demo.objective.model_copy(update={"unmatched": 0.5})
+    assert of("{objective: {name: emd, unmatched: 0.2}}").objective == demo.objective
+    other = of("{epochs: 9, objective: {name: qformer, blocks: 3}}")  # no key of EMD is left
+    assert other.objective.model_dump() == {"name": "qformer", "width": 256, "blocks": 3}
+    assert other.epochs == 9 and other.batch == demo.batch
+    for override, fault in (
+        ("{objective: {name: qformer, unmatched: 0.2}}", "objective.unmatched"),
+        ("{objective: {name: qformer, width: 100}}", "objective.width is 100"),
+        ("{objective: {name: caption_ce, prompt: ''}}", "objective.prompt"),
+        ("{objective: {name: nonsense}}", "objective.name is nonsense: should be 'emd', 'caption_ce', 'qformer', 'mmd'"),
+        ("{objective: {name: null}}", "objective.name"),
+    ):
+        assert f"adapters.mlp.pretrain.{fault}" in fault_in(of_mlp("    pretrain: {}", f"    pretrain: {override}"))
 
 
 def test_keys_that_dvc_watches_one_by_one_have_to_be_there() -> None:

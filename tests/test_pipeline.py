@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from pipeline.adapters.module import load_adapter
 from pipeline.metrics.things import Judged, Things, f_score
+from pipeline.naming.namer import Namer
 from pipeline.runs import Run
 from pipeline.store.reader import ImageTokens
 from pipeline.tasks.naming import confusions, find_class, per_class
@@ -99,6 +100,7 @@ def test_every_stage_of_the_graph(tiny_params, tiny_mistral):
             "captions/mlp/captions/val_loss", "captions/mlp/captions/scratch_val_loss", "pca/mlp/epoch1/k80",
             "pca/mlp/finetuned/k80", "seconds/pretrain@mlp"} <= figures.keys()  # fmt: skip
     _check_answers()
+    _check_names_of_another_objective(values)
 
 
 def test_the_thesis_set_up_runs_through_the_same_code(tiny_params):
@@ -143,6 +145,18 @@ def _check_answers():
         if not how:  # without the LLM no answer but the name of a class
             assert row["answer"] in names and len(row["names"]) == 5 and 0 < row["probability"] <= 1
     assert "no such file" in terraalign("caption", "nowhere.jpg", code=2).output
+
+
+def _check_names_of_another_objective(values):
+    """By plain EMD, where the adapter's objective is none."""
+    folder = Path("data/tiny/name/mlp/classes")
+    assert Namer.load(folder, 1).nearest.into_space is not None
+    values["adapters"]["mlp"]["pretrain"] = {"objective": {"name": "qformer", "width": 64}}
+    Path("params.yaml").write_text(yaml.safe_dump(values))
+    terraalign("pretrain", "mlp")
+    terraalign("name", "mlp")
+    plain = Namer.load(folder, 1).nearest
+    assert (plain.cost, plain.unmatched, plain.into_space) == ("euclidean", 0, None) and (plain.weights == 1).all()
 
 
 def _environment():

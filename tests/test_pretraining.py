@@ -15,16 +15,20 @@ from safetensors.torch import load_file
 from torch import nn
 from typer.testing import CliRunner
 
+from pipeline.adapters.module import load_adapter
 from pipeline.config import load_params
 from pipeline.config.schema import Pretrain
 from pipeline.errors import UserError
+from pipeline.inputs import write_inputs
 from pipeline.objectives.base import Means
 from pipeline.objectives.constant_set import fit_constant_set
 from pipeline.objectives.contrast import start_contrast
 from pipeline.objectives.emd import EMD, EMDSettings
 from pipeline.objectives.ground import whitening
 from pipeline.objectives.pairs import Pairs
+from pipeline.objectives.qformer import QFormer
 from pipeline.runs import Run
+from pipeline.training import loop
 from pipeline.training.loop import Checkpoint, Trainer, batch_at
 from pipeline.training.pretrain import HeldOut, held_out_figures, nearest_words, pretrain, retrieval
 from stages import cli
@@ -300,11 +304,13 @@ def features(tmp_path_factory, tiny_mistral):
     return folder, values
 
 
-def pretrained_by(objective, features, monkeypatch):
-    """The metrics and the history of an adapter that was pre-trained with an objective."""
+def pretrained_by(objective, features, monkeypatch, of_adapter=None):
+    """The metrics and the history of an adapter that was pre-trained with an objective, or with one of its own."""
     folder, values = features
     monkeypatch.chdir(folder)
-    Path("params.yaml").write_text(yaml.safe_dump(values | {"pretrain": values["pretrain"] | {"objective": objective}}))
+    mlp = values["adapters"]["mlp"] | {"pretrain": {} if of_adapter is None else {"objective": of_adapter}}
+    changed = {"pretrain": values["pretrain"] | {"objective": objective}, "adapters": values["adapters"] | {"mlp": mlp}}
+    Path("params.yaml").write_text(yaml.safe_dump(values | changed))
     params = load_params()
     pretrain(params, "mlp")
     out = Run.of(params).pretrained("mlp")
@@ -354,6 +360,48 @@ def test_tokens_may_be_mixtures_of_words(features, monkeypatch):
     _, history = pretrained_by(PLAIN | {"tokens": "mixture", "cost": "euclidean"}, features, monkeypatch)
     assert history["val"].iloc[-1] < history["val"].iloc[0]
     assert "mixture.words" in load_file("data/demo/pretrain/mlp/last.safetensors")
+
+
+SMALL = {"name": "qformer", "width": 64}
+
+
+def test_an_adapter_may_be_pretrained_through_the_llm_beside_others(features, monkeypatch):
+    metrics, history = pretrained_by(SMALL, features, monkeypatch, {"name": "caption_ce"})
+    assert history["val"].iloc[-1] < history["val"].iloc[0] < 7
+    assert "plain_val" in metrics and "const_set" not in metrics
+    write_inputs(load_params())
+    assert '"the LLM": {' in Path("data/demo/inputs/pretrain-mlp.json").read_text()
+    pretrained_by(SMALL, features, monkeypatch)
+    write_inputs(load_params())
+    assert "LLM" not in Path("data/demo/inputs/pretrain-mlp.json").read_text()
+
+
+def test_what_an_objective_learned_is_there_again_after_an_interruption(features, monkeypatch):
+    """The same weights and figures, which both come through it; and none of it is saved with the adapter."""
+
+    def run():
+        found = pretrained_by(SMALL, features, monkeypatch)
+        return *found, load_adapter(Run("demo").pretrained("mlp"), "last").state_dict()
+
+    metrics, history, weights = run()
+    assert history["train_loss"].iloc[2] < history["train_loss"].iloc[1]
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
+    start, calls = QFormer.start, []
+
+    def breaks(*arguments):
+        calls.append(arguments)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return start(*arguments)
+
+    monkeypatch.setattr(QFormer, "start", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    again, same, ours = run()
+    assert len(calls) == 6 + history["step"].iloc[-1] - 5
+    assert again == metrics
+    pd.testing.assert_frame_equal(same, history)
+    torch.testing.assert_close(ours, weights, rtol=0, atol=0)
 
 
 def test_runs_share_what_an_objective_keeps(features, monkeypatch):

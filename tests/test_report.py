@@ -399,6 +399,26 @@ def test_main_figures(params: Params) -> None:
     assert figures.terminal_table(read_results(params)).row_count == len(found)
 
 
+def test_figures_of_several_objectives_are_told_apart(params: Params) -> None:
+    values = params.model_dump()
+    values["adapters"]["mlp"]["pretrain"] = {"objective": {"name": "caption_ce"}}
+    write("pretrain/mlp/metrics.json", {"val": 3.0, "image_gain": 0.5, "plain_gain": 0.75, "r1_debiased": 0.5})
+    results = read_results(Params.model_validate(values))
+    metrics = figures.flat_metrics(results)
+    assert metrics["caption_ce/mlp/val"] == 3 and metrics["emd/mlp/plain_gain"] == 0.75 and metrics["emd/query/val"]
+    assert "emd/mlp/val" not in metrics and metrics["retrieval/mlp/r1_debiased"] == 0.5
+    gains = {row[2]: row[3] for row in figures.main_figures(results) if row[0].startswith("image gain")}
+    assert gains["mlp"] == "0.500 caption_ce" and "EMD" in gains["query"]
+    table = tables.pretraining_table(results)
+    measured, plain = (table.head.index(head) - 1 for head in ("measured by", "image gain in\nplain EMD"))
+    assert {name: (row[measured].text, row[plain].text) for name, row in table.rows} == {
+        "mlp": ("caption_ce", "0.750"), "self_attention": ("EMD", "–"), "query": ("EMD", "–"),
+    }  # fmt: skip
+    text = page.write_report(results).read_text()
+    assert "Distance (caption_ce and EMD)" in text and "with the language model</span>" in text
+    assert "measured by" not in tables.pretraining_table(read_results(params)).head
+
+
 def both(params: Params) -> Params:
     """A recipe of both data sets beside those of one."""
     values = params.model_dump()

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pipeline.adapters.module import Adapter
+    from pipeline.started import Started
 
 MOST_TOKENS = 1024  # through the LLM at a time, padding and all: what bounds the memory, whatever the batch
 
@@ -27,17 +28,24 @@ class CaptionCE(Objective):
     """Next-token cross-entropy of a caption through the frozen LLM (Liu et al. 2023, sec. 4.2, stage 1), nats a token.
 
     The answer to a prompt in the LLM's chat format, image tokens behind the prompt, end of turn included; only the
-    adapter learns, from a random start. Differs from LLaVA in that there is one prompt, and that each image weighs
-    alike, and each of its captions, where LLaVA weighs each token alike.
+    adapter learns, from a random start. Differs from LLaVA in that there is one prompt, and that images weigh alike,
+    where LLaVA weighs tokens alike.
 
-    A step takes a pass forward and back for each caption of its images. Retrieval takes, at every validation, all
-    `pretrain.candidates` captions for as many images, a pass for each image where the LLM can read captions as a tree:
-    so its cost grows with candidates squared.
+    A step takes one random caption of each image, a pass forward and back; held-out figures are of all captions.
+    Retrieval takes, at every validation, all `pretrain.candidates` captions for as many images, a pass for each image
+    where the LLM can read captions as a tree: its cost grows with candidates squared.
     """
 
     Settings = CaptionCESettings
     settings: CaptionCESettings
     needs_llm = True
+
+    def start(self, tokens: Tensor, positions: list[int]) -> Started:
+        from pipeline.started import Started
+
+        captions = self.pairs.one_caption_each(positions)
+        loss = self.distances(tokens, captions, range(len(captions))).mean()
+        return Started(lambda: loss)
 
     def distances(self, tokens: Tensor, captions: Captions, image: Sequence[int]) -> Tensor:
         """Mean cross-entropy of P captions given their images, [P].

@@ -26,7 +26,7 @@ def start_contrast(objective: EMD, tokens: Tensor, positions: list[int]) -> Star
     """
     positions = positions[:CONTRASTED]  # a batch is in random order
     count, of = len(positions), objective.pairs.captions
-    captions = [of[p][int(torch.randint(len(of[p]), ()))] for p in positions]
+    captions = objective.pairs.one_caption_each(positions)
     distances = objective.start_distances(tokens[:count], captions, None)
     shared = [[i != j and captions[j] in of[p] for j in range(count)] for i, p in enumerate(positions)]
     no_answer = to_device(torch.tensor(shared), tokens.device)

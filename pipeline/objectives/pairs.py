@@ -95,6 +95,11 @@ class Pairs:
         pairs = [(caption, i) for i, position in enumerate(positions) for caption in self.captions[position]]
         return [caption for caption, _ in pairs], [i for _, i in pairs]
 
+    def one_caption_each(self, positions: list[int]) -> list[list[int]]:
+        """A random caption of each of some pictures."""
+        captions = [self.captions[position] for position in positions]
+        return [some[int(torch.randint(len(some), ()))] for some in captions]
+
     def mean_by_image(self, image: list[int]) -> Callable[[Tensor], Tensor]:
         """What averages values of captions, [P, ...], to their images', [B, ...]; image [P] as of `captions_of`."""
         of = torch.tensor(image)

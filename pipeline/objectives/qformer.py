@@ -76,8 +76,7 @@ class QFormer(Objective):
 
         from pipeline.started import Started
 
-        of = self.pairs.captions
-        captions = [of[p][int(torch.randint(len(of[p]), ()))] for p in positions]
+        of, captions = self.pairs.captions, self.pairs.one_caption_each(positions)
         # A caption that another image has too (a class name) is no wrong answer there.
         own = torch.tensor([[caption in of[p] for caption in captions] for p in positions], device=tokens.device)
         words, texts = self._read(captions)
