@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,7 @@ from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 
+from pipeline.config import load_params
 from pipeline.metrics import base as metrics
 from pipeline.metrics import caption_scores, ptb
 from pipeline.metrics.base import Figure, mean_of
@@ -20,6 +22,7 @@ from pipeline.metrics.things import Things, unseen
 from pipeline.runs import Run
 from pipeline.store.reader import ImageTokens
 
+DEMO = Path(__file__).parents[1] / "profiles/demo.yaml"
 # What PTBTokenizer of Stanford CoreNLP 3.4.1 gives with -preserveLines -lowerCase, less pycocoevalcap's PUNCTUATIONS.
 JAVA = {
     "I don't know.": "i do n't know",
@@ -76,12 +79,13 @@ def no_llm(wanted: object) -> None:
 
 def answered(images: ImageTokens, captions: list[str], pretrained: str = "") -> metrics.Tested:
     """Captions of the test pictures, in a project folder with the files that decide what is kept."""
-    run, rows = Run("tiny"), images.rows.iloc[images.split("test")].reset_index(drop=True)
+    params = load_params(DEMO)
+    run, rows = Run.of(params), images.rows.iloc[images.split("test")].reset_index(drop=True)
     for path in (run.features("images", "scenes"), run.manifest("scenes")):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(list(map(list, images.rows["captions"]))))
     table = {"id": rows["id"], "references": rows["captions"], "finetuned": captions, "pretrained": pretrained}
-    return metrics.Tested(run, "scenes", images, pd.DataFrame(table), no_llm)
+    return metrics.Tested(params, "scenes", images, pd.DataFrame(table), no_llm)
 
 
 def figures(of: metrics.Tested) -> dict[str, Figure]:

@@ -21,8 +21,8 @@ from pipeline.metrics import base
 from pipeline.metrics.choice import Chooser
 from pipeline.metrics.evaluate import chooser_of, metrics_of
 from pipeline.metrics.judge import ANSWERS, BEFORE, QUESTION, Judge, JudgeSettings, agreement, auc, question, verdict
-from pipeline.runs import Run
 
+DEMO = Path(__file__).parents[1] / "profiles/demo.yaml"
 TEXTS = ["a cat", "a dog on a red background, " * 6, "", "an apple\nand a dog"]
 
 
@@ -130,7 +130,7 @@ def judged(llm: LanguageModel, references: list[list[str]], captions: list[str])
     rows = pd.DataFrame({"references": references, "finetuned": captions})
     rest = [[f"a {letter * 3}"] for letter in "bcdefghijklmnopqrstu"]  # so that few pictures share a thing
     images = SimpleNamespace(rows=pd.DataFrame({"captions": [*references, *rest]}))
-    tested = base.Tested(Run("tiny"), "photos", images, rows, lambda wanted: Chooser(llm, 4))
+    tested = base.Tested(load_params(DEMO), "photos", images, rows, lambda wanted: Chooser(llm, 4))
     return {figure.key: figure for figure in Judge(JudgeSettings(metric="judge")).figures(tested)}
 
 

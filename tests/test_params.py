@@ -226,7 +226,10 @@ def test_an_adapter_may_have_an_objective_of_its_own() -> None:
         ("{objective: {name: qformer, unmatched: 0.2}}", "objective.unmatched"),
         ("{objective: {name: qformer, width: 100}}", "objective.width is 100"),
         ("{objective: {name: caption_ce, prompt: ''}}", "objective.prompt"),
-        ("{objective: {name: nonsense}}", "objective.name is nonsense: should be 'emd', 'caption_ce', 'qformer', 'mmd'"),
+        (
+            "{objective: {name: nonsense}}",
+            "objective.name is nonsense: should be 'emd', 'caption_ce', 'qformer', 'mmd'",
+        ),
         ("{objective: {name: null}}", "objective.name"),
     ):
         assert f"adapters.mlp.pretrain.{fault}" in fault_in(of_mlp("    pretrain: {}", f"    pretrain: {override}"))

@@ -69,6 +69,7 @@ class Params(Section):
     @model_validator(mode="after")
     def _names_fit(self) -> Params:
         self._check_data()
+        self._check_metrics()
         for name, section in self.adapters.items():
             self._check_adapter(name, section)
         for name in {**dict.fromkeys(self.run.adapters), **dict.fromkeys(self.run.scratch)}:
@@ -92,6 +93,13 @@ class Params(Section):
         _check_among("pretrain.data", self.pretrain.data, "run.data", run.data, "which {} does not have")
         _check_among("pca.data", [self.pca.data], "run.data", run.data, "which {} does not have")
         _check_among("pca.recipe", [self.pca.recipe], "run.recipes", run.recipes, "which {} does not have")
+
+    def _check_metrics(self) -> None:
+        encoder, name = components.find("encoder", self.vision.encoder), self.vision.encoder
+        for at, metric in enumerate(self.evaluate.metrics):
+            if components.find("metric", metric.metric).needs_text_tower and not encoder.has_text_tower():
+                why = f"vision.encoder {name} has no text tower; take {metric.metric} out of evaluate.metrics"
+                raise fault_at(("evaluate", "metrics", str(at)), why, metric.metric)
 
     def _check_adapter(self, name: str, section: AdapterSection) -> None:
         where = ("adapters", name)

@@ -36,6 +36,15 @@ class Parts(NamedTuple):
     """An RGB picture of any size to [3, H, W]: a Preprocess, torchvision's transforms, or a function to float32."""
 
 
+class Towers(NamedTuple):
+    """A model that puts pictures and texts into one space; what it gives need not have length 1."""
+
+    parts: Parts
+    """As for image tokens, but all weights of the model; `tokens` gives the pictures' embeddings, [B, 1, E]."""
+    texts: Callable[[list[str]], Tensor]
+    """Texts, by the model's own tokenizer, to [B, E] on the network's device."""
+
+
 class Encoder(ABC):
     """A frozen network that gives image tokens. A subclass has to have `build`; its Settings may add keys to vision."""
 
@@ -65,6 +74,15 @@ class Encoder(ABC):
         from pipeline.media.decoding import decoder_for
 
         return decoder_for(self.settings.decoder, preprocess, device)
+
+    def two_towers(self) -> Towers | None:
+        """The whole model, where it was trained to put pictures and texts into one space; raises as `build`."""
+        return None
+
+    @classmethod
+    def has_text_tower(cls) -> bool:
+        """Whether `two_towers` gives any; builds nothing."""
+        return cls.two_towers is not Encoder.two_towers
 
     def need(self) -> Need:
         """Whether its weights are there, and how to get them; looks, and never downloads."""

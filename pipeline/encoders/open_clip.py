@@ -6,23 +6,52 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.encoders.base import RANDOM, Parts
+from pipeline.encoders.base import RANDOM, Parts, Towers
 from pipeline.encoders.library import HubFiles, LibraryEncoder
 from pipeline.errors import UserError
+from pipeline.weights import told_in_one_line
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from PIL import Image
     from torch import Tensor
 
 TOKENS = {"coca_ViT-B-32": (255, 512)}  # of the profiles' model; others are known once they are built
 
 
 class OpenClip(LibraryEncoder):
-    """The image tower of an open_clip model."""
+    """The image tower of an open_clip model; every one has a text tower, too."""
 
     def build(self) -> Parts:
+        from pipeline.encoders.timm_network import TimmTokens
+
+        whole, preprocess = self._whole()
+        visual = whole.visual
+        if hasattr(visual, "trunk"):  # a timm model, whose own head is left out
+            return Parts(visual, TimmTokens(visual.trunk, self.unfit), preprocess)
+        if not hasattr(visual, "output_tokens") or not hasattr(visual, "grid_size"):
+            why = "open_clip gives no patch tokens of it"
+            raise UserError(f"vision.model {self.settings.model}", why, "take a ViT or CoCa")
+        visual.output_tokens = True
+        return Parts(visual, lambda x: self._own_tokens(visual, x), preprocess)
+
+    def two_towers(self) -> Towers:
         import open_clip
 
-        from pipeline.encoders.timm_network import TimmTokens
+        whole, preprocess = self._whole()
+        with told_in_one_line(self._no_tokenizer):
+            tokenizer = open_clip.get_tokenizer(str(self.settings.model))
+
+        def texts(some: list[str]) -> Tensor:
+            found: Tensor = whole.encode_text(tokenizer(some).to(next(whole.parameters()).device))
+            return found
+
+        return Towers(Parts(whole, lambda x: whole.encode_image(x)[:, None], preprocess), texts)
+
+    def _whole(self) -> tuple[Any, Callable[[Image.Image], Tensor]]:
+        """Both towers, and the transform of pictures."""
+        import open_clip
 
         model, named = str(self.settings.model), self.settings.pretrained
         if model not in open_clip.list_models():
@@ -34,13 +63,15 @@ class OpenClip(LibraryEncoder):
             whole, _, preprocess = open_clip.create_model_and_transforms(
                 model, pretrained=None if named == RANDOM else named, weights_only=True, pretrained_text=False
             )
-        visual = whole.visual
-        if hasattr(visual, "trunk"):  # a timm model, whose own head is left out
-            return Parts(visual, TimmTokens(visual.trunk, self.unfit), preprocess)
-        if not hasattr(visual, "output_tokens") or not hasattr(visual, "grid_size"):
-            raise UserError(f"vision.model {model}", "open_clip gives no patch tokens of it", "take a ViT or CoCa")
-        visual.output_tokens = True
-        return Parts(visual, lambda x: self._own_tokens(visual, x), preprocess)
+        return whole, preprocess
+
+    def _no_tokenizer(self, error: Exception, reason: str) -> UserError:
+        from open_clip import get_model_config
+
+        model = str(self.settings.model)
+        repo = get_model_config(model)["text_cfg"].get("hf_tokenizer_name")
+        mend = f"hf download {repo}" if repo else "see open_clip.get_tokenizer"
+        return UserError(f"tokenizer of open_clip {model} cannot be loaded", reason, mend)
 
     def tokens(self) -> tuple[int, int] | None:
         return TOKENS.get(str(self.settings.model))

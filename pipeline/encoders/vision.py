@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from queue import SimpleQueue
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from PIL import Image
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from pipeline.config import Vision
 from pipeline.devices import hash_weights, keep_freed_memory, pick_device, pick_dtype
-from pipeline.encoders.base import Encoder
+from pipeline.encoders.base import Encoder, Parts
 from pipeline.errors import UserError
 from pipeline.media.preprocess import in_parts, normalise
 
@@ -38,16 +39,48 @@ def load_vision_encoder(params: Vision, device: str = "auto") -> VisionEncoder:
     Raises UserError when the weights cannot be found; random weights only on request (pretrained: random).
     """
     keep_freed_memory()
-    return _Frozen(Encoder.of(params), pick_device(device))
+    encoder = Encoder.of(params)
+    return _Frozen(encoder, _built(encoder.build), pick_device(device))
+
+
+class TwoTowers:
+    """The whole frozen model of an encoder, where that puts pictures and texts into one space.
+
+    `identity` is of all its weights. Raises UserError when they cannot be found, or the encoder has no text tower.
+    """
+
+    def __init__(self, params: Vision, device: str = "auto"):
+        encoder = Encoder.of(params)
+        towers = _built(encoder.two_towers)
+        if towers is None:
+            raise UserError(f"vision.encoder {params.encoder}", "has no text tower", "take one of open_clip's")
+        self._pictures, self._texts = _Frozen(encoder, towers.parts, pick_device(device)), towers.texts
+        self.preprocess, self.identity = self._pictures.preprocess, self._pictures.identity
+
+    def pictures(self, pixels: Tensor) -> Tensor:
+        """What `preprocess` gives, [B, 3, H, W] on any device, to float32 [B, E] of length 1, on the CPU."""
+        return torch.nn.functional.normalize(self._pictures.encode(pixels)[:, 0], dim=1)
+
+    @torch.inference_mode()
+    def texts(self, texts: list[str]) -> Tensor:
+        """Texts, cut where the model's own tokenizer cuts them, to the same."""
+        return torch.nn.functional.normalize(self._texts(texts).float(), dim=1).cpu()
+
+
+_B = TypeVar("_B")
+
+
+def _built(build: Callable[[], _B]) -> _B:
+    """What an encoder builds. An untrained network is the same one in every process."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return build()
 
 
 class _Frozen:
     """The one implementation, of all encoders."""
 
-    def __init__(self, encoder: Encoder, device: torch.device):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # an untrained network is the same one in every process
-            built = encoder.build()
+    def __init__(self, encoder: Encoder, built: Parts, device: torch.device):
         self.name, self.device = encoder.settings.encoder, device
         self.dtype = pick_dtype(encoder.settings.dtype, device)
         self.identity = encoder.identity(built, hash_weights(built.network), self.dtype)

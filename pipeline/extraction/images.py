@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import multiprocessing
 import sys
 import threading
@@ -27,10 +26,10 @@ from pipeline.devices import pick_device
 from pipeline.encoders.base import Encoder
 from pipeline.encoders.vision import VisionEncoder
 from pipeline.errors import UserError
+from pipeline.extraction.reading import does_not_decode, read_picture
 from pipeline.extraction.work import Advance, Clock, Make, build_missing, check_repair, parts_of, usable
 from pipeline.files import atomically
 from pipeline.media.decoding import Broken, Loaded, padded, say_once
-from pipeline.media.pictures import read
 from pipeline.runs import STORE
 from pipeline.store import schema
 from pipeline.store.donors import Donors
@@ -214,7 +213,7 @@ class ImageShards:
             try:
                 return self.decoder.load(content)
             except ValueError as error:
-                raise _does_not_decode(name, error) from None
+                raise does_not_decode(name, error) from None
 
     def _pass(self, part: Part, at: list[int], pictures: list[Future[list[Loaded]]]) -> Columns:
         """The columns of the rows `at`. Every batch has the same shape: one of another size would give other bits."""
@@ -224,7 +223,7 @@ class ImageShards:
                 try:
                     pixels = self.decoder.batch(loaded, self.size)
                 except Broken as error:
-                    raise _does_not_decode(part.rows["image"][at[error.row]], error) from None
+                    raise does_not_decode(part.rows["image"][at[error.row]], error) from None
             with part.clock("encode"):
                 tokens = self.encode(pixels)[: len(at)]
         dtype = self.params.cache.dtype
@@ -241,10 +240,6 @@ class ImageShards:
         if self.on_gpu and dtype != "int8":
             return self.encoder.encode(pixels, getattr(torch, dtype))
         return self.encoder.encode(pixels)
-
-
-def _does_not_decode(name: str, error: ValueError) -> UserError:
-    return UserError(name, error, "run `dvc repro --force` for the prepare stage")
 
 
 @contextmanager
@@ -265,16 +260,3 @@ def _alone() -> None:
     """Compute on this thread alone: in OpenMP and MKL the number is that of the thread that sets it."""
     torch.get_num_threads()  # a thread's first call takes the default, and would do so after it was set
     torch.set_num_threads(1)
-
-
-def read_picture(name: str, sha256: str) -> bytes:
-    """A picture file that still has the content `prepare` saw."""
-    try:
-        content = read(name)
-    except OSError as error:
-        raise UserError(
-            name, f"cannot be read ({error.strerror})", "run `dvc repro --force` for the prepare stage"
-        ) from None
-    if hashlib.sha256(content).hexdigest() != sha256:
-        raise UserError(name, "changed since it was prepared", "run `dvc repro --force` for the prepare stage")
-    return content

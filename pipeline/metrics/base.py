@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from pipeline.config import Params
 from pipeline.config.schema import LLM, MetricSettings
 from pipeline.errors import UserError
 from pipeline.runs import Run, remedy, require
@@ -95,12 +96,16 @@ def redrawn(n: int) -> np.ndarray:
 class Tested:
     """What a metric sees: a data set, and a task's answers to its test pictures."""
 
-    run: Run
+    params: Params
     data: str
     images: ImageTokens
     predictions: pd.DataFrame
     chooser: Callable[[LLM | None], Chooser]
     """An LLM without an adapter, to be asked about texts: the run's own, which is loaded, for None; else it loads."""
+
+    @property
+    def run(self) -> Run:
+        return Run.of(self.params)
 
 
 class Metric(ABC):
@@ -109,6 +114,8 @@ class Metric(ABC):
     Settings: ClassVar[type[MetricSettings]] = MetricSettings
     tasks: ClassVar[tuple[str, ...]]
     """The tasks whose answers it measures."""
+    needs_text_tower: ClassVar[bool] = False
+    """Whether it asks the vision encoder's own text tower, which not every encoder has."""
 
     def __init__(self, settings: Any):
         self.settings = settings

@@ -64,7 +64,7 @@ def evaluate(params: Params, adapter: str, recipe: str) -> None:
         task.write(predictions, folder)
         if predictions.attrs.get(SPEEDS):
             speeds[data] = predictions.attrs[SPEEDS]
-        tested = Tested(run, data, images[data], predictions, chooser_of(params, llm))
+        tested = Tested(params, data, images[data], predictions, chooser_of(params, llm))
         figures = [figure for metric in metrics_of(params, name) for figure in metric.figures(tested)]
         text = json.dumps([figure.as_json() for figure in figures], indent=1)
         (folder / FIGURES).write_text(text + "\n", encoding="utf-8")

@@ -1,7 +1,8 @@
-"""A linear classifier on the frozen encoder's features: the line to reach."""
+"""Classifiers on the frozen encoder's features, which see the labels and no adapter: the lines to reach."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from pipeline.metrics.base import Figure, Metric, Tested, wilson
@@ -21,18 +22,44 @@ class Probe(Metric):
     def figures(self, tested: Tested) -> list[Figure]:
         import sklearn
 
-        from pipeline.training.checkpoint import Checkpoint
+        value = fitted_once(tested, "linear-probe", [sklearn.__version__], lambda: linear_probe(tested.images))
+        return [accuracy_of("probe", value, "linear probe", tested)]
 
-        run, data = tested.run, tested.data
-        inputs = [run.features("images", data), run.manifest(data)]
-        kept = Checkpoint.of(run, f"linear-probe-{data}", [sklearn.__version__], inputs, __name__)
-        state = kept.load()
-        if state is None:
-            state = {"accuracy": linear_probe(tested.images)}
-            kept.save(state)
-        value, count = float(state["accuracy"]), len(labelled(tested.images, "test"))
-        interval = wilson(round(value * count), count)
-        return [Figure("probe", value, "linear probe", interval, baseline=True)]
+
+class AttentiveProbe(Metric):
+    """Test accuracy of a classifier that chooses among the tokens of a picture before it averages them."""
+
+    tasks = ("classify",)
+
+    def figures(self, tested: Tested) -> list[Figure]:
+        import torch
+
+        from pipeline.devices import pick_device
+        from pipeline.metrics.attention import attentive_probe
+
+        seed, device = tested.params.seed, pick_device(tested.params.runtime.device)
+        decides = [torch.__version__, seed]
+        value = fitted_once(tested, "attentive-probe", decides, lambda: attentive_probe(tested.images, seed, device))
+        return [accuracy_of("probe_attention", value, "attentive probe", tested)]
+
+
+def fitted_once(tested: Tested, name: str, decides: Sequence[object], fit: Callable[[], float]) -> float:
+    """The test accuracy that `fit` gives, of all adapters the same."""
+    from pipeline.training.checkpoint import Checkpoint
+
+    run, data = tested.run, tested.data
+    inputs = [run.features("images", data), run.manifest(data)]
+    kept = Checkpoint.of(run, f"{name}-{data}", decides, inputs, __name__)
+    state = kept.load()
+    if state is None:
+        state = {"accuracy": fit()}
+        kept.save(state)
+    return float(state["accuracy"])
+
+
+def accuracy_of(key: str, value: float, label: str, tested: Tested) -> Figure:
+    count = len(labelled(tested.images, "test"))
+    return Figure(key, value, label, wilson(round(value * count), count), baseline=True)
 
 
 def linear_probe(images: ImageTokens) -> float:

@@ -161,7 +161,7 @@ def _naming(results: Results, data: str) -> dict[str, Any]:
         "unaided": unaided.adapter if (unaided := results.best_without_llm(data)) else None,
         "images": int(counts["test_images"].value) if "test_images" in counts else None,
         "classes": int(counts["classes"].value) if "classes" in counts else None,
-        "classifiers": [lines[key].label for key in ("probe", "discriminant") if key in lines],
+        "classifiers": [lines[key].label for key in ("probe", "probe_attention", "discriminant") if key in lines],
         "right": _examples(rows[rows["correct"]]),
         "wrong": _examples(rows[~rows["correct"]]),
         "confused": _confused(rows),
