@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from pipeline.metrics.base import Figure, Metric, Tested
+from pipeline.metrics.base import Figure, Metric, Tested, mean_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from pipeline.encoders.vision import TwoTowers
 
 PREFIX, WEIGHT = "A photo depicts ", 2.5
-DRAWS = 2000  # of pictures, for an interval
 PART = 256  # texts at a time
 
 
@@ -69,13 +68,3 @@ def clip_scores(pictures: Tensor, texts: Tensor) -> np.ndarray:
     """The scores [n] of pictures and texts, row by row; both [n, E] of length 1."""
     found: np.ndarray = WEIGHT * (pictures * texts).sum(1).clamp(min=0).double().numpy()
     return found
-
-
-def mean_of(key: str, scores: np.ndarray, label: str, baseline: bool = False) -> Figure:
-    """The mean over pictures, with the interval of drawing the pictures anew (Efron's bootstrap, 1979)."""
-    import numpy as np
-
-    n = len(scores)
-    drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), DRAWS) @ scores / n
-    low, high = np.quantile(drawn, (0.025, 0.975))
-    return Figure(key, float(scores.mean()), label, (float(low), float(high)), kind="number", baseline=baseline)

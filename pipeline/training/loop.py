@@ -69,14 +69,16 @@ class Trainer:
         if step == 0 and not self.history:
             self._validate(0, math.nan, 0.0)
         began = saved = time.monotonic()
-        with progress_bar(self.name, total, "steps") as advance:
-            advance(step)
+        timed = self.max_seconds is not None
+        with progress_bar(self.name, int(self.max_seconds or total), "seconds" if timed else "steps") as advance:
+            advance(int(seconds) if timed else step)
             while step < total and not self._out_of_time():
                 losses.append(self._step(step, optimizer))
-                self._seconds = now = seconds + time.monotonic() - began
+                before, self._seconds = self._seconds, seconds + time.monotonic() - began
+                now = self._seconds
                 schedule.step()
                 step += 1
-                advance(1)
+                advance(int(now) - int(before) if timed else 1)
                 if step in self.validate_at or step == total or self._out_of_time():
                     self._validate(step, sum(losses) / len(losses), now)
                     losses.clear()
