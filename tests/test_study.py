@@ -145,7 +145,7 @@ def test_the_page_has_means_over_the_seeds_and_who_wins(project, tmp_path, monke
     assert "15.0 ± 7.1" in page  # the mean of 10 and 20 %, and their standard deviation
     assert "100.0" in page  # ms a picture: 32 s for 10 steps of 32
     assert "query has the lowest loss on captions by emd, 2.150" in page and "worse with 2 of 2 seeds" in page
-    assert "captions: chance 20.0 %" in page and page.count("<img") == 2
+    assert "captions: chance 20.0 %" in page and page.count("<img") == 3
     rows = (run.base / "study.csv").read_text().splitlines()
     assert len(rows) == 7 and "captions/captions/f1" in rows[0]
 

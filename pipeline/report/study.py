@@ -29,6 +29,7 @@ from pipeline.runs import Run
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8c8c8c")
 LINES, MARKERS = ("-", "--", ":"), "os^Dv"
 PANEL = (6.4, 5.2)
+GAINED = ("/val_loss", "/cider", "/f1", "/acc", "/acc/namer", "/acc/emd")  # what is drawn against its cost
 GIB = 2**30
 # Of the cells: what a column is called, in which unit, and how many digits it has.
 COST = {
@@ -125,7 +126,7 @@ def _context(params: Params, study: Study, table: pd.DataFrame) -> dict[str, Any
         "winners": [line for title, part in parts.items() for loss in losses for line in winners(part, loss, title)],
         "baselines": _baselines(params, study),
         "curves": [_uri(path) for path in _draw_curves(params, study)],
-        "cost": [_uri(path) for path in _draw_cost(params, table, losses)],
+        "cost": [_uri(path) for path in _draw_cost(params, table, columns)],
     }  # fmt: skip
 
 
@@ -231,28 +232,25 @@ def _band(axes: Axes, rows: pd.DataFrame, label: str, style: tuple[str, str]) ->
     axes.plot(mean.index, mean, style[1], color=style[0], linewidth=2, label=label)
 
 
-def _draw_cost(params: Params, table: pd.DataFrame, losses: list[str]) -> Iterator[Path]:
-    """Validation loss against the seconds of pre-training: a point for each adapter, method and budget."""
+def _draw_cost(params: Params, table: pd.DataFrame, columns: dict[str, tuple[str, float, int]]) -> Iterator[Path]:
+    """What there is to gain against the seconds of pre-training: a point for each adapter, method and budget."""
     run, styles = Run.of(params), _styles(list(dict.fromkeys(table["method"])))
     markers = dict(zip(dict.fromkeys(table["adapter"]), cycle(MARKERS), strict=False))
-    for loss in losses:
-        recipe = loss.partition("/")[0]
-        figure, axes = canvas(
-            f"loss on {recipe} against\nthe cost of pre-training",
-            "seconds of pre-training + 1",
-            "validation loss",
-            PANEL,
-        )
-        means_ = table.groupby(["adapter", "method", table["seconds"].fillna(0)], sort=False)[["training", loss]].mean()
-        for (adapter, method, _), point in means_.dropna().iterrows():
-            axes.scatter(1 + point["training"], point[loss], marker=markers[adapter], color=styles[method][0], s=46)
+    for key in [key for key in columns if key in table and key.endswith(GAINED)]:
+        heading, factor, _ = columns[key]
+        title = f"{' '.join(heading.split())} ({key.partition('/')[0]})\nagainst the cost of pre-training"
+        figure, axes = canvas(title, "seconds of pre-training + 1", " ".join(heading.split()), PANEL)
+        by = ["adapter", "method", table["seconds"].fillna(0)]
+        for (adapter, method, _), point in table.groupby(by, sort=False)[["training", key]].mean().dropna().iterrows():
+            colour = styles[method][0]
+            axes.scatter(1 + point["training"], factor * point[key], marker=markers[adapter], color=colour, s=46)
         axes.set_xscale("log")
         for adapter, marker in markers.items():
             axes.scatter([], [], marker=marker, color="#8c8c8c", label=adapter)
         for method, (colour, _) in styles.items():
             axes.plot([], [], color=colour, linewidth=5, label=method)
         figure.legend(loc="outside lower left", ncols=3, fontsize=10, frameon=False)
-        path = run.base / "study" / f"cost-{recipe}.png"
+        path = run.base / "study" / f"cost-{key.replace('/', '-')}.png"
         path.parent.mkdir(exist_ok=True)
         save_png(figure, path)
         yield path
