@@ -88,7 +88,8 @@ class Bench:
         values["pretrain"] |= {"epochs": 1, "validation_images": 64, "candidates": 32}
         for recipe in values["finetune"]["recipes"].values():
             recipe |= {"max_steps": 4, "validations": 1, "validation_images": 16}
-        values["evaluate"] |= {"captions": 96}
+        # Those of packages that a bare machine has.
+        values["evaluate"] |= {"captions": 96, "metrics": ["accuracy", "probe", "things"]}
         values["pca"] |= {"images": 24}
         if tiny:
             values["vision"] |= {"encoder": "timm", "model": "test_resnet", "batch": 4, "dtype": "float32"}
