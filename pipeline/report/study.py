@@ -116,14 +116,19 @@ def _context(params: Params, study: Study, table: pd.DataFrame) -> dict[str, Any
         parts[f"After {study.seconds} seconds of pre-training"] = table[table["seconds"].notna() | at_once]
     if study.steps:
         parts[f"After {study.steps} steps of pre-training"] = table[table["seconds"].isna()]
-    losses = [f"{recipe}/val_loss" for recipe in study.recipes if f"{recipe}/val_loss" in table]
     return {
         "profile": params.profile, "seeds": study.seeds, "adapters": study.adapters, "sections": [],
         "encoder": params.vision.model or params.vision.encoder, "llm": params.llm.model,
         "done": len(table), "all": len(study.cells()),
         "methods": {name: json.dumps(_said(method)) for name, method in study.methods.items()},
         "tables": {title: means(part, columns) for title, part in parts.items() if len(part)},
-        "winners": [line for title, part in parts.items() for loss in losses for line in winners(part, loss, title)],
+        "winners": [
+            line
+            for title, part in parts.items()
+            for key in columns
+            if key.endswith(GAINED) and key in part
+            for line in winners(part, key, columns[key], title)
+        ],
         "baselines": _baselines(params, study),
         "curves": [_uri(path) for path in _draw_curves(params, study)],
         "cost": [_uri(path) for path in _draw_cost(params, table, columns)],
@@ -162,23 +167,27 @@ def means(table: pd.DataFrame, columns: dict[str, tuple[str, float, int]]) -> Ta
             values = factor * runs[key].dropna() if key in runs else pd.Series(dtype=float)
             if len(values):
                 spread = f" ± {values.std():.{digits}f}" if len(values) > 1 else ""
-                cells[key] = Shown(f"{values.mean():.{digits}f}{spread}")
+                fewer = f"of {len(values)}" if len(values) < len(runs) else ""
+                cells[key] = Shown(f"{values.mean():.{digits}f}{spread}", fewer)
         rows[f"{adapter}: {method}"] = cells
     headings = {"runs": "seeds"} | {key: heading for key, (heading, _, _) in columns.items()}
     return Table.of(headings, rows, "adapter: method")
 
 
-def winners(table: pd.DataFrame, loss: str, title: str) -> Iterator[str]:
-    """A line for each adapter: the method with the lowest mean loss, by how much, and with how many seeds."""
-    for adapter, runs in table.dropna(subset=[loss]).groupby("adapter", sort=False):
-        by_seed = runs.pivot(index="seed", columns="method", values=loss).dropna(axis=0)
+def winners(table: pd.DataFrame, key: str, column: tuple[str, float, int], title: str) -> Iterator[str]:
+    """A line for each adapter: the method with the best mean, of a loss the lowest; what is next, by how many seeds."""
+    heading, factor, digits = column
+    sign = 1 if key.endswith("val_loss") else -1
+    for adapter, runs in table.dropna(subset=[key]).groupby("adapter", sort=False):
+        by_seed = runs.pivot(index="seed", columns="method", values=key).dropna(axis=1, thresh=1).dropna(axis=0)
         if by_seed.empty or by_seed.shape[1] < 2:
             continue
-        first, second = by_seed.mean().nsmallest(2).index
-        best, worse = by_seed[first].mean(), (by_seed[second] > by_seed[first]).sum()
+        first, second = (sign * by_seed.mean()).nsmallest(2).index
+        means_of = {method: f"{factor * by_seed[method].mean():.{digits}f}" for method in (first, second)}
+        worse = (sign * by_seed[second] > sign * by_seed[first]).sum()
         yield (
-            f"{title}: {adapter} has the lowest loss on {loss.partition('/')[0]} by {first}, {best:.3f}; "
-            f"next is {second}, {by_seed[second].mean():.3f}, worse with {worse} of {len(by_seed)} seeds"
+            f"{title}: {adapter} has the {'lowest' if sign > 0 else 'highest'} {' '.join(heading.split())} by {first}, "
+            f"{means_of[first]}; next is {second}, {means_of[second]}, worse with {worse} of {len(by_seed)} seeds"
         )
 
 
