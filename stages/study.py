@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,8 +43,9 @@ def study(
     never done again, an interrupted study goes on, and any part of it may run first. One that fails is told at the end,
     and the others go on. Writes data/<profile>-study/study.html and study.csv, a row for each training.
     """
-    _restore()
-    text = _read(PARAMS)
+    text, at_work = _own_parameters()
+    if at_work and not (page or dry_run):
+        raise UserError("", "a study is at work in this folder", "wait for it; --page shows what is there so far")
     compared = parse_study(_read(file), str(file))
     values = parameters_of(compared, read_yaml(text, str(PARAMS)))
     cells = _chosen(compared, only or [])
@@ -93,20 +95,28 @@ def _active(text: str) -> Iterator[None]:
     kept = RESULTS / profile_of(read_yaml(_read(PARAMS), str(PARAMS))["profile"]) / KEPT
     kept.parent.mkdir(parents=True, exist_ok=True)
     _write(kept, _read(PARAMS))
-    try:
-        _write(PARAMS, text)
-        yield
-    finally:
-        _write(PARAMS, _read(kept))
-        kept.unlink()
+    with kept.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # as long as this process lives: what a killed one leaves is not locked
+        try:
+            _write(PARAMS, text)
+            yield
+        finally:
+            _write(PARAMS, _read(kept))
+            kept.unlink()
 
 
-def _restore() -> None:
-    """Put params.yaml back where a study was killed."""
+def _own_parameters() -> tuple[str, bool]:
+    """What params.yaml says but for a study, and whether one is at work; it is put back where one was killed."""
     for kept in RESULTS.glob(f"*/{KEPT}"):
-        _write(PARAMS, _read(kept))
-        kept.unlink()
+        with kept.open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return _read(kept), True
+            _write(PARAMS, _read(kept))
+            kept.unlink()
         typer.echo(f"{PARAMS} is again what it was before a study that was killed", err=True)
+    return _read(PARAMS), False
 
 
 def _write(path: Path, text: str) -> None:

@@ -103,9 +103,23 @@ def test_params_come_back_also_after_a_kill(tmp_path, monkeypatch):
     kept = tmp_path / "data/demo-study" / command.KEPT  # as a kill leaves it
     kept.write_text("profile: demo\n")
     command.PARAMS.write_text("profile: demo-study\n")
-    command._restore()
+    assert command._own_parameters() == ("profile: demo\n", False)
     assert command.PARAMS.read_text() == "profile: demo\n"
     assert not list(tmp_path.rglob(command.KEPT))
+
+
+def test_a_study_at_work_is_left_alone(tmp_path, project, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    own = (project / "profiles/demo.yaml").read_text()
+    command.PARAMS.write_text(own)
+    (tmp_path / "study.yaml").write_text(TEXT)
+    with command._active("profile: demo-study\n"):
+        command.study(tmp_path / "study.yaml", only=["late", "1", "steps"], jobs=1, dry_run=True, page=False)
+        assert capsys.readouterr().out.split() == ["query_late_1"]
+        with pytest.raises(UserError, match="a study is at work"):
+            command.study(tmp_path / "study.yaml", only=None, jobs=1, dry_run=False, page=False)
+        assert command.PARAMS.read_text() == "profile: demo-study\n"
+    assert command.PARAMS.read_text() == own
 
 
 def test_a_part_of_a_study_is_asked_for_by_its_words():
