@@ -52,7 +52,9 @@ def pretrain(params: Params, name: str) -> float:
     history = trainer.run()
     last = {key: value for key, value in history[-1].items() if key not in ("step", "epoch", "seconds", "train_loss")}
     metrics = last | held_out_figures(objective, adapter, params.seed)
-    plain = retrieval(_plain(objective), adapter, _candidates(pairs, settings, params.seed), params.seed)
+    # Among as many for every adapter, also where an objective is too dear for so many of its own distances.
+    candidates = _candidates(pairs, params.pretrain, params.seed)
+    plain = retrieval(_plain(objective), adapter, candidates, params.seed)
     metrics |= {f"plain_{key}": share for key, share in plain.items()}
     metrics["parameters"] = sum(p.numel() for p in adapter.parameters())
     out = run.pretrained(name)
