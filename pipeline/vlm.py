@@ -93,13 +93,14 @@ class VLM(nn.Module):
     def generate(
         self, tokens: Tensor, prompt: str, max_new_tokens: int, prefix: str = "", repetition_penalty: float = 1.0,
         hints: Sequence[str] | None = None, beams: int = 1, no_repeat: int = 0,
-        may_repeat: Collection[int] | None = None,
+        may_repeat: Collection[int] | None = None, on_text: Callable[[str], None] | None = None,
     ) -> list[str]:  # fmt: skip
         """Answers to one prompt about some images, greedy or of a beam; tokens [B, N, D_img], hints as in `loss`.
 
         Each answer begins with `prefix`, which the LLM goes on from; `repetition_penalty` is that of Keskar et al.
         (2019), over the tokens generated. `no_repeat`: so many tokens in a row stand in an answer once; 0: no limit.
         Tokens that are not in `may_repeat`, where it is given, stand there once; the end of turn is none of them.
+        `on_text`, of a single greedy answer, is given what there is of it after each token.
         """
         before, afters = self._around(prompt, len(tokens), hints)
         ends = [after + self._ids(prefix) for after in afters]
@@ -112,6 +113,7 @@ class VLM(nn.Module):
             repetition_penalty=repetition_penalty, num_beams=beams, no_repeat_ngram_size=no_repeat,
             logits_processor=None if may_repeat is None else [SaidOnce({*may_repeat, self.tokenizer.eos_token_id})],
             eos_token_id=self.tokenizer.eos_token_id, pad_token_id=self.tokenizer.eos_token_id,
+            streamer=None if on_text is None else SoFar(self.tokenizer, on_text),
         )  # fmt: skip
         return [(prefix + text).strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
@@ -306,6 +308,21 @@ class SaidOnce:
         for row, said in enumerate(ids.tolist()):
             scores[row, sorted({*said} - self.may_repeat)] = -torch.inf
         return scores
+
+
+class SoFar:
+    """A streamer, as transformers calls what gets each token as it is generated, that hands on the text so far."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]):
+        self._tokenizer, self._on_text, self._ids = tokenizer, on_text, list[int]()
+
+    def put(self, ids: Tensor) -> None:
+        """Token ids of any shape, on the CPU."""
+        self._ids += ids.flatten().tolist()
+        self._on_text(self._tokenizer.decode(self._ids, skip_special_tokens=True).strip())
+
+    def end(self) -> None:
+        """Nothing: the answer itself is returned."""
 
 
 def add_lora(llm: LanguageModel, params: LoRA) -> Any:

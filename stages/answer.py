@@ -1,161 +1,140 @@
-"""`terraalign caption` and `terraalign classify`: the best adapter of a run on any picture."""
+"""`terraalign caption`, `classify` and `ask`: what a trained run says of any pictures."""
 
 from __future__ import annotations
 
+import glob
 import json
-import math
 import sys
-from collections.abc import Callable
-from itertools import islice
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.config import Params, load_params
+from pipeline.config import load_params
 from pipeline.errors import UserError, readable
-from pipeline.runs import Run, remedy
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from pipeline.media.decoding import Decoder, Loaded
+    from pipeline.answers.model import Answer, Ask, Model
 
 Row = dict[str, Any]  # what is said of a picture
-Photos = Annotated[list[Path], typer.Argument(help="Pictures, or folders of pictures.", show_default=False)]
+Photos = Annotated[
+    list[str],
+    typer.Argument(help="Pictures, folders of them, globs, or - for names on standard input.", show_default=False),
+]
 AsJSON = Annotated[
     bool,
-    typer.Option("--json", help="One JSON object a line: photo, answer, adapter, and recipe or probability and names."),
+    typer.Option("--json", help="One JSON object a line: photo, answer, adapter, recipe, strangeness, names."),
 ]
+Batch = Annotated[int | None, typer.Option(min=1, help="Pictures at a time; default: evaluate.batch.")]
 FORMATS = "give JPEG, PNG, WebP, GIF, BMP or TIFF files, or folders of them"
+TOP = 5  # names in JSON
 
 
-def caption(photos: Photos, as_json: AsJSON = False) -> None:
-    """Caption any pictures with the best fine-tuned adapter of the active profile's run."""
-    _answer("caption", photos, as_json, llm=True)
+def caption(photos: Photos, as_json: AsJSON = False, batch: Batch = None) -> None:
+    """Caption any pictures with the best fine-tuned adapter of the active profile's run.
+
+    terraalign caption holiday/*.jpg
+    """
+    answer(photos, lambda model: model.captions(), as_json, batch)
 
 
 def classify(
     photos: Photos,
     as_json: AsJSON = False,
     llm: Annotated[bool, typer.Option("--llm", help="Ask the fine-tuned language model instead.")] = False,
+    top: Annotated[int | None, typer.Option(min=1, help="How many names; default: 1, in JSON 5.")] = None,
+    batch: Batch = None,
 ) -> None:
     """Name what is in any pictures, with probabilities, by the best pre-trained adapter of the active profile's run.
 
+    terraalign classify --top 3 fridge/
+
     That is by EMD to the names of all classes and discriminant analysis, weighed on validation pictures, without the
-    language model: it answers as soon as stage `name` has run. --llm asks the best fine-tuned adapter.
+    language model: it answers as soon as stage `name` has run. --llm asks the best fine-tuned adapter, whose names are
+    ranked by their likelihood.
     """
-    _answer("classify", photos, as_json, llm)
+    answer(photos, lambda model: model.names(llm, top or TOP), as_json, batch, top or 1)
 
 
-def _answer(name: str, photos: list[Path], as_json: bool, llm: bool) -> None:
-    """Print an answer per picture; a picture that cannot be read is named on stderr and makes the exit code 1."""
+def ask(
+    words: Annotated[
+        list[str], typer.Argument(metavar="PHOTO... QUESTION", help="Pictures as above, and a question about each.")
+    ],
+    as_json: AsJSON = False,
+    batch: Batch = None,
+) -> None:
+    """Ask the best fine-tuned adapter of the active profile's run anything about any pictures.
+
+    terraalign ask fridge.jpg "What is on the lower shelf?"
+
+    It was fine-tuned on the questions of its recipes alone: the further another one is from these, the less its answer
+    is worth.
+    """
+    *photos, question = words
+    if not photos or Path(question).exists():
+        raise UserError("ask", "no question", 'put it last, in quotes: terraalign ask PHOTO... "What is this?"')
+    answer(photos, lambda model: model.question(question), as_json, batch)
+
+
+def answer(photos: list[str], how: Callable[[Model], Ask], as_json: bool, batch: int | None, top: int = 1) -> None:
+    """Print an answer per picture, in order; one that cannot be read is named on stderr and makes the exit code 1."""
+    names = listed(photos)
     params = load_params()
-    files, missing = pictures_named(photos)
+    files, missing = pictures_named(names)
     if not files:
         raise UserError(photos[0], ("no such file or folder" if missing else "no picture in it"), FORMATS)
-    candidates = finetuned(params, name) if llm else namers(params)
-    from pipeline.devices import pick_device
-    from pipeline.encoders.base import Encoder
-    from pipeline.encoders.vision import load_vision_encoder
+    from pipeline.answers.model import Model
 
-    encoder = load_vision_encoder(params.vision, params.runtime.device)
-    decoder = Encoder.of(params.vision).decoder(encoder.preprocess, pick_device(params.runtime.device))
-    folder = best_adapter(params, candidates, encoder.identity)
-    answer = _by_llm(params, name, folder) if llm else _by_namer(params, folder)
-    remaining, failed = iter(files), missing
-    while part := list(islice(remaining, params.vision.batch)):
-        read = [(file, loaded) for file in part if (loaded := _load(file, decoder)) is not None]
-        failed += len(part) - len(read)
-        if not read:
+    model = Model(params)
+    asked: Ask = how(model)
+    failed, first = missing, True
+    for file, found in model.each(files, asked, batch):
+        if isinstance(found, ValueError):
+            failed += 1
+            print(f"error: {readable(file)}: not a readable picture ({found})", file=sys.stderr)
             continue
-        pixels = decoder.batch([loaded for _, loaded in read], params.vision.batch)  # of the shape of extraction
-        for (file, _), row in zip(read, answer(encoder.encode(pixels)[: len(read)]), strict=True):
-            say({"photo": str(file), **row}, as_json)
+        if first:
+            print(f"by {_source(found)}", file=sys.stderr)
+            first = False
+        say(row_of(file, found), as_json, top)
+        if found.is_strange:
+            print(f"warning: {readable(file)}: {_strange(found)}", file=sys.stderr)
     if failed:
+        print(f"{failed} of {len(files) + missing} without an answer", file=sys.stderr)
         raise typer.Exit(1)
 
 
-def _by_llm(params: Params, name: str, folder: Path) -> Callable[[Tensor], list[Row]]:
-    """Answers of a fine-tuned adapter, with the hints of its recipe."""
-    from pipeline.naming.table import hinted
-    from pipeline.store.reader import usable_rows
-    from pipeline.tasks.base import Task
-    from pipeline.vlm import load_vlm
-
-    task, (adapter, _, recipe) = Task.of(name, params.evaluate), folder.name.partition("-")
-    settings = params.finetune_for(adapter, recipe)
-    data, count = next(data for data in settings.data if params.data[data].task == name), settings.hints
-    model = load_vlm(params.llm, folder, "adapter", params.runtime.device)
-    decoding = task.decoding(model, usable_rows(Run.of(params), data))
-    namer = _named_by(params, Run.of(params).named(adapter) / data) if count else None
-
-    def answers(tokens: Tensor) -> list[Row]:
-        hints = None
-        if namer:
-            hints = [task.hint(hinted(best, count)) for best in namer(tokens)]
-        found = model.generate(tokens, task.prompt, task.max_tokens, hints=hints, **decoding)
-        return [{"answer": text, "adapter": adapter, "recipe": recipe} for text in found]
-
-    return answers
+def _source(found: Answer) -> str:
+    if found.recipe is None:
+        return f"{found.adapter}: EMD to the names and discriminant analysis, no language model"
+    return f"{found.adapter}, fine-tuned on {found.recipe}"
 
 
-def _by_namer(params: Params, folder: Path) -> Callable[[Tensor], list[Row]]:
-    """The likeliest names without the LLM."""
-    namer, adapter = _named_by(params, folder), folder.parent.name
-
-    def answers(tokens: Tensor) -> list[Row]:
-        return [
-            {"answer": best[0][0], "probability": round(best[0][1], 4), "adapter": adapter, "names": dict(best[:5])}
-            for best in namer(tokens)
-        ]
-
-    return answers
-
-
-def _named_by(params: Params, folder: Path) -> Callable[[Tensor], list[list[tuple[str, float]]]]:
-    """All names of a picture with their probabilities, the likeliest first, by a namer and its pre-trained adapter."""
-    import torch
-
-    from pipeline.adapters.module import load_adapter
-    from pipeline.devices import pick_device
-    from pipeline.naming.namer import Namer
-    from pipeline.origin import check_start
-
-    namer, pretrained = Namer.load(folder, params.runtime.emd_threads), Run.of(params).pretrained(folder.parent.name)
-    check_start(folder, pretrained)
-    adapter = load_adapter(pretrained, "last")
-    adapter.to(pick_device(params.runtime.device))
-
-    @torch.no_grad()
-    def named(tokens: Tensor) -> list[list[tuple[str, float]]]:
-        shares = namer.rules(tokens, adapter(tokens.float()))["namer"].exp()
-        order = shares.argsort(dim=1, descending=True, stable=True)
-        return [[(namer.names[i], shares[row, i].item()) for i in best] for row, best in enumerate(order.tolist())]
-
-    return named
-
-
-def namers(params: Params) -> dict[Path, float]:
-    """The folders of the namers of the first data set of classes that has any, with their losses on validation."""
-    run = Run.of(params)
-    classes = [data for data in params.run.data if params.data[data].task == "classify"]
-    if not classes:
-        raise UserError("run.data", "none has the task classify", "add one to params.yaml")
-    for data in classes:
-        folders = [run.named(adapter) / data for adapter in params.run.adapters]
-        found = {folder: _read_loss(folder / "namer.json", "val_loss", folder.parent) for folder in folders}
-        if known := {folder: loss for folder, loss in found.items() if loss is not None}:
-            return known
-    raise UserError(
-        run.base / "name", "no adapter names pictures yet", f"run `dvc repro name@{params.run.adapters[0]}`"
+def _strange(found: Answer) -> str:
+    return (
+        f"unlike the pictures that {found.adapter} was trained on (further from them than {found.strangeness:.1%} of "
+        "those held out): expect nothing of the answer"
     )
 
 
-def say(row: Row, as_json: bool) -> None:
+def row_of(file: Path, found: Answer) -> Row:
+    """An answer as `--json` prints it."""
+    row: Row = {"photo": str(file), "answer": found.text, "adapter": found.adapter}
+    if found.recipe is not None:
+        row["recipe"] = found.recipe
+    if found.strangeness is not None:
+        row["strangeness"] = round(found.strangeness, 4)
+    if found.names:
+        row |= {"probability": round(found.names.get(found.text, 0.0), 4)}
+        row |= {"names": {name: round(share, 4) for name, share in found.names.items()}}
+    return row
+
+
+def say(row: Row, as_json: bool, top: int = 1) -> None:
     r"""Print an answer whatever the terminal's encoding: what it lacks as \u00e9 in JSON, which is the same there."""
     encoding = sys.stdout.encoding or "utf-8"
-    text = json.dumps(row, ensure_ascii=False) if as_json else readable(f"{row['photo']}: {_told(row)}")
+    text = json.dumps(row, ensure_ascii=False) if as_json else readable(f"{row['photo']}: {_told(row, top)}")
     try:
         text.encode(encoding)
     except UnicodeEncodeError:
@@ -163,9 +142,34 @@ def say(row: Row, as_json: bool) -> None:
     print(text, flush=True)
 
 
-def _told(row: Row) -> str:
-    share = row.get("probability")
-    return str(row["answer"]) if share is None else f"{row['answer']} ({share:.0%})"
+def _told(row: Row, top: int) -> str:
+    names: dict[str, float] = row.get("names", {})
+    shares = [f"{name} ({share:.0%})" for name, share in list(names.items())[:top]]
+    said = str(row["answer"])
+    if not shares or (top == 1 and said not in names):  # the language model may say what is no name
+        return said
+    if top == 1:
+        return f"{said} ({names[said]:.0%})"
+    return ", ".join(shares) if "recipe" not in row else f"{said}; ranked: {', '.join(shares)}"
+
+
+def listed(photos: Iterable[str]) -> list[Path]:
+    """Names as they were given; those of globs and of standard input in their place. Raises UserError on an empty one.
+
+    A name with * or ? that is a file's is that file.
+    """
+    found: list[Path] = []
+    for name in photos:
+        if not name.strip():
+            raise UserError("", "an empty name of a picture", FORMATS)
+        if name == "-":
+            found += [Path(line) for line in sys.stdin.read().splitlines() if line.strip()]
+        elif any(sign in name for sign in "*?[") and not Path(name).exists():
+            matches = sorted(glob.glob(name, recursive=True))  # noqa: PTH207 - Path.glob takes no absolute pattern
+            found += [Path(match) for match in matches] or [Path(name)]
+        else:
+            found.append(Path(name))
+    return found
 
 
 def pictures_named(photos: list[Path]) -> tuple[list[Path], int]:
@@ -187,71 +191,3 @@ def pictures_named(photos: list[Path]) -> tuple[list[Path], int]:
             missing += 1
             print(f"error: {readable(photo)}: no such file or folder", file=sys.stderr)
     return files, missing
-
-
-def finetuned(params: Params, task: str) -> dict[Path, float]:
-    """The folders of the adapters that were fine-tuned for a task, with their validation losses on one data set.
-
-    That is the first of the task in run.data for which there are any: losses of different data sets do not compare.
-    """
-    run, recipes = Run.of(params), {name: params.finetune.recipes[name].data for name in params.run.recipes}
-    asked = [data for data in params.run.data if params.data[data].task == task]
-    if not any(data in sets for data in asked for sets in recipes.values()):
-        raise UserError("run.recipes", f"none is on a data set with the task {task}", "add one to params.yaml")
-    for data in asked:
-        pairs = [(adapter, name) for name, sets in recipes.items() if data in sets for adapter in params.run.adapters]
-        folders = [(run.finetuned(adapter, name), len(recipes[name]) > 1) for adapter, name in pairs]
-        losses = {folder: _loss(folder, data if several else None) for folder, several in folders}
-        if found := {folder: loss for folder, loss in losses.items() if loss is not None}:
-            return found
-    raise UserError(run.base / "finetune", f"nothing is fine-tuned for the task {task} yet", "run `dvc repro`")
-
-
-def _loss(folder: Path, data: str | None) -> float | None:
-    """The validation loss of a fine-tuned adapter, on one of several data sets; None where it is of another recipe."""
-    return _read_loss(folder / "metrics.json", f"val_loss/{data}" if data else "val_loss", folder)
-
-
-def _read_loss(file: Path, key: str, made: Path) -> float | None:
-    try:
-        loss = float(json.loads(file.read_text(encoding="utf-8"))[key])
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        print(f"left out: {file}: not of this recipe ({error!r}); {remedy(made)}", file=sys.stderr)
-        return None
-    return loss if math.isfinite(loss) else math.inf
-
-
-def best_adapter(params: Params, losses: dict[Path, float], identity: dict[str, str]) -> Path:
-    """Of the adapters that fit encoder and LLM, the one with the lowest validation loss; the test part has no say.
-
-    Those that do not fit are named on stderr. Raises UserError when none fits.
-    """
-    from pipeline.origin import check_encoder, check_llm_named
-
-    faults = {}
-    for folder in losses:
-        try:
-            check_encoder(folder, identity)
-            check_llm_named(folder, params.llm)
-        except UserError as fault:
-            faults[folder] = fault
-    fitting = [folder for folder in losses if folder not in faults]
-    if not fitting:
-        raise next(iter(faults.values()))
-    for left_out in faults.values():
-        print(f"left out: {left_out}", file=sys.stderr)
-    return min(fitting, key=losses.__getitem__)
-
-
-def _load(file: Path, decoder: Decoder) -> Loaded | None:
-    from pipeline.media.pictures import decode, read
-
-    try:
-        content = read(str(file))
-        decode(content)  # what is broken, PIL decides, as in `prepare`
-        return decoder.load(content)
-    except (OSError, ValueError) as error:
-        print(f"error: {readable(file)}: not a readable picture ({error})", file=sys.stderr)
-        return None

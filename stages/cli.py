@@ -51,6 +51,7 @@ COMMANDS = {
     "show": ("stages.show", PEOPLE),
     "caption": ("stages.answer", PEOPLE),
     "classify": ("stages.answer", PEOPLE),
+    "ask": ("stages.answer", PEOPLE),
     "series": ("stages.series", PEOPLE),
     "doctor": ("stages.doctor", PEOPLE),
 }

@@ -340,6 +340,23 @@ def test_caption_takes_the_pictures_of_a_folder(capsys: pytest.CaptureFixture[st
     assert "1 not used: no picture by its content (1: album/notes.txt)" in said and "nowhere.jpg: no such file" in said
 
 
+def test_pictures_are_named_by_globs_and_on_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+
+    for name in ("album/b.jpg", "album/deep/c.jpg", "odd[1].jpg"):
+        picture(name)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("x y.jpg\n\nz.jpg\n"))
+    found = answer.listed(["album/*.jpg", "album/**/c.jpg", "odd[1].jpg", "-", "none*.jpg"])
+    assert [str(path) for path in found] == [
+        "album/b.jpg", "album/deep/c.jpg", "odd[1].jpg", "x y.jpg", "z.jpg", "none*.jpg",
+    ]  # fmt: skip
+    for command in ("caption", "classify"):
+        result = CliRunner().invoke(cli.app, [command, ""])  # not the current folder
+        assert result.exit_code == 2 and "empty name" in result.output, result.output
+    result = CliRunner().invoke(cli.app, ["ask", "album/b.jpg"])
+    assert result.exit_code == 2 and "put it last" in result.output
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
 def test_answers_are_printed_on_any_terminal(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import io

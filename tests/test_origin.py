@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from pipeline.answers.best import best_adapter, finetuned
 from pipeline.config import Params, load_params
 from pipeline.errors import UserError
 from pipeline.origin import (
@@ -24,7 +25,6 @@ from pipeline.origin import (
 )
 from pipeline.runs import Run
 from pipeline.store.shards import Manifest
-from stages.answer import best_adapter, finetuned
 
 IDENTITY = {"encoder": "timm", "model": "resnet10t", "weights": "a" * 64, "preprocess": "crop", "dtype": "float32"}
 RUN = Run("demo")

@@ -1,5 +1,6 @@
 """The whole chain through the command line, on rendered pictures, real encoders and a two-layer Mistral."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -7,9 +8,13 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 import yaml
+from PIL import Image
+from torch.utils.data import DataLoader
 from typer.testing import CliRunner
 
+from pipeline import Features, Model
 from pipeline.adapters.module import load_adapter
 from pipeline.metrics.things import Judged, Things, f_score
 from pipeline.naming.namer import Namer
@@ -148,6 +153,43 @@ def _check_answers():
         if not how:  # without the LLM no answer but the name of a class
             assert row["answer"] in names and len(row["names"]) == 5 and 0 < row["probability"] <= 1
     assert "no such file" in terraalign("caption", "nowhere.jpg", code=2).output
+    _check_the_model_in_python(photos, broken)
+
+
+def _check_the_model_in_python(photos, broken):
+    """From another folder, and with the profile no longer the active one."""
+    project = Path.cwd()
+    model = Model.load(project / "data/tiny")
+    [row] = [json.loads(line) for line in terraalign("classify", "--json", photos[0]).output.splitlines()
+             if line.startswith("{")]  # fmt: skip
+    with contextlib.chdir("/"):
+        there = [project / photo for photo in photos]
+        named = model.classify(there[0])
+        assert named.text == row["answer"] and named.names == pytest.approx(row["names"], abs=1e-4)
+        assert sum(model.classify(there[0], top=100).names.values()) == pytest.approx(1, abs=1e-5)
+        by_llm = model.classify(there[0], llm=True, top=100)
+        assert sum(by_llm.names.values()) == pytest.approx(1, abs=1e-5) and by_llm.recipe == "classes"
+        alone = [model.caption(photo) for photo in there]
+        found = dict(model.each([there[0], project / broken, *there[1:]], model.captions(), batch=2))
+        assert [found[photo].text for photo in there] == [answer.text for answer in alone]
+        assert isinstance(found[project / broken], ValueError)
+        with Image.open(there[0]) as opened:  # as bytes, open, and as a file: the same picture
+            assert model.classify(opened.convert("RGBA")) == model.classify(there[0].read_bytes()) == named
+        so_far: list[str] = []
+        said = model.ask(there[0], "What is that?", so_far.append)
+        assert so_far and so_far[-1] == said.text and said.recipe == "captions"
+        assert model.captions(trained=False)(model.encode(there))[0].recipe is None
+        with pytest.raises(ValueError, match="not a picture"):
+            model.caption(project / broken)
+    said = terraalign("ask", photos[0], photos[1], "What is that?", "--json").output
+    assert [json.loads(line)["photo"] for line in said.splitlines() if line.startswith("{")] == [*map(str, photos[:2])]
+
+    images = Features("data/tiny", "classes", "test")
+    batch = next(iter(DataLoader(images, batch_size=4, collate_fn=list)))
+    stored = ImageTokens.open(Run("tiny"), "classes")
+    assert all(torch.equal(item["tokens"], stored.tokens([stored.ids.index(item["id"])])[0]) for item in batch)
+    assert {item["split"] for item in batch} == {"test"} and all(item["label"] for item in batch)
+    assert all(item["captions"] for item in Features(project / "data/tiny", "captions").__getitems__([0, 1]))
 
 
 def _check_names_of_another_objective(values):

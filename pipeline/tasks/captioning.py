@@ -32,6 +32,15 @@ class CaptioningSettings(Section):
     finetuned_no_repeat: int = Field(0, ge=0, description="a run of so many tokens stands once; 0: no limit")
     finetuned_once: float = Field(0.0, ge=0, le=1, description="words of this share of pictures or fewer stand once")
 
+    @property
+    def before_finetuning(self) -> dict[str, Any]:
+        """What the frozen LLM is asked, and how: of what `VLM.generate` takes."""
+        return {
+            "prompt": self.pretrained_prompt,
+            "prefix": self.pretrained_prefix,
+            "repetition_penalty": self.pretrained_repetition_penalty,
+        }
+
 
 class Captioning(Task):
     """What is to be seen in a picture, in a sentence."""
@@ -66,10 +75,8 @@ class Captioning(Task):
         table = images.rows.iloc[positions][["id", "image"]].reset_index(drop=True)
         table["references"] = [list(texts) for texts in images.rows["captions"].iloc[positions]]
         with models.pretrained() as model:
-            before = model.answers(
-                images, positions, settings.pretrained_prompt, self.max_tokens, batch,
-                prefix=settings.pretrained_prefix, repetition_penalty=settings.pretrained_repetition_penalty,
-            )  # fmt: skip
+            asked = settings.before_finetuning
+            before = model.answers(images, positions, max_new_tokens=self.max_tokens, batch=batch, **asked)
         with models.finetuned() as model:
             decoding = self.decoding(model, images.rows)
             after = model.answers(images, positions, self.prompt, self.max_tokens, batch, **decoding)

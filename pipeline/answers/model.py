@@ -1,0 +1,378 @@
+"""A trained model in use: pictures go in; captions, names and answers to questions come out."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pipeline.answers.best import best_adapter, finetuned, namers
+from pipeline.answers.familiar import STRANGE, Familiar
+from pipeline.answers.names import likeliest, namer_at_work
+from pipeline.config import Params, load_params
+from pipeline.devices import pick_device
+from pipeline.encoders.base import Encoder
+from pipeline.encoders.vision import VisionEncoder, load_vision_encoder
+from pipeline.errors import UserError
+from pipeline.media.decoding import Broken, Decoder, Loaded
+from pipeline.media.pictures import decode, read
+from pipeline.runs import RESULTS, Run
+
+if TYPE_CHECKING:
+    from pipeline.llms.load import LanguageModel
+    from pipeline.vlm import VLM
+
+Picture = str | Path | bytes | Image.Image
+"""A picture: a file by its name, the bytes of one, or one that is open."""
+P = TypeVar("P", str, Path, bytes, Image.Image)
+ANSWER_TOKENS = 40  # of an answer to a question of one's own
+TOP = 5
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What is said of a picture, by which adapter, and how sure that is."""
+
+    text: str
+    adapter: str
+    recipe: str | None = None
+    """Of the fine-tuning; None where the LLM was not asked, or is the frozen one."""
+    names: dict[str, float] = field(default_factory=dict)
+    """The likeliest names with their probabilities, the likeliest first; of classification alone."""
+    strangeness: float | None = None
+    """The share of held-out pictures that are more like a training picture; None where too few are there to tell."""
+
+    def __str__(self) -> str:
+        return self.text
+
+    @property
+    def is_strange(self) -> bool:
+        """Whether the picture is unlike those that the model was trained on, so that its answer is worth little."""
+        return self.strangeness is not None and self.strangeness >= STRANGE
+
+
+Ask = Callable[[Tensor], list[Answer]]
+"""What answers one question about pictures: tokens [B, N, D_img] to an answer each."""
+
+
+class Model:
+    """The best adapters of a run, with the encoder and, once it is asked, the one LLM. Threads may share it.
+
+    All methods raise UserError where something is missing, or does not fit what is there now. While anything is loaded
+    the process's current folder is that of the run's project.
+    """
+
+    def __init__(self, params: Params, project: Path | None = None):
+        self.params, self.run = params, Run.of(params)
+        self._project, self._lock = project or Path.cwd(), threading.RLock()
+        self._inserted = contextlib.ExitStack()
+        self._vlm: tuple[Path, VLM] | None = None
+        self._familiar: dict[tuple[str, ...], Familiar | None] = {}
+        self._namers: dict[Path, Callable[[Tensor], list[dict[str, float]]]] = {}
+
+    @classmethod
+    def load(cls, folder: str | Path, device: str = "auto") -> Model:
+        """The model of a run: `folder` is that of its results, data/<profile> in a project's folder.
+
+        Its parameters are those of params.yaml or, where another profile is active, of profiles/<profile>.yaml.
+        """
+        folder = Path(folder).resolve()
+        if not folder.is_dir() or folder.parent.name != RESULTS.name:
+            raise UserError(folder, "not the results of a run", "give data/<profile> in a project's folder")
+        project = folder.parents[1]
+        with contextlib.chdir(project):
+            params = _params_of(folder.name)
+        runtime = params.runtime.model_copy(update={"device": device})
+        return cls(params.model_copy(update={"runtime": runtime}), project)
+
+    def caption(self, picture: Picture) -> Answer:
+        """What is to be seen in a picture. Raises ValueError, as `encode`, where it is none."""
+        return self.captions()(self.encode([picture]))[0]
+
+    def classify(self, picture: Picture, llm: bool = False, top: int = TOP) -> Answer:
+        """Which of its classes a picture is of, with probabilities; `llm`: said and ranked by the fine-tuned LLM."""
+        return self.names(llm, top)(self.encode([picture]))[0]
+
+    def ask(self, picture: Picture, question: str, on_text: Callable[[str], None] | None = None) -> Answer:
+        """The fine-tuned LLM's answer to any question; `on_text` gets what there is of it with each token added."""
+        return self.question(question, on_text)(self.encode([picture]))[0]
+
+    def each(
+        self, pictures: Iterable[P], ask: Ask, batch: int | None = None
+    ) -> Iterator[tuple[P, Answer | ValueError]]:
+        """Many pictures in their order, each with its answer, or with why it is no readable picture.
+
+        Threads decode the next `batch` (default: evaluate.batch) while the models are at work.
+        """
+        size, rest = batch or self.params.evaluate.batch, iter(pictures)
+        with ThreadPoolExecutor(self.params.runtime.decode_threads) as pool:
+
+            def loading() -> list[tuple[P, Future[Loaded]]]:
+                return [(picture, pool.submit(self._load, picture)) for picture in islice(rest, size)]
+
+            ahead = loading()
+            while ahead:
+                now, ahead = ahead, loading()
+                yield from self._answered(now, ask)
+
+    def encode(self, pictures: Sequence[Picture]) -> Tensor:
+        """Image tokens of pictures, float32 [B, N, D_img] on the CPU: those that extraction would store.
+
+        Raises ValueError with the reason where one is no readable picture.
+        """
+        return self._tokens([self._load(picture) for picture in pictures])
+
+    def captions(self, trained: bool = True) -> Ask:
+        """What captions pictures; not `trained`: the same adapter before fine-tuning, in front of the frozen LLM."""
+        folder, task = self._best_finetuned("caption"), self._task("caption")
+        adapter, recipe, sets = self._made_by(folder)
+        look, decoding = self._familiar_with(sets), dict[str, Any]()
+        if trained:
+            with self._at_work(folder, "adapter") as model, self._in_project():
+                from pipeline.store.reader import usable_rows
+
+                decoding = task.decoding(model, usable_rows(self.run, self._data_of("caption", sets)))
+
+        def answers(tokens: Tensor) -> list[Answer]:
+            weights = (folder, "adapter") if trained else (self.run.pretrained(adapter), "last")
+            with self._at_work(*weights) as model:
+                if trained:
+                    said = model.generate(tokens, task.prompt, task.max_tokens, **decoding)
+                else:
+                    said = model.generate(tokens, max_new_tokens=task.max_tokens, **task.settings.before_finetuning)
+            return _told([text.split("\n")[0] for text in said], look(tokens), adapter, recipe if trained else None)
+
+        return answers
+
+    def names(self, llm: bool = False, top: int = TOP) -> Ask:
+        """What names pictures: the namer, or the fine-tuned LLM with the hints of its recipe."""
+        if llm:
+            return self._names_by_llm(top)
+        with self._in_project():
+            folder = best_adapter(self.params, namers(self.params), self._encoder.identity)
+        named, look = self._named_by(folder), self._familiar_with([folder.name])
+
+        def answers(tokens: Tensor) -> list[Answer]:
+            found = named(tokens)
+            return _told([next(iter(best)) for best in found], look(tokens), folder.parent.name, None, found, top)
+
+        return answers
+
+    def question(self, question: str, on_text: Callable[[str], None] | None = None) -> Ask:
+        """What answers a question about pictures: the LLM as it was fine-tuned for captions or, without such, names."""
+        if not question.strip():
+            raise UserError("", "the question is empty", "ask something")
+        folder = self._best_finetuned("caption", "classify")
+        adapter, recipe, sets = self._made_by(folder)
+        look = self._familiar_with(sets)
+
+        def answers(tokens: Tensor) -> list[Answer]:
+            with self._at_work(folder, "adapter") as model:
+                said = model.generate(tokens, question, ANSWER_TOKENS, on_text=on_text)
+            return _told(said, look(tokens), adapter, recipe)
+
+        return answers
+
+    @contextlib.contextmanager
+    def vlm(self, task: str) -> Iterator[VLM]:
+        """The LLM with the best adapter of a task, caption or classify, until it is given back."""
+        with self._at_work(self._best_finetuned(task), "adapter") as model:
+            yield model
+
+    # What answers.
+
+    def _names_by_llm(self, top: int) -> Ask:
+        from pipeline.naming.table import hinted
+
+        folder, task = self._best_finetuned("classify"), self._task("classify")
+        adapter, recipe, sets = self._made_by(folder)
+        count, look = self.params.finetune_for(adapter, recipe).hints, self._familiar_with(sets)
+        named = self._named_by(self.run.named(adapter) / self._data_of("classify", sets))
+
+        def answers(tokens: Tensor) -> list[Answer]:
+            best = named(tokens)
+            hints = [task.hint(hinted(some.items(), count)) for some in best] if count else None
+            names = sorted(best[0])
+            with self._at_work(folder, "adapter") as model:
+                said = model.generate(tokens, task.prompt, task.max_tokens, hints=hints)
+                ranked = likeliest(names, model.rank(tokens, task.prompt, names, hints).softmax(1))
+            return _told(said, look(tokens), adapter, recipe, ranked, top)
+
+        return answers
+
+    def _named_by(self, folder: Path) -> Callable[[Tensor], list[dict[str, float]]]:
+        """All names of a picture with their probabilities, the likeliest first, by a namer and its adapter."""
+        if folder not in self._namers:
+            with self._in_project():
+                self._namers[folder] = namer_at_work(self.params, folder)
+        return self._namers[folder]
+
+    def _familiar_with(self, sets: Sequence[str]) -> Callable[[Tensor], Sequence[float | None]]:
+        """How strange pictures are to what was trained on some data sets; None each where that cannot be told."""
+        key = tuple(sets)
+        with self._in_project():
+            if key not in self._familiar:
+                self._familiar[key] = _familiar(self.run, list(key))
+        known = self._familiar[key]
+        return lambda tokens: [None] * len(tokens) if known is None else known.strangeness(tokens)
+
+    def _best_finetuned(self, *tasks: str) -> Path:
+        """The best adapter of the first of some tasks that anything is fine-tuned for."""
+        *first, last = tasks
+        with self._in_project():
+            for task in first:
+                with contextlib.suppress(UserError):
+                    return best_adapter(self.params, finetuned(self.params, task), self._encoder.identity)
+            return best_adapter(self.params, finetuned(self.params, last), self._encoder.identity)
+
+    def _made_by(self, folder: Path) -> tuple[str, str, list[str]]:
+        """Adapter, recipe and data sets of a fine-tuned adapter."""
+        adapter, _, recipe = folder.name.partition("-")
+        return adapter, recipe, self.params.finetune_for(adapter, recipe).data
+
+    def _data_of(self, task: str, sets: Sequence[str]) -> str:
+        return next(data for data in sets if self.params.data[data].task == task)
+
+    def _task(self, name: str) -> Any:
+        from pipeline.tasks.base import Task
+
+        return Task.of(name, self.params.evaluate)
+
+    # Models, loaded when they are first asked for.
+
+    @cached_property
+    def _encoder(self) -> VisionEncoder:
+        return load_vision_encoder(self.params.vision, self.params.runtime.device)
+
+    @cached_property
+    def _llm(self) -> LanguageModel:
+        from pipeline.llms.load import load_llm
+
+        return load_llm(self.params.llm, self.params.runtime.device)
+
+    @cached_property
+    def _decoder(self) -> Decoder:
+        device = pick_device(self.params.runtime.device)
+        return Encoder.of(self.params.vision).decoder(self._encoder.preprocess, device)
+
+    @contextlib.contextmanager
+    def _at_work(self, folder: Path, weights: str) -> Iterator[VLM]:
+        """The LLM with an adapter and its LoRA inserted, which stay until others are asked for."""
+        from pipeline.vlm import tuned
+
+        with self._lock:
+            if self._vlm is None or self._vlm[0] != folder:
+                self._inserted.close()
+                self._vlm = None
+                with self._in_project():
+                    self._vlm = folder, self._inserted.enter_context(tuned(self._llm, folder, weights))
+            yield self._vlm[1]
+
+    @contextlib.contextmanager
+    def _in_project(self) -> Iterator[None]:
+        with self._lock, contextlib.chdir(self._project):
+            yield
+
+    # Pictures.
+
+    def _load(self, picture: Picture) -> Loaded:
+        """A picture, decoded as far as a thread has to. Raises ValueError with the reason where it does not decode."""
+        with self._in_project() if "_decoder" not in self.__dict__ else contextlib.nullcontext():
+            decoder = self._decoder
+        try:
+            content = _content(picture)
+        except OSError as error:
+            raise ValueError(error.strerror or str(error)) from None
+        decode(content)  # what is broken, PIL decides, as in `prepare`
+        return decoder.load(content)
+
+    def _tokens(self, loaded: Sequence[Loaded]) -> Tensor:
+        """Part by part, in batches of the shape of extraction. Raises Broken with the place among all."""
+        size, found = self.params.vision.batch, []
+        for at in range(0, len(loaded), size):
+            some = list(loaded[at : at + size])
+            try:
+                pixels = self._decoder.batch(some, size)
+            except Broken as error:
+                raise Broken(at + error.row, str(error)) from None
+            found.append(self._encoder.encode(pixels)[: len(some)])
+        return torch.cat(found)
+
+    def _answered(self, some: list[tuple[P, Future[Loaded]]], ask: Ask) -> Iterator[tuple[P, Answer | ValueError]]:
+        said: list[Answer | ValueError | None] = [None] * len(some)
+        loaded: dict[int, Loaded] = {}
+        for place, (_, future) in enumerate(some):
+            try:
+                loaded[place] = future.result()
+            except ValueError as error:
+                said[place] = error
+        while loaded:
+            places = list(loaded)
+            try:
+                tokens = self._tokens(list(loaded.values()))
+            except Broken as error:  # a GPU's decoder found out
+                said[places[error.row]] = error
+                del loaded[places[error.row]]
+                continue
+            for place, answer in zip(places, ask(tokens), strict=True):
+                said[place] = answer
+            break
+        for (picture, _), answer_or_fault in zip(some, said, strict=True):
+            assert answer_or_fault is not None, "each place has one by now"
+            yield picture, answer_or_fault
+
+
+def _told(
+    texts: list[str], strangeness: Sequence[float | None], adapter: str, recipe: str | None,
+    names: Sequence[dict[str, float]] | None = None, top: int = TOP,
+) -> list[Answer]:  # fmt: skip
+    best = [dict(islice(some.items(), top)) for some in names] if names else [dict[str, float]()] * len(texts)
+    told = zip(texts, best, strangeness, strict=True)
+    return [Answer(text, adapter, recipe, names, strange) for text, names, strange in told]
+
+
+def _familiar(run: Run, sets: list[str]) -> Familiar | None:
+    try:
+        return Familiar.of(run, sets)
+    except UserError as fault:
+        print(f"not looked at whether pictures are like those for training: {fault}", file=sys.stderr)
+        return None
+
+
+def _content(picture: Picture) -> bytes:
+    """The bytes of a file; of an open picture those of a file without loss."""
+    if isinstance(picture, bytes):
+        return picture
+    if not isinstance(picture, Image.Image):
+        return read(str(picture))
+    file = io.BytesIO()
+    picture.save(file, "TIFF" if picture.mode in ("CMYK", "YCbCr", "LAB", "HSV", "F") else "PNG")
+    return file.getvalue()
+
+
+def _params_of(profile: str) -> Params:
+    """The parameters of a profile, active or not, in the current folder."""
+    faults = []
+    for path in (Path("params.yaml"), Path("profiles") / f"{profile}.yaml"):
+        try:
+            params = load_params(path)
+        except UserError as fault:
+            faults.append(fault)
+            continue
+        if params.profile == profile:
+            return params
+    raise (
+        faults[0] if faults else UserError(profile, "no parameters of this run", "`terraalign profile use` its profile")
+    )

@@ -1,0 +1,40 @@
+"""Names of pictures with probabilities, by what stage `name` fitted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pipeline.adapters.module import load_adapter
+from pipeline.config import Params
+from pipeline.devices import pick_device
+from pipeline.naming.namer import Namer
+from pipeline.origin import check_start
+from pipeline.runs import Run
+
+
+def namer_at_work(params: Params, folder: Path) -> Callable[[Tensor], list[dict[str, float]]]:
+    """What gives all names with their probabilities, the likeliest first; `folder` is the namer's."""
+    namer = Namer.load(folder, params.runtime.emd_threads)
+    pretrained = Run.of(params).pretrained(folder.parent.name)
+    check_start(folder, pretrained)
+    device = pick_device(params.runtime.device)
+    adapter = load_adapter(pretrained, "last").to(device)
+
+    @torch.no_grad()
+    def named(tokens: Tensor) -> list[dict[str, float]]:
+        return likeliest(namer.names, namer.rules(tokens, adapter(tokens.to(device).float()))["namer"].exp())
+
+    return named
+
+
+def likeliest(names: Sequence[str], shares: Tensor) -> list[dict[str, float]]:
+    """Names with their probabilities [B, C], for each picture, the likeliest first."""
+    order = shares.argsort(dim=1, descending=True, stable=True)
+    return [
+        {names[i]: share for i, share in zip(row, values, strict=True)}
+        for row, values in zip(order.tolist(), shares.gather(1, order).tolist(), strict=True)
+    ]

@@ -1,0 +1,51 @@
+"""Whether a picture is like those that were trained on, on tokens made up."""
+
+import pandas as pd
+import pytest
+import torch
+from sklearn.neighbors import NearestNeighbors
+
+from pipeline.answers import familiar
+from pipeline.answers.familiar import Familiar
+from pipeline.answers.model import Answer
+from pipeline.runs import Run
+from pipeline.store.reader import ImageTokens
+
+
+def images(counts: dict[str, int], around: torch.Tensor) -> ImageTokens:
+    """Pictures of three tokens of width 16, scattered around a direction."""
+    splits = [split for split, count in counts.items() for _ in range(count)]
+    tokens = around + 0.2 * torch.randn(len(splits), 3, 16)
+    rows = pd.DataFrame({"id": list(map(str, range(len(splits)))), "split": splits})
+    return ImageTokens(rows, (3, 16), "float32", lambda at: {"tokens": tokens[at].numpy()})
+
+
+def test_a_picture_unlike_the_training_pictures_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    here, elsewhere = torch.eye(16)[0], torch.eye(16)[1]
+    sets = {"a": images({"train": 300, "val": 60, "test": 60}, here)}
+    monkeypatch.setattr(ImageTokens, "open", lambda run, data: sets[data])
+    known = Familiar.of(Run("any"), ["a"])
+    assert known is not None
+    like, unlike = images({"test": 200}, here), images({"test": 50}, elsewhere)
+    usual = known.strangeness(like.tokens(list(range(200))))
+    assert 0.4 < sum(usual) / 200 < 0.6  # as strange as those held out: half of them are nearer
+    assert min(known.strangeness(unlike.tokens(list(range(50))))) == 1
+    # The distances are sklearn's.
+    means = [sets["a"].tokens(sets["a"].split(split)).mean(1).numpy() for split in ("train", "val", "test")]
+    nearest = NearestNeighbors(n_neighbors=1, metric="cosine").fit(means[0])
+    expected = torch.tensor([*nearest.kneighbors(means[1])[0][:, 0], *nearest.kneighbors(means[2])[0][:, 0]])
+    torch.testing.assert_close(known.usual.double(), expected.double().sort().values, atol=1e-5, rtol=0)
+
+
+def test_too_few_pictures_tell_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ImageTokens, "open", lambda run, data: images({"train": 300, "val": 19}, torch.eye(16)[0]))
+    assert Familiar.of(Run("any"), ["a"]) is None
+    monkeypatch.setattr(ImageTokens, "open", lambda run, data: images({"train": 5000, "val": 900}, torch.eye(16)[0]))
+    known = Familiar.of(Run("any"), ["a"])
+    assert known is not None and len(known.known) <= familiar.KNOWN and len(known.usual) <= familiar.HELD_OUT
+
+
+def test_an_answer_says_when_it_is_worth_little() -> None:
+    answer = Answer("a pear", "mlp", strangeness=0.995)
+    assert answer.is_strange and str(answer) == "a pear"
+    assert not Answer("a pear", "mlp", strangeness=0.9).is_strange and not Answer("a pear", "mlp").is_strange
