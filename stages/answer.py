@@ -24,7 +24,7 @@ Photos = Annotated[
 ]
 AsJSON = Annotated[
     bool,
-    typer.Option("--json", help="One JSON object a line: photo, answer, adapter, recipe, strangeness, names."),
+    typer.Option("--json", help="One JSON object a line: photo, answer, adapter, rule, recipe, strangeness, names."),
 ]
 Batch = Annotated[int | None, typer.Option(min=1, help="Pictures at a time; default: evaluate.batch.")]
 FORMATS = "give JPEG, PNG, WebP, GIF, BMP or TIFF files, or folders of them"
@@ -51,7 +51,7 @@ def classify(
     terraalign classify --top 3 fridge/
 
     That is by EMD to the names of all classes and discriminant analysis, weighed on validation pictures, without the
-    language model: it answers as soon as stage `name` has run. --llm asks the best fine-tuned adapter, whose names are
+    language model; before stage `name` has run, by EMD alone. --llm asks the best fine-tuned adapter, whose names are
     ranked by their likelihood.
     """
     answer(photos, lambda model: model.names(llm, top or TOP), as_json, batch, top or 1)
@@ -106,7 +106,9 @@ def answer(photos: list[str], how: Callable[[Model], Ask], as_json: bool, batch:
 
 
 def _source(found: Answer) -> str:
-    if found.recipe is None:
+    if found.rule == "emd":
+        return f"{found.adapter}: EMD to the names alone; stage `name` will make it better"
+    if found.rule == "namer":
         return f"{found.adapter}: EMD to the names and discriminant analysis, no language model"
     return f"{found.adapter}, fine-tuned on {found.recipe}"
 
@@ -120,7 +122,7 @@ def _strange(found: Answer) -> str:
 
 def row_of(file: Path, found: Answer) -> Row:
     """An answer as `--json` prints it."""
-    row: Row = {"photo": str(file), "answer": found.text, "adapter": found.adapter}
+    row: Row = {"photo": str(file), "answer": found.text, "adapter": found.adapter, "rule": found.rule}
     if found.recipe is not None:
         row["recipe"] = found.recipe
     if found.strangeness is not None:

@@ -120,7 +120,9 @@ def main() -> None:
     # Imports leave a million objects; looking for garbage among them is an eighth of the time they take.
     gc.set_threshold(10_000, 50, 1000)
     warnings.simplefilter("ignore", FutureWarning)  # of libraries to one another; nothing a user can act on
-    warnings.filterwarnings("ignore", message="Passing `repetition_penalty`")  # says what is meant here (VLM.generate)
+    warnings.filterwarnings(
+        "ignore", message="Passing `(repetition_penalty|no_repeat_ngram_size)`"
+    )  # says what is meant here (VLM.generate)
     app()
 
 

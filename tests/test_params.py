@@ -384,9 +384,9 @@ def test_aliases_and_merges_are_plain_values() -> None:
     assert f"params.yaml:{line_of(wrong, 'pol: 3')}: adapters.mlp.architecture.pol" in fault_in(wrong)
 
 
-def test_the_recipe_of_the_readme_is_one() -> None:
-    readme = (PROJECT / "README.md").read_text(encoding="utf-8").partition("## Several data sets, one model")[2]
-    block = yaml.safe_load(readme.partition("```yaml\n")[2].partition("```")[0])
+def test_the_recipe_of_the_docs_is_one() -> None:
+    page = (PROJECT / "docs/recipes.md").read_text(encoding="utf-8").partition("## Several data sets, one model")[2]
+    block = yaml.safe_load(page.partition("```yaml\n")[2].partition("```")[0])
     params = parse_params(yaml.safe_dump(merged(yaml.safe_load(DEMO), block)), "params.yaml")
     assert params.finetune_for("mlp", "both").data == params.run.data and params.pca.recipe == "both"
     assert "finetune@mlp-both" in stages(params) and "finetune_scratch@self_attention-both" in stages(params)

@@ -89,6 +89,10 @@ def test_every_stage_of_the_graph(tiny_params, tiny_mistral):
     blind = [json.loads((base / f"pretrain/{name}/metrics.json").read_text()) for name in ("query", "self_attention")]
     assert blind[0]["const_set"] == blind[1]["const_set"]
 
+    photo = next(Path("data/raw").glob("openmoji_food*/images/*/*"))
+    [early] = answers("classify", "--json", photo)  # before stage `name`
+    assert early["rule"] == "emd" and len(early["names"]) == 5 and early["adapter"] == "mlp"
+    assert next(iter(early["names"])) == early["answer"] and early["probability"] == early["names"][early["answer"]]
     for name in ("mlp", "self_attention", "query"):
         terraalign("name", name)
         for data in ("captions", "classes"):
@@ -133,17 +137,18 @@ def test_the_thesis_set_up_runs_through_the_same_code(tiny_params):
     assert f"{photo}: " in terraalign("caption", photo).output
 
 
+def answers(*arguments, code=0):
+    """The JSON lines of a command."""
+    return [json.loads(line) for line in terraalign(*arguments, code=code).output.splitlines() if line.startswith("{")]
+
+
 def _check_answers():
     photos = sorted(Path("data/raw").glob("openmoji_food*/images/*/*"))[:3]
     broken = Path("broken.jpg")
     broken.write_bytes(b"no picture")
-    lines = terraalign("caption", "--json", *photos).output.strip().splitlines()
-    rows = [json.loads(line) for line in lines if line.startswith("{")]
-    assert [row["photo"] for row in rows] == [str(photo) for photo in photos]
+    assert [row["photo"] for row in answers("caption", "--json", *photos)] == [str(photo) for photo in photos]
     folder = photos[0].parent
-    lines = terraalign("caption", "--json", folder).output.strip().splitlines()
-    photographed = [json.loads(line)["photo"] for line in lines if line.startswith("{")]
-    assert photographed == sorted(map(str, folder.iterdir()))
+    assert [row["photo"] for row in answers("caption", "--json", folder)] == sorted(map(str, folder.iterdir()))
     names = {folder.name.replace("_", " ") for folder in photos[0].parent.parent.iterdir()}
     for how, key in ((), "probability"), (("--llm",), "recipe"):
         result = terraalign("classify", "--json", *how, photos[0], broken, code=1)
@@ -160,8 +165,7 @@ def _check_the_model_in_python(photos, broken):
     """From another folder, and with the profile no longer the active one."""
     project = Path.cwd()
     model = Model.load(project / "data/tiny")
-    [row] = [json.loads(line) for line in terraalign("classify", "--json", photos[0]).output.splitlines()
-             if line.startswith("{")]  # fmt: skip
+    [row] = answers("classify", "--json", photos[0])
     with contextlib.chdir("/"):
         there = [project / photo for photo in photos]
         named = model.classify(there[0])
@@ -181,8 +185,8 @@ def _check_the_model_in_python(photos, broken):
         assert model.captions(trained=False)(model.encode(there))[0].recipe is None
         with pytest.raises(ValueError, match="not a picture"):
             model.caption(project / broken)
-    said = terraalign("ask", photos[0], photos[1], "What is that?", "--json").output
-    assert [json.loads(line)["photo"] for line in said.splitlines() if line.startswith("{")] == [*map(str, photos[:2])]
+    asked = answers("ask", photos[0], photos[1], "What is that?", "--json")
+    assert [row["photo"] for row in asked] == [*map(str, photos[:2])]
 
     images = Features("data/tiny", "classes", "test")
     batch = next(iter(DataLoader(images, batch_size=4, collate_fn=list)))

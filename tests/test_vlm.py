@@ -2,6 +2,7 @@
 
 import functools
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -319,11 +320,12 @@ def test_lora_learns_also_after_an_evaluation_pass(params, quantization):
 
 
 def test_four_bit_weights_are_the_same_kept_expanded_and_made(params, monkeypatch):
-    """Quantised weights are kept beside a converted model alone, and expanded to the same values."""
+    """Beside a converted model alone they are kept, quantised or expanded, as it was asked for."""
     params = params.model_copy(update={"quantization": "nf4"})
     ids = torch.arange(12)[None] + 3
     folder = Path(params.model)
     kept = folder.with_name(f"{folder.name}-nf4-float32")
+    dense = folder.with_name(f"{folder.name}-nf4-float32-expanded")
 
     def logits(**options):
         network = load_llm(params, "cpu", **options).network
@@ -333,15 +335,20 @@ def test_four_bit_weights_are_the_same_kept_expanded_and_made(params, monkeypatc
     made, kinds = logits(expand=False)
     assert "Linear4bit" in kinds and not kept.exists()
     monkeypatch.setattr(backbone, "MODELS", folder.parent)
-    logits()
-    assert kept.exists()
-    again, kinds = logits(expand=False)
-    assert "Linear4bit" in kinds
-    torch.testing.assert_close(again, made, rtol=0, atol=0)
     expanded, kinds = logits()
-    assert "Linear4bit" not in kinds
+    assert "Linear4bit" not in kinds and dense.exists() and not kept.exists()
     torch.testing.assert_close(expanded, made)
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "bitsandbytes", None)  # what is kept expanded does without
+        again, kinds = logits()
+    assert "Linear4bit" not in kinds
+    torch.testing.assert_close(again, expanded, rtol=0, atol=0)
+    for _ in range(2):
+        again, kinds = logits(expand=False)
+        assert "Linear4bit" in kinds and kept.exists()
+        torch.testing.assert_close(again, made, rtol=0, atol=0)
     monkeypatch.setattr(backbone, "MODELS", folder)  # now it is someone else's folder that has this name
+    shutil.rmtree(dense)
     shutil.rmtree(kept)
     kept.mkdir()
     torch.testing.assert_close(logits(expand=False)[0], made, rtol=0, atol=0)

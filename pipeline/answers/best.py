@@ -14,19 +14,37 @@ from pipeline.runs import Run, remedy
 
 
 def namers(params: Params) -> dict[Path, float]:
-    """The folders of the namers of the first data set of classes that has any, with their losses on validation."""
+    """The folders of the namers of the first data set of classes that has any, with their losses on validation.
+
+    None where stage `name` has not run yet.
+    """
     run = Run.of(params)
-    classes = [data for data in params.run.data if params.data[data].task == "classify"]
-    if not classes:
-        raise UserError("run.data", "none has the task classify", "add one to params.yaml")
-    for data in classes:
+    for data in classes(params):
         folders = [run.named(adapter) / data for adapter in params.run.adapters]
         found = {folder: _read_loss(folder / "namer.json", "val_loss", folder.parent) for folder in folders}
         if known := {folder: loss for folder, loss in found.items() if loss is not None}:
             return known
-    raise UserError(
-        run.base / "name", "no adapter names pictures yet", f"run `dvc repro name@{params.run.adapters[0]}`"
-    )
+    return {}
+
+
+def pretrained(params: Params) -> dict[Path, float]:
+    """The folders of the pre-trained adapters, in the order of run.adapters, which stands for a loss here.
+
+    What pre-training minimises compares between adapters of one objective alone.
+    """
+    folders = [Run.of(params).pretrained(adapter) for adapter in params.run.adapters]
+    found = {folder: float(place) for place, folder in enumerate(folders) if (folder / "last.safetensors").exists()}
+    if not found:
+        raise UserError(folders[0], "no adapter is trained yet", remedy(folders[0]))
+    return found
+
+
+def classes(params: Params) -> list[str]:
+    """The data sets that have classes; UserError where none has."""
+    found = [data for data in params.run.data if params.data[data].task == "classify"]
+    if not found:
+        raise UserError("run.data", "none has the task classify", "add one to params.yaml")
+    return found
 
 
 def finetuned(params: Params, task: str) -> dict[Path, float]:

@@ -12,22 +12,22 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline.answers.best import best_adapter, finetuned, namers
+from pipeline.answers.best import best_adapter, classes, finetuned, namers, pretrained
 from pipeline.answers.familiar import STRANGE, Familiar
-from pipeline.answers.names import likeliest, namer_at_work
+from pipeline.answers.names import emd_at_work, likeliest, namer_at_work
 from pipeline.config import Params, load_params
 from pipeline.devices import pick_device
 from pipeline.encoders.base import Encoder
 from pipeline.encoders.vision import VisionEncoder, load_vision_encoder
 from pipeline.errors import UserError
 from pipeline.media.decoding import Broken, Decoder, Loaded
-from pipeline.media.pictures import decode, read
+from pipeline.media.pictures import read
 from pipeline.runs import RESULTS, Run
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 Picture = str | Path | bytes | Image.Image
 """A picture: a file by its name, the bytes of one, or one that is open."""
 P = TypeVar("P", str, Path, bytes, Image.Image)
+Rule = Literal["llm", "namer", "emd"]
 ANSWER_TOKENS = 40  # of an answer to a question of one's own
 TOP = 5
 
@@ -49,6 +50,8 @@ class Answer:
     adapter: str
     recipe: str | None = None
     """Of the fine-tuning; None where the LLM was not asked, or is the frozen one."""
+    rule: Rule = "llm"
+    """What answered: an LLM; EMD to the names and discriminant analysis, weighed; or EMD alone."""
     names: dict[str, float] = field(default_factory=dict)
     """The likeliest names with their probabilities, the likeliest first; of classification alone."""
     strangeness: float | None = None
@@ -128,7 +131,7 @@ class Model:
                 yield from self._answered(now, ask)
 
     def encode(self, pictures: Sequence[Picture]) -> Tensor:
-        """Image tokens of pictures, float32 [B, N, D_img] on the CPU: those that extraction would store.
+        """Image tokens of pictures, float32 [B, N, D_img] on the CPU: those of extraction, but for its decoder.
 
         Raises ValueError with the reason where one is no readable picture.
         """
@@ -157,16 +160,19 @@ class Model:
         return answers
 
     def names(self, llm: bool = False, top: int = TOP) -> Ask:
-        """What names pictures: the namer, or the fine-tuned LLM with the hints of its recipe."""
+        """What names pictures: the namer (before stage `name` EMD alone), or the fine-tuned LLM with its hints."""
         if llm:
             return self._names_by_llm(top)
         with self._in_project():
-            folder = best_adapter(self.params, namers(self.params), self._encoder.identity)
-        named, look = self._named_by(folder), self._familiar_with([folder.name])
+            found = namers(self.params)
+            rule: Rule = "namer" if found else "emd"
+            folder = best_adapter(self.params, found or pretrained(self.params), self._encoder.identity)
+            adapter, data = (folder.parent.name, folder.name) if found else (folder.name, classes(self.params)[0])
+        named, look = self._named_by(folder, data), self._familiar_with([data])
 
         def answers(tokens: Tensor) -> list[Answer]:
-            found = named(tokens)
-            return _told([next(iter(best)) for best in found], look(tokens), folder.parent.name, None, found, top)
+            best = named(tokens)
+            return _told([next(iter(some)) for some in best], look(tokens), adapter, None, best, top, rule)
 
         return answers
 
@@ -199,7 +205,8 @@ class Model:
         folder, task = self._best_finetuned("classify"), self._task("classify")
         adapter, recipe, sets = self._made_by(folder)
         count, look = self.params.finetune_for(adapter, recipe).hints, self._familiar_with(sets)
-        named = self._named_by(self.run.named(adapter) / self._data_of("classify", sets))
+        data = self._data_of("classify", sets)
+        named = self._named_by(self.run.named(adapter) / data, data)
 
         def answers(tokens: Tensor) -> list[Answer]:
             best = named(tokens)
@@ -212,11 +219,14 @@ class Model:
 
         return answers
 
-    def _named_by(self, folder: Path) -> Callable[[Tensor], list[dict[str, float]]]:
-        """All names of a picture with their probabilities, the likeliest first, by a namer and its adapter."""
-        if folder not in self._namers:
-            with self._in_project():
-                self._namers[folder] = namer_at_work(self.params, folder)
+    def _named_by(self, folder: Path, data: str) -> Callable[[Tensor], list[dict[str, float]]]:
+        """All names of a picture with their probabilities, the likeliest first, by a namer or a pre-trained adapter."""
+        with self._in_project():
+            if folder not in self._namers:
+                alone = folder == self.run.pretrained(folder.name)
+                self._namers[folder] = (
+                    emd_at_work(self.params, folder.name, data) if alone else namer_at_work(self.params, folder)
+                )
         return self._namers[folder]
 
     def _familiar_with(self, sets: Sequence[str]) -> Callable[[Tensor], Sequence[float | None]]:
@@ -264,8 +274,9 @@ class Model:
 
     @cached_property
     def _decoder(self) -> Decoder:
-        device = pick_device(self.params.runtime.device)
-        return Encoder.of(self.params.vision).decoder(self._encoder.preprocess, device)
+        """PIL, which decides what is broken anyway; torchvision, two seconds to import, differs from it by rounding."""
+        vision = self.params.vision.model_copy(update={"decoder": "pil"})
+        return Encoder.of(vision).decoder(self._encoder.preprocess, pick_device(self.params.runtime.device))
 
     @contextlib.contextmanager
     def _at_work(self, folder: Path, weights: str) -> Iterator[VLM]:
@@ -295,7 +306,6 @@ class Model:
             content = _content(picture)
         except OSError as error:
             raise ValueError(error.strerror or str(error)) from None
-        decode(content)  # what is broken, PIL decides, as in `prepare`
         return decoder.load(content)
 
     def _tokens(self, loaded: Sequence[Loaded]) -> Tensor:
@@ -322,7 +332,7 @@ class Model:
             places = list(loaded)
             try:
                 tokens = self._tokens(list(loaded.values()))
-            except Broken as error:  # a GPU's decoder found out
+            except Broken as error:  # an own decoder found out
                 said[places[error.row]] = error
                 del loaded[places[error.row]]
                 continue
@@ -336,11 +346,11 @@ class Model:
 
 def _told(
     texts: list[str], strangeness: Sequence[float | None], adapter: str, recipe: str | None,
-    names: Sequence[dict[str, float]] | None = None, top: int = TOP,
+    names: Sequence[dict[str, float]] | None = None, top: int = TOP, rule: Rule = "llm",
 ) -> list[Answer]:  # fmt: skip
     best = [dict(islice(some.items(), top)) for some in names] if names else [dict[str, float]()] * len(texts)
     told = zip(texts, best, strangeness, strict=True)
-    return [Answer(text, adapter, recipe, names, strange) for text, names, strange in told]
+    return [Answer(text, adapter, recipe, rule, names, strange) for text, names, strange in told]
 
 
 def _familiar(run: Run, sets: list[str]) -> Familiar | None:

@@ -1,4 +1,4 @@
-"""Names of pictures with probabilities, by what stage `name` fitted."""
+"""Names of pictures with probabilities: by what stage `name` fitted or, before it, by EMD alone."""
 
 from __future__ import annotations
 
@@ -27,6 +27,21 @@ def namer_at_work(params: Params, folder: Path) -> Callable[[Tensor], list[dict[
     @torch.no_grad()
     def named(tokens: Tensor) -> list[dict[str, float]]:
         return likeliest(namer.names, namer.rules(tokens, adapter(tokens.to(device).float()))["namer"].exp())
+
+    return named
+
+
+def emd_at_work(params: Params, adapter: str, data: str) -> Callable[[Tensor], list[dict[str, float]]]:
+    """The same by EMD to the names alone: all that pre-training gives. It is fitted here, in seconds."""
+    from pipeline.naming.fit import fit_nearest
+
+    names, nearest, scale = fit_nearest(params, adapter, data)
+    device = pick_device(params.runtime.device)
+    network = load_adapter(Run.of(params).pretrained(adapter), "last").to(device)
+
+    @torch.no_grad()
+    def named(tokens: Tensor) -> list[dict[str, float]]:
+        return likeliest(names, (scale * nearest.scores(network(tokens.to(device).float()))).softmax(1))
 
     return named
 

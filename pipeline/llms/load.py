@@ -18,7 +18,7 @@ from pipeline.devices import keep_freed_memory, pick_device, pick_dtype
 from pipeline.errors import UserError
 from pipeline.llms.base import Loader
 from pipeline.llms.files import stateful_fault
-from pipeline.llms.quantise import fits_dense, keep_gradients, load_nf4
+from pipeline.llms.quantise import keep_gradients, load_nf4
 
 # Before torch starts its threads: spinning OpenMP threads make a step many times slower beside another process.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -42,8 +42,7 @@ class LanguageModel:
 def load_llm(params: LLM, device: str = "auto", *, expand: bool = True) -> LanguageModel:
     """The LLM that params.llm names: frozen, in eval mode, 4-bit where asked.
 
-    `expand`: on a CPU, 4-bit weights are expanded once, to the very values they stand for, where that takes no more
-    than half of the free memory; else every pass expands them again.
+    `expand`: 4-bit weights are expanded once, as `load_nf4` has it; else every pass expands them again.
     Raises UserError naming what is missing when files cannot be found.
     """
     from transformers import AutoModelForCausalLM
@@ -55,13 +54,10 @@ def load_llm(params: LLM, device: str = "auto", *, expand: bool = True) -> Langu
     dtype = pick_dtype(params.dtype, place)
     with _files(params) as (source, options):
         if params.quantization == "nf4":
-            network = load_nf4(source, options, dtype, place)
+            network = load_nf4(source, options, dtype, place, expand)
         else:
             network = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options).to(place)
     _refuse_stateful(params, network)
-    if expand and params.quantization == "nf4" and fits_dense(network, place, dtype):
-        logging.set_verbosity_error()  # that it does what it is asked to
-        network = network.dequantize(dtype)
     keep_gradients(network)
     network.eval().requires_grad_(False)
     return LanguageModel(network, load_tokenizer(params), params.system_prompt, params.max_caption_tokens)

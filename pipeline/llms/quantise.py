@@ -46,33 +46,53 @@ def dequantised(file: Path) -> Path:
     return folder
 
 
-def load_nf4(source: str, options: dict[str, Any], dtype: torch.dtype, place: torch.device) -> Any:
+def load_nf4(source: str, options: dict[str, Any], dtype: torch.dtype, place: torch.device, expand: bool) -> Any:
     """QLoRA's quantisation (Dettmers et al. 2023): 4-bit NormalFloat, double quantisation.
 
-    A model that was converted into data/models is quantised once and kept beside it: a CPU starts 1 to 2 s earlier.
+    `expand`: on a CPU, 4-bit weights are expanded once, to the very values they stand for, where that takes no more
+    than half of the free memory. A model that was converted into data/models is kept beside it as it comes out: a CPU
+    starts 1 to 2 s earlier with what is quantised, and needs no bitsandbytes for what is expanded.
     """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.utils import logging
 
-    config = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
-    options = options | {"dtype": dtype, "device_map": {"": place}}
-    converted = Path(source).parent == MODELS
+    converted = Path(source).parent == MODELS  # other folders are not ours to write beside
     quantised = Path(f"{source}-nf4-{str(dtype).removeprefix('torch.')}")
+    expanded = Path(f"{quantised}-expanded")
+    options = options | {"dtype": dtype, "device_map": {"": place}}
+    if converted and expand and expanded.exists() and _fits(_bytes_of(expanded), place):
+        return AutoModelForCausalLM.from_pretrained(expanded, **options)
     if converted and quantised.exists():
-        return AutoModelForCausalLM.from_pretrained(quantised, **options)
-    network = AutoModelForCausalLM.from_pretrained(source, quantization_config=config, **options)
-    if converted:  # other folders are not ours to write beside
-        _save_whole(quantised, network)
+        network = AutoModelForCausalLM.from_pretrained(quantised, **options)
+    else:
+        config = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+        network = AutoModelForCausalLM.from_pretrained(source, quantization_config=config, **options)
+    is_expanded = expand and _fits(dense_bytes(network, dtype), place)
+    if is_expanded:
+        logging.set_verbosity_error()  # that it does what it is asked to
+        network = network.dequantize(dtype)
+    folder = expanded if is_expanded else quantised
+    if converted and not folder.exists():
+        _save_whole(folder, network)
     return network
 
 
-def fits_dense(network: nn.Module, place: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a CPU has twice the memory free that a 4-bit model needs when expanded (two weights lie in a byte)."""
+def dense_bytes(network: nn.Module, dtype: torch.dtype) -> int:
+    """What a 4-bit model takes when it is expanded: two weights lie in a byte."""
+    return sum(2 * p.numel() if p.dtype == torch.uint8 else p.numel() for p in network.parameters()) * dtype.itemsize
+
+
+def _fits(size: int, place: torch.device) -> bool:
+    """Whether a CPU has twice so many bytes of memory free."""
     import psutil
 
-    size = sum(2 * p.numel() if p.dtype == torch.uint8 else p.numel() for p in network.parameters()) * dtype.itemsize
     return place.type == "cpu" and 2 * size < psutil.virtual_memory().available
+
+
+def _bytes_of(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def _save_whole(folder: Path, *parts: Any) -> None:

@@ -96,10 +96,10 @@ def normalise(pixels: Tensor, constants: tuple[Tensor, Tensor, Tensor]) -> Tenso
 
 def in_parts(transform: Callable[[Image.Image], Tensor]) -> Preprocess | None:
     """A transform of torchvision's parts, as open_clip and timm have them, taken apart; None when it has others."""
-    from torchvision import transforms
-
     if isinstance(transform, Preprocess):
         return transform
+    from torchvision import transforms  # which takes two seconds, and torch's compiler with it
+
     parts = list(getattr(transform, "transforms", ()))
     parts = [part for part in parts if _name(part) not in ("_convert_to_rgb", "MaybeConvertMode")]  # pictures are RGB
     if [_name(part) for part in parts if _name(part) != "CenterCrop"] not in (

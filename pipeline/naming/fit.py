@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -54,7 +55,7 @@ def fit_namer(params: Params, adapter: str, data: str) -> Named:
     shrinkage = choose_shrinkage(known, classes, held_out, right, len(names))
     early = Discriminant.fit(known, classes, len(names), shrinkage)
     adapted = adapted_by(load_adapter(run.pretrained(adapter), "last"), images.tokens)
-    nearest = _nearest(params, adapter, data, images, names).debiased(adapted, train[:: -(-len(train) // REFERENCE)])
+    nearest = _nearest(params, adapter, data, images, names, adapted)
     distances = many(nearest.scores, adapted, [*val, *test])
     first = early.of_features(torch.from_numpy(held_out))
     scales = _scales(distances[: len(val)], first, right)
@@ -88,8 +89,31 @@ def _scales(emd: Tensor, discriminant: Tensor, right: list[int]) -> Scales:
     )
 
 
-def _nearest(params: Params, adapter: str, data: str, images: ImageTokens, names: list[str]) -> Nearest:
-    """The names as the adapter's objective measures them: words, their weights and their space are pre-training's."""
+def fit_nearest(params: Params, adapter: str, data: str) -> tuple[list[str], Nearest, float]:
+    """What there is of a namer right after pre-training: names, EMD to them, and its scale for probabilities.
+
+    The scale is fitted on validation pictures. Raises UserError as `fit_namer`.
+    """
+    run = Run.of(params)
+    check_tokens(run.pretrained(adapter), run, data)
+    images = ImageTokens.open(run, data)
+    names, val = class_names(images), labelled(images, "val")
+    if not val or not labelled(images, "train"):
+        raise UserError(data, "no train or no val pictures with a name", "both are needed")
+    adapted = adapted_by(load_adapter(run.pretrained(adapter), "last"), images.tokens)
+    nearest = _nearest(params, adapter, data, images, names, adapted)
+    scores = many(nearest.scores, adapted, val)
+    return names, nearest, fit_weights({"emd": scores}, numbers(images, val, names))["emd"]
+
+
+def _nearest(
+    params: Params, adapter: str, data: str, images: ImageTokens, names: list[str],
+    adapted: Callable[[list[int]], Tensor],
+) -> Nearest:  # fmt: skip
+    """The names as the adapter's objective measures them: words, their weights and their space are pre-training's.
+
+    Debiased by training pictures.
+    """
     settings = params.pretrain_for(adapter)
     if data not in settings.data:
         settings = settings.model_copy(update={"data": [*settings.data, data]})
@@ -98,7 +122,9 @@ def _nearest(params: Params, adapter: str, data: str, images: ImageTokens, names
     start = pairs.starts[settings.data.index(data)]
     label_at = {label: i for i, label in enumerate(images.rows["label"])}
     objective = EMD(own, pairs, Means(params.seed, params.runtime.emd_threads))
-    return Nearest.of(objective, [pairs.captions[start + label_at[name]][0] for name in names])
+    train = labelled(images, "train")
+    found = Nearest.of(objective, [pairs.captions[start + label_at[name]][0] for name in names])
+    return found.debiased(adapted, train[:: -(-len(train) // REFERENCE)])
 
 
 def _rows(
