@@ -1,5 +1,6 @@
 # make demo   install, run the whole graph of the active profile, print its main figures
 # make test   what CI runs: linter, formatter, types, tests
+# make docs   the pages of docs/ as a site in site/; a broken link is an error
 # make clean  remove the demo's results and all caches: the features of every profile, and DVC's copies of results
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ IN_GIT := import sys, pathlib as p; sys.exit(not any((f / ".git").exists() for f
 # The git that DVC looks for is a program, which its library does without.
 export GIT_PYTHON_REFRESH := quiet
 
-.PHONY: demo test clean
+.PHONY: demo test docs clean
 
 demo: .venv/.installed
 	$(BIN)/terraalign run
@@ -26,6 +27,10 @@ test: .venv/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder  # two files at a time; else the longest come last, one alone
+
+docs: .venv/.installed
+	$(INSTALL) -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # Installs anew only when the list of packages changed; the stamp is written last, so an interrupted one is repeated.
 # Without compiling all 24,000 files of the packages beforehand: Python compiles those that it imports.

@@ -39,8 +39,10 @@ class Features(Dataset[dict[str, Any]]):
         at = [self._at[item] for item in items]
         rows = self._images.rows.iloc[at]
         tokens = self._images.tokens(at).unbind(0)
-        said = [{"label": row["label"]} if row["label"] is not None else {"captions": list(row["captions"])}
-                for _, row in rows.iterrows()]  # fmt: skip
+        said: list[dict[str, Any]] = [
+            {"label": label} if captions is None or not len(captions) else {"captions": list(captions)}
+            for label, captions in zip(rows["label"], rows["captions"], strict=True)
+        ]
         return [
             {"id": row_id, "tokens": one, "split": split, **text}
             for row_id, one, split, text in zip(rows["id"], tokens, rows["split"], said, strict=True)
