@@ -32,10 +32,7 @@ TOP = 5  # names in JSON
 
 
 def caption(photos: Photos, as_json: AsJSON = False, batch: Batch = None) -> None:
-    """Caption any pictures with the best fine-tuned adapter of the active profile's run.
-
-    terraalign caption holiday/*.jpg
-    """
+    """Caption any pictures with the best fine-tuned adapter of the active profile's run."""
     answer(photos, lambda model: model.captions(), as_json, batch)
 
 
@@ -47,8 +44,6 @@ def classify(
     batch: Batch = None,
 ) -> None:
     """Name what is in any pictures, with probabilities, by the best pre-trained adapter of the active profile's run.
-
-    terraalign classify --top 3 fridge/
 
     That is by EMD to the names of all classes and discriminant analysis, weighed on validation pictures, without the
     language model; before stage `name` has run, by EMD alone. --llm asks the best fine-tuned adapter, whose names are
@@ -65,8 +60,6 @@ def ask(
     batch: Batch = None,
 ) -> None:
     """Ask the best fine-tuned adapter of the active profile's run anything about any pictures.
-
-    terraalign ask fridge.jpg "What is on the lower shelf?"
 
     It was fine-tuned on the questions of its recipes alone: the further another one is from these, the less its answer
     is worth.

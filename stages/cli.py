@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import gc
 import importlib
+import inspect
 import io
 import os
+import re
 import sys
 import warnings
 from typing import Any
@@ -20,11 +22,8 @@ from stages import profile, store
 
 HELP = """Vision-language models on a budget: extract once, align without the LLM, fine-tune with QLoRA.
 
-`dvc repro` runs the stages below in this order, and repeats only what a change touches; `terraalign run` runs two at a
-time:
-
-prepare, extract-images, extract-captions (once), inputs, pretrain (EMD, no LLM), name (no LLM), finetune,
-finetune-scratch (QLoRA), evaluate, pca, report.
+`dvc repro` runs the stages below in their order, and repeats only what a change touches; `terraalign run` runs two at a
+time.
 
 Parameters: params.yaml, written by `terraalign profile use NAME`.
 
@@ -32,28 +31,29 @@ Results: data/PROFILE/report/index.html, data/PROFILE/metrics.json; features of 
 
 Commands work in the current folder: the one that holds params.yaml.
 """
-STAGES, PEOPLE = "Stages (run by `dvc repro`)", "For people"
-# The command's name, the module that holds its function of that name, and the heading in --help.
+START, LOOK, ASK, SHARE, MEND = "Start", "Look at results", "Ask", "Share", "Mend"
+STAGES = "Stages (run by `dvc repro`)"
+# The command's name, the module that holds its function of that name, the heading in --help, and an example.
 COMMANDS = {
-    "prepare": ("stages.prepare", STAGES),
-    "extract-images": ("stages.extract_images", STAGES),
-    "extract-captions": ("stages.extract_captions", STAGES),
-    "inputs": ("stages.inputs", STAGES),
-    "pretrain": ("stages.pretrain", STAGES),
-    "name": ("stages.name", STAGES),
-    "finetune": ("stages.finetune", STAGES),
-    "finetune-scratch": ("stages.finetune", STAGES),
-    "evaluate": ("stages.evaluate", STAGES),
-    "pca": ("stages.pca", STAGES),
-    "report": ("stages.report", STAGES),
-    "run": ("stages.run", PEOPLE),
-    "study": ("stages.study", PEOPLE),
-    "show": ("stages.show", PEOPLE),
-    "caption": ("stages.answer", PEOPLE),
-    "classify": ("stages.answer", PEOPLE),
-    "ask": ("stages.answer", PEOPLE),
-    "series": ("stages.series", PEOPLE),
-    "doctor": ("stages.doctor", PEOPLE),
+    "run": ("stages.run", START, "terraalign run --jobs 2"),
+    "show": ("stages.show", LOOK, "terraalign show"),
+    "study": ("stages.study", LOOK, "terraalign study --only mlp --only 17"),
+    "classify": ("stages.answer", ASK, "terraalign classify --top 3 fridge/"),
+    "caption": ("stages.answer", ASK, "terraalign caption holiday/*.jpg --json"),
+    "ask": ("stages.answer", ASK, 'terraalign ask fridge.jpg "What is on the lower shelf?"'),
+    "doctor": ("stages.doctor", MEND, "terraalign doctor"),
+    "series": ("stages.series", MEND, "terraalign series classes"),
+    "prepare": ("stages.prepare", STAGES, "terraalign prepare captions"),
+    "extract-images": ("stages.extract_images", STAGES, "terraalign extract-images captions --workers 4"),
+    "extract-captions": ("stages.extract_captions", STAGES, "terraalign extract-captions captions"),
+    "inputs": ("stages.inputs", STAGES, "terraalign inputs"),
+    "pretrain": ("stages.pretrain", STAGES, "terraalign pretrain mlp"),
+    "name": ("stages.name", STAGES, "terraalign name mlp"),
+    "finetune": ("stages.finetune", STAGES, "terraalign finetune mlp captions"),
+    "finetune-scratch": ("stages.finetune", STAGES, "terraalign finetune-scratch mlp captions"),
+    "evaluate": ("stages.evaluate", STAGES, "terraalign evaluate mlp captions"),
+    "pca": ("stages.pca", STAGES, "terraalign pca mlp"),
+    "report": ("stages.report", STAGES, "terraalign report"),
 }
 
 
@@ -93,13 +93,24 @@ def _disk_full(fault: BaseException) -> bool:
     return "No space left on device" in str(fault)
 
 
-app = typer.Typer(cls=Commands, help=HELP, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+def _example(line: str) -> str:
+    return f"Example: [bold cyan]{line}[/]"
 
 
-for name, (module, panel) in COMMANDS.items():
-    app.command(name, rich_help_panel=panel)(getattr(importlib.import_module(module), name.replace("-", "_")))
-app.add_typer(profile.app, name="profile", rich_help_panel=PEOPLE)
-app.add_typer(store.app, name="store", rich_help_panel=PEOPLE)
+def _flowing(text: str) -> str:
+    """A docstring whose paragraphs a terminal breaks where it ends, not where the source does."""
+    return re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.cleandoc(text))
+
+
+app = typer.Typer(
+    cls=Commands, help=_flowing(HELP), no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich"
+)  # fmt: skip
+for name, (module, panel, example) in COMMANDS.items():
+    function = getattr(importlib.import_module(module), name.replace("-", "_"))
+    text = _flowing(function.__doc__ or "")
+    app.command(name, help=text, rich_help_panel=panel, epilog=_example(example))(function)
+app.add_typer(profile.app, name="profile", rich_help_panel=START, epilog=_example("terraalign profile use photos"))
+app.add_typer(store.app, name="store", rich_help_panel=SHARE, epilog=_example("terraalign store ls"))
 
 
 def _in_utf8_mode() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -58,6 +59,11 @@ def test_help_teaches_and_imports_nothing_heavy() -> None:
 def test_every_command_explains_itself(name: str) -> None:
     code, text = terraalign(name, "--help")
     assert code == 0 and len(text) > 200
+    example = cli.COMMANDS[name][2]
+    assert f"Example: {example}" in " ".join(text.split())
+    command, words = typer.main.get_command(cli.app).commands[name], shlex.split(example)
+    command.make_context(name, words[2:])  # raises where it cannot be typed
+    assert words[:2] == ["terraalign", name]
 
 
 def test_use_writes_the_profile_byte_for_byte(folder: Path) -> None:

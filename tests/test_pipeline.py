@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from pipeline import Features, Model
 from pipeline.adapters.module import load_adapter
+from pipeline.metrics.accuracy import shuffled_accuracy
 from pipeline.metrics.things import Judged, Things, f_score
 from pipeline.naming.namer import Namer
 from pipeline.runs import Run
@@ -236,6 +237,8 @@ def test_tables_of_predictions():
     assert per_class(table).to_dict("list") == {
         "label": ["a", "b"], "images": [2, 2], "correct": [1, 0], "accuracy": [0.5, 0.0],
     }  # fmt: skip
+    pairs = [(said, own) for i, said in enumerate(table["predicted"]) for j, own in enumerate(table["label"]) if i != j]
+    assert shuffled_accuracy(table) == pytest.approx(sum(said == own for said, own in pairs) / len(pairs))
     assert confusions(table)["count"].sum() == 3 and "" in set(confusions(table)["predicted"])
 
 

@@ -217,7 +217,7 @@ def test_page_needs_nothing_else(params: Params) -> None:
 def test_page_escapes_and_names_what_is_missing(params: Params) -> None:
     text = report(params)
     assert EVIL not in text and "&lt;script&gt;alert" in text
-    assert text.count("picture not on this disk") == 3  # a caption's, the wrong dish NA's, and where it was confused
+    assert text.count("picture not on this disk") == 4  # a caption, the dish NA: wrong, confused, its class
     assert text.count("restored from DVC's cache, no timing") == 1
     assert "CC BY-SA 4.0" in text and "own terms" not in text
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
 from pipeline.metrics.base import Figure, Metric, Tested, share_of
 from pipeline.naming.classes import class_names
 from pipeline.naming.rules import LLM_RULES
 from pipeline.tasks.naming import SCORES
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 
 class Accuracy(Metric):
     """acc: the class's name stands in the answer (thesis, 3.7); macro: its mean over the classes; acc_strict: the name
-    is the answer; and the figures of LLM_RULES where names were ranked."""
+    is the answer; acc_shuffled: the answer is that to another picture; and the figures of LLM_RULES where names were
+    ranked."""
 
     tasks = ("classify",)
 
@@ -45,9 +50,19 @@ class Accuracy(Metric):
             share_of("acc", rows["correct"], "accuracy"),
             Figure("macro", float(rows.groupby("label")["correct"].mean().mean()), "accuracy, mean over the classes"),
             share_of("acc_strict", rows["strict"], "accuracy, word for word"),
+            Figure("acc_shuffled", shuffled_accuracy(rows), "accuracy of another picture's answer"),
             share_of("valid_name", rows["predicted"].notna(), "answers that are the name of a class"),
             *ranked,
             Figure("chance", 1 / len(names), "chance", baseline=True),
             Figure("test_images", len(rows), "test pictures", kind="count", baseline=True),
             Figure("classes", len(names), "classes", kind="count", baseline=True),
         ]
+
+
+def shuffled_accuracy(rows: pd.DataFrame) -> float:
+    """The mean accuracy over all ways to give each picture the answer to another one, by counting pairs."""
+    if len(rows) < 2:
+        return float("nan")
+    said, own = rows["predicted"].value_counts(), rows["label"].value_counts()
+    pairs = float((said.reindex(own.index, fill_value=0) * own).sum()) - float(rows["correct"].sum())
+    return pairs / (len(rows) * (len(rows) - 1))

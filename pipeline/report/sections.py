@@ -20,10 +20,11 @@ from pipeline.report.tables import Table, figures_table, scores_table, ways_tabl
 from pipeline.report.ways import Way, ways
 from pipeline.tasks.base import Task
 from pipeline.tasks.captioning import Captioning
-from pipeline.tasks.naming import Naming, confusions
+from pipeline.tasks.naming import Naming, confusions, per_class
 
 GALLERY, EXAMPLES, CONFUSED = 24, 6, 8
-THUMBNAIL = 240  # pixels of the longer side
+CLASSES = 120  # of which a picture is shown
+THUMBNAIL, TILE = 240, 96  # pixels of the longer side
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,16 @@ class Example:
     picture: str | None
     label: str
     answer: str
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A class: a test picture of it, and how many were named right."""
+
+    picture: str | None
+    label: str
+    right: int
+    images: int
 
 
 @dataclass(frozen=True)
@@ -165,6 +176,7 @@ def _naming(results: Results, data: str) -> dict[str, Any]:
         "right": _examples(rows[rows["correct"]]),
         "wrong": _examples(rows[~rows["correct"]]),
         "confused": _confused(rows),
+        "tiles": _tiles(rows),
     }
 
 
@@ -181,6 +193,16 @@ def _examples(rows: pd.DataFrame) -> list[Example]:
     kept = rows.drop_duplicates("label").head(EXAMPLES)
     columns = (kept["image"], kept["label"], kept["output"])
     return [Example(thumbnail(image), label, output.strip()) for image, label, output in zip(*columns, strict=True)]
+
+
+def _tiles(rows: pd.DataFrame) -> list[Tile]:
+    """Every class, the worst named first; of more than CLASSES the worst."""
+    counts = per_class(rows).sort_values(["accuracy", "label"]).head(CLASSES)
+    pictures = dict(rows.drop_duplicates("label")[["label", "image"]].itertuples(index=False))
+    return [
+        Tile(thumbnail(pictures[label], TILE), label, int(right), int(images))
+        for label, images, right in counts[["label", "images", "correct"]].itertuples(index=False)
+    ]
 
 
 def _confused(rows: pd.DataFrame) -> list[Confusion]:
@@ -213,13 +235,13 @@ def _text(value: object) -> str:
     return " / ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def thumbnail(path: str) -> str | None:
+def thumbnail(path: str, side: int = THUMBNAIL) -> str | None:
     """A picture as a small JPEG in a data URI; None when its file is gone or cannot be read."""
     try:
         picture = decode(read(path))
     except (OSError, ValueError):
         return None
-    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    picture.thumbnail((side, side))
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=82, optimize=True)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -40,7 +40,7 @@ class Features(Dataset[dict[str, Any]]):
         rows = self._images.rows.iloc[at]
         tokens = self._images.tokens(at).unbind(0)
         said: list[dict[str, Any]] = [
-            {"label": label} if captions is None or not len(captions) else {"captions": list(captions)}
+            {"label": label} if isinstance(label, str) and label else {"captions": list(captions)}
             for label, captions in zip(rows["label"], rows["captions"], strict=True)
         ]
         return [
