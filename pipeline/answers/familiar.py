@@ -20,10 +20,8 @@ class Familiar:
     """How far pictures are from the nearest training picture, set beside held-out ones of the same data sets.
 
     Distances are 1 - cosine of mean tokens, to the nearest (Sun et al. 2022, "Out-of-Distribution Detection with Deep
-    Nearest Neighbors", with k = 1 of 1,000). With EfficientNet-Lite0 and validation pictures held out, beyond STRANGE
-    of them are 99 to 100 % of drawings where photos are known and of photos where drawings are, 72 to 100 % between
-    groceries and Flickr's photos, 90 to 94 % between the demo's food and its scenes, and 0 to 2 % of the test part of
-    the same set. Less the mean of all, with k = 5, or by Mahalanobis distance it was as much or less.
+    Nearest Neighbors", with k = 1 and at most 1,000). What it finds, and misses: docs/benchmarks.md. Less the mean of
+    all, with k = 5, or by Mahalanobis distance it found as many or fewer.
     """
 
     known: Tensor
@@ -39,21 +37,24 @@ class Familiar:
         """
         images = [ImageTokens.open(run, data) for data in sets]
         known, held_out = (
-            torch.cat([_means(some, parts, most) for some in images])
+            torch.cat([means(some, parts, most) for some in images])
             for parts, most in ((("train",), KNOWN), (("val", "test"), HELD_OUT))
         )
         if not len(known) or len(held_out) < FEWEST:
             return None
-        return cls(known, _distances(held_out, known).sort().values)
+        return cls(known, distances(held_out, known).sort().values)
 
     def strangeness(self, tokens: Tensor) -> list[float]:
         """Of pictures, tokens [B, N, D]: the share of held-out pictures that are nearer to a training picture."""
-        distances = _distances(_unit(tokens), self.known)
-        nearer: list[int] = torch.searchsorted(self.usual, distances).tolist()
+        return self.of_means(_unit(tokens))
+
+    def of_means(self, pictures: Tensor) -> list[float]:
+        """The same from mean tokens of length 1, [B, D]."""
+        nearer: list[int] = torch.searchsorted(self.usual, distances(pictures, self.known)).tolist()
         return [count / len(self.usual) for count in nearer]
 
 
-def _means(images: ImageTokens, parts: tuple[str, ...], most: int) -> Tensor:
+def means(images: ImageTokens, parts: tuple[str, ...], most: int) -> Tensor:
     """Mean tokens, of length 1, of at most so many pictures of some parts."""
     at = [position for part in parts for position in images.split(part)]
     at = at[:: -(-len(at) // most) or 1]
@@ -65,5 +66,6 @@ def _unit(tokens: Tensor) -> Tensor:
     return torch.nn.functional.normalize(tokens.float().mean(1), dim=1)
 
 
-def _distances(pictures: Tensor, known: Tensor) -> Tensor:
+def distances(pictures: Tensor, known: Tensor) -> Tensor:
+    """1 - cosine of mean tokens, to the nearest known one: [B]."""
     return 1 - (pictures @ known.T).amax(1)
