@@ -2,8 +2,8 @@
 
     python benchmarks/answers.py PHOTO... [--repeat 3]      in a project whose active profile has run
 
-Starts are the least of some repeats, in turn, each in a process of its own. One by one: in one process, a picture at a time
-(`--batch 1`), so that loading counts in neither; a call for each picture would cost the cold start each time.
+Starts are the least of some repeats, in turn, each in a process of its own. One by one: in one process, a picture at a
+time (`--batch 1`), so that loading counts in neither; a call for each picture would cost the cold start each time.
 """
 
 from __future__ import annotations
