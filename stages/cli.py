@@ -51,6 +51,8 @@ COMMANDS = {
     "show": ("stages.show", PEOPLE),
     "caption": ("stages.answer", PEOPLE),
     "classify": ("stages.answer", PEOPLE),
+    "export": ("stages.export", PEOPLE),
+    "push": ("stages.push", PEOPLE),
     "series": ("stages.series", PEOPLE),
     "doctor": ("stages.doctor", PEOPLE),
 }
