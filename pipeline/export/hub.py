@@ -7,13 +7,15 @@ from pathlib import Path
 from pipeline.errors import UserError
 from pipeline.files import foreign_faults
 
+COMPILED = "__pycache__"  # what Python left there when the example ran
+
 
 def files_of(folder: Path) -> list[Path]:
     """The files of an export; UserError where a folder is none."""
     for name in ("README.md", "config.json"):
         if not (folder / name).is_file():
             raise UserError(folder, f"no {name} in it, so this is no export", "write one with `terraalign export`")
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.parent.name != COMPILED)
 
 
 def why_not(repo: str) -> str | None:
@@ -49,7 +51,12 @@ def push(repo: str, folder: Path, private: bool) -> str:
     api = HfApi(library_name="terraalign")
     with foreign_faults(lambda text: UserError(repo, text, "see `hf auth whoami`, and run the same command again")):
         made = api.create_repo(repo, private=private, exist_ok=True)
-        api.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message="Export of TerraAlign")
+        api.upload_folder(
+            repo_id=made.repo_id,
+            folder_path=folder,
+            ignore_patterns=f"*{COMPILED}*",
+            commit_message="Export of TerraAlign",
+        )
     return str(made)
 
 

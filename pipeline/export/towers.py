@@ -21,6 +21,13 @@ from pipeline.encoders.timm_network import TimmTokens
 from pipeline.errors import UserError
 
 WOULD_WORK = "take a CLIP ViT of open_clip (such as ViT-B-32), or a SigLIP of open_clip or timm"
+# torch's (with `approximate`), timm's and open_clip's, as transformers names them.
+ACTIVATIONS = {
+    "GELU": "gelu",
+    "GELUtanh": "gelu_pytorch_tanh",
+    "GELUTanh": "gelu_pytorch_tanh",
+    "QuickGELU": "quick_gelu",
+}
 
 
 @dataclass(frozen=True)
@@ -145,13 +152,10 @@ def _refuse_unless(named: str, conditions: dict[str, bool]) -> None:
 
 def _activation(module: nn.Module, named: str) -> str:
     """As transformers names it."""
-    if isinstance(module, nn.GELU):
-        return "gelu_pytorch_tanh" if module.approximate == "tanh" else "gelu"
-    if type(module).__name__ == "QuickGELU":
-        return "quick_gelu"
-    raise UserError(
-        named, f"has {type(module).__name__} between its layers, where LLaVA's towers have GELU", WOULD_WORK
-    )
+    kind = type(module).__name__ + str(getattr(module, "approximate", "none")).replace("none", "")
+    if kind not in ACTIVATIONS:
+        raise UserError(named, f"has {kind} between its layers, where LLaVA's towers have GELU", WOULD_WORK)
+    return ACTIVATIONS[kind]
 
 
 def _eps(named: str, *norms: Any) -> float:
