@@ -72,7 +72,7 @@ def _check_run(params: Params, run: Path) -> None:
 def _task(params: Params, recipe: str | None) -> str:
     """What the adapter is to answer: what the recipe is for, or captions where a recipe is for them."""
     recipes = [recipe] if recipe else params.run.recipes
-    tasks = {}
+    tasks: dict[str, None] = {}
     for name in recipes:
         if name not in params.run.recipes:
             raise UserError(

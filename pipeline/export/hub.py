@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from pipeline.errors import UserError
 from pipeline.files import foreign_faults
 
+REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 COMPILED = "__pycache__"  # what Python left there when the example ran
 
 
@@ -24,13 +26,10 @@ def why_not(repo: str) -> str | None:
     Raises UserError for a name that is none, and when the hub knows nobody by this login.
     """
     from huggingface_hub import HfApi, constants, get_token
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.errors import HfHubHTTPError
 
-    try:
-        validate_repo_id(repo)
-    except HFValidationError as error:
-        raise UserError(repo, str(error).splitlines()[0], "name it as user/model") from None
+    if not REPOSITORY.fullmatch(repo):
+        raise UserError(repo, "no name of a repository", "name it as user/model")
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     if get_token() is None:

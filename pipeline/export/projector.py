@@ -50,8 +50,9 @@ def projector_of(adapter: Adapter, name: str, count: int) -> Projector:
     if kind == "linear":
         return Projector((adapter.out.weight, torch.zeros(wide)), "linear", (torch.eye(wide), bias))
     layers = list(adapter.body.children())
-    fc1, hidden = layers[0], layers[0].out_features
+    fc1 = layers[0]
     assert isinstance(fc1, nn.Linear) and isinstance(layers[-1], nn.GELU), "as adapters/mlp.py builds it"
+    hidden = fc1.out_features
     if hidden > wide:
         why = f"LLaVA's projector has as many units as the LLM is wide, {wide}"
         raise UserError(f"{key}.hidden is {hidden}", why, f"set it to {wide} or less and train anew")

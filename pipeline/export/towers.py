@@ -20,6 +20,7 @@ from pipeline.encoders.base import Parts
 from pipeline.encoders.timm_network import TimmTokens
 from pipeline.errors import UserError
 
+NO_EQUAL = "has no equal among the towers of Hugging Face's LLaVA"
 WOULD_WORK = "take a CLIP ViT of open_clip (such as ViT-B-32), or a SigLIP of open_clip or timm"
 # torch's (with `approximate`), timm's and open_clip's, as transformers names them.
 ACTIVATIONS = {
@@ -46,7 +47,7 @@ def tower_of(parts: Parts, named: str) -> Tower:
         return _siglip(parts.tokens.network, named)
     if all(hasattr(network, part) for part in ("conv1", "class_embedding", "transformer", "ln_post", "attn_pool")):
         return _clip(network, named)
-    raise UserError(named, "has no equal among the towers of Hugging Face's LLaVA", WOULD_WORK)
+    raise UserError(named, NO_EQUAL, WOULD_WORK)
 
 
 @torch.no_grad()
@@ -56,18 +57,7 @@ def _clip(visual: Any, named: str) -> Tower:
 
     blocks = list(visual.transformer.resblocks)
     first = blocks[0]
-    _refuse_unless(
-        named,
-        {
-            "pools its tokens by attention": visual.attn_pool is None,
-            "has no norm before its blocks": isinstance(visual.ln_pre, nn.LayerNorm),
-            "is not square": len({*visual.image_size}) == 1 and len({*visual.patch_size}) == 1,
-            "has blocks of another kind": all(
-                type(getattr(one, "attn", None)) is nn.MultiheadAttention for one in blocks
-            ),
-            "scales its layers": all(isinstance(getattr(one, "ls_1", None), nn.Identity) for one in blocks),
-        },
-    )
+    _check_clip(visual, blocks, named)
     normed = not visual.final_ln_after_pool
     config = CLIPVisionConfig(
         hidden_size=visual.conv1.out_channels, intermediate_size=first.mlp.c_fc.out_features,
@@ -95,30 +85,14 @@ def _clip(visual: Any, named: str) -> Tower:
 @torch.no_grad()
 def _siglip(network: Any, named: str) -> Tower:
     """timm's VisionTransformer without a class token."""
-    from timm.models.vision_transformer import Block, VisionTransformer
+    from timm.models.vision_transformer import VisionTransformer
     from transformers import SiglipVisionConfig, SiglipVisionModel
 
     if type(network) is not VisionTransformer:
-        raise UserError(named, "has no equal among the towers of Hugging Face's LLaVA", WOULD_WORK)
+        raise UserError(named, NO_EQUAL, WOULD_WORK)
     blocks, embed = list(network.blocks), network.patch_embed
     first = blocks[0]
-    positions = network.pos_embed is not None and network.pos_embed.shape[1] == embed.num_patches
-    _refuse_unless(
-        named,
-        {
-            "has class tokens, which SigLIP has not": network.num_prefix_tokens == 0 and positions,
-            "has a norm before its blocks": isinstance(network.norm_pre, nn.Identity),
-            "is not square": len({*embed.img_size}) == 1 and len({*embed.patch_size}) == 1,
-            "takes pictures of any size": not network.dynamic_img_size,
-            "has blocks of another kind": all(type(one) is Block for one in blocks),
-            "has no bias where SigLIP has one": first.attn.qkv.bias is not None and embed.proj.bias is not None,
-            "scales or norms inside its blocks": all(
-                isinstance(part, nn.Identity)
-                for one in blocks
-                for part in (one.ls1, one.ls2, one.attn.q_norm, one.attn.k_norm, one.attn.norm, one.mlp.norm)
-            ),
-        },
-    )
+    _check_siglip(network, blocks, named)
     normed = not isinstance(network.norm, nn.Identity)
     norms = [first.norm1, first.norm2, *([network.norm] if normed else [])]
     config = SiglipVisionConfig(
@@ -142,6 +116,46 @@ def _siglip(network: Any, named: str) -> Tower:
     if normed:
         _only_norm(model.encoder.layers[-1], network.norm, named)
     return Tower(model, normed, 0)
+
+
+def _check_clip(visual: Any, blocks: list[Any], named: str) -> None:
+    """UserError for what CLIP's tower has not."""
+    _refuse_unless(
+        named,
+        {
+            "pools its tokens by attention": visual.attn_pool is None,
+            "has no norm before its blocks": isinstance(visual.ln_pre, nn.LayerNorm),
+            "is not square": len({*visual.image_size}) == 1 and len({*visual.patch_size}) == 1,
+            "has blocks of another kind": all(
+                type(getattr(one, "attn", None)) is nn.MultiheadAttention for one in blocks
+            ),
+            "scales its layers": all(isinstance(getattr(one, "ls_1", None), nn.Identity) for one in blocks),
+        },
+    )
+
+
+def _check_siglip(network: Any, blocks: list[Any], named: str) -> None:
+    """UserError for what SigLIP's tower has not."""
+    from timm.models.vision_transformer import Block
+
+    embed, first = network.patch_embed, blocks[0]
+    positions = network.pos_embed is not None and network.pos_embed.shape[1] == embed.num_patches
+    _refuse_unless(
+        named,
+        {
+            "has class tokens, which SigLIP has not": network.num_prefix_tokens == 0 and positions,
+            "has a norm before its blocks": isinstance(network.norm_pre, nn.Identity),
+            "is not square": len({*embed.img_size}) == 1 and len({*embed.patch_size}) == 1,
+            "takes pictures of any size": not network.dynamic_img_size,
+            "has blocks of another kind": all(type(one) is Block for one in blocks),
+            "has no bias where SigLIP has one": first.attn.qkv.bias is not None and embed.proj.bias is not None,
+            "scales or norms inside its blocks": all(
+                isinstance(part, nn.Identity)
+                for one in blocks
+                for part in (one.ls1, one.ls2, one.attn.q_norm, one.attn.k_norm, one.attn.norm, one.mlp.norm)
+            ),
+        },
+    )
 
 
 def _refuse_unless(named: str, conditions: dict[str, bool]) -> None:
