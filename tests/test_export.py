@@ -22,6 +22,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from pipeline.adapters.blocks import Positions
@@ -34,11 +35,13 @@ from pipeline.encoders.vision import load_vision_encoder
 from pipeline.errors import UserError
 from pipeline.export import folder as plain
 from pipeline.export import llava
+from pipeline.export.processor import chat_template
 from pipeline.export.program import program_of
 from pipeline.export.projector import projector_of
 from pipeline.export.towers import tower_of
 from pipeline.export.trained import Trained, encoder_of
 from pipeline.llms.load import load_llm
+from pipeline.llms.text import Texts
 from pipeline.media.decoding import Decoder
 from pipeline.media.preprocess import Preprocess
 from pipeline.origin import ENCODER, Origin, Words
@@ -324,6 +327,43 @@ def test_stock_llava_gives_our_logits(tiny_params: Params, tiny_clip: None, phot
     said = model.generate(**given)
     assert said.shape[1] > given["input_ids"].shape[1]
     assert "LlavaForConditionalGeneration" in Path("out/README.md").read_text()
+
+
+def test_an_llm_that_does_more_than_its_parts_is_refused(
+    tiny_params: Params, tiny_clip: None, tmp_path: Path, tiny_mistral: Path
+) -> None:
+    """Cohere's scales its logits, which LLaVA leaves out: seen by the logits, before anything is written."""
+    config = AutoConfig.for_model(
+        "cohere", vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained("cohere")
+    AutoTokenizer.from_pretrained(tiny_mistral).save_pretrained("cohere")
+    params = settings({"encoder": "open_clip", "model": "tiny-clip", "pretrained": "random"})
+    params = params.model_copy(update={"llm": params.llm.model_copy(update={"model": str(tmp_path / "cohere")})})
+    with pytest.raises(
+        UserError, match=r"llm.model .*cohere: LLaVA with it gives other logits .*without --format llava"
+    ):
+        llava.export(fine_tuned(params), Path("out"))
+    assert not Path("out").exists()
+
+
+CHAT = "{{ bos_token }}{% for m in messages %} [INST] {{ m['content'] }} [/INST]{% endfor %}"
+REFUSES = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHAT
+
+
+@pytest.mark.parametrize("own", [CHAT, REFUSES], ids=["system role", "none"])
+@pytest.mark.parametrize("system", [None, "", "Be brief.\nSay 'ü' \"so\"."])
+def test_the_chat_template_writes_our_prompt(tiny_mistral: Path, own: str, system: str | None) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_mistral)
+    tokenizer.chat_template = own
+    before, after = Texts(tokenizer).prompt("Describe this image", system)
+    content = [{"type": "text", "text": "Describe this image"}, {"type": "image"}]
+    moved = own is REFUSES and system is not None
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, chat_template=chat_template(own, system, moved)
+    )
+    assert chat == f"{tokenizer.decode(before)}<image>{tokenizer.decode(after)}"
 
 
 def with_offset(adapter: Adapter, rows: torch.Tensor) -> Adapter:
