@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import create_autospec
@@ -19,6 +18,7 @@ import pytest
 import timm
 import torch
 import yaml
+from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
@@ -81,11 +81,11 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> None:
     open_clip.add_model_config(folder)
 
 
-def settings(vision: dict[str, Any]) -> Params:
+def settings(vision: dict[str, Any], quantization: str = "none") -> Params:
     """The tiny parameters, with an encoder."""
     values = yaml.safe_load(Path("params.yaml").read_text())
     values["vision"] = {"batch": 2, "dtype": "float32", **vision}
-    values["llm"] |= {"dtype": "float32", "quantization": "none"}
+    values["llm"] |= {"dtype": "float32", "quantization": quantization}
     values["run"]["adapters"], values["run"]["scratch"] = ["mlp"], ["mlp"]
     values["adapters"]["mlp"]["architecture"] = {"hidden": 24}
     values["finetune"]["lora"]["modules"] = ["q_proj", "down_proj"]
@@ -125,7 +125,7 @@ def fine_tuned(params: Params, adapter: Adapter | None = None) -> Trained:
     ]
     (base / "evaluate" / "mlp-captions" / "captions").mkdir(parents=True, exist_ok=True)
     (base / "evaluate" / "mlp-captions" / "captions" / "figures.json").write_text(json.dumps(figures))
-    return replace(trained)
+    return trained
 
 
 @torch.no_grad()
@@ -160,13 +160,13 @@ ENCODERS = [
 def test_the_example_answers_as_we_do_where_there_is_no_terraalign(
     tiny_params: Params, tiny_clip: None, photo: Path, tmp_path: Path
 ) -> None:
-    """With a beam and words that are said once; the encoders' own packages alone are at hand."""
+    """With a beam and words that are said once, also of an LLM in 4 bits, by the encoders' own packages."""
     expected = {}
     for number, vision in enumerate(ENCODERS):
         Path(str(number)).mkdir()
         os.chdir(tmp_path / str(number))
         Path("params.yaml").write_text((tmp_path / "params.yaml").read_text())
-        trained = fine_tuned(settings(vision))
+        trained = fine_tuned(settings(vision, "nf4" if number == 2 else "none"))
         expected[number] = ours(trained, photo)
         plain.export(trained, tmp_path / "out" / str(number))
         os.chdir(tmp_path)
@@ -488,7 +488,11 @@ def test_push_uploads_with_the_users_login(project: Path, written: Path, monkeyp
     result = CliRunner().invoke(app, ["push", "me/model", "out"])
     assert result.exit_code == 0 and "https://huggingface.co/me/model" in result.output, result.output
     api.create_repo.assert_called_once_with("me/model", private=True, exist_ok=True)
-    assert api.upload_folder.call_args.kwargs["repo_id"] == "me/model"
+    sent = api.upload_folder.call_args.kwargs
+    assert sent["repo_id"] == "me/model" and sent["folder_path"] == Path("out")
+    every = [str(path.relative_to(written)) for path in written.rglob("*") if path.is_file()]
+    kept = list(filter_repo_objects(every, ignore_patterns=sent["ignore_patterns"]))
+    assert sorted(kept) == ["README.md", "config.json", "lora/adapter_model.safetensors"]
     refused = CliRunner().invoke(app, ["push", "not a name", "out"])
     assert refused.exit_code == 2 and "name it as user/model" in refused.output
     (written / "config.json").unlink()

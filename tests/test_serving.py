@@ -19,6 +19,7 @@ from pipeline.adapters.module import build_adapter
 from pipeline.config import LLM
 from pipeline.errors import UserError
 from pipeline.llms.load import load_embedding, load_llm
+from pipeline.lmms.photos.utils import process_results
 from pipeline.origin import Origin, Words
 from pipeline.serving import Prompter, complete
 from pipeline.vlm import VLM
@@ -101,3 +102,11 @@ def test_a_server_of_the_llm_alone_answers_about_pictures(tiny_mistral: Path, tm
 def test_a_server_that_is_not_there_is_one_line() -> None:
     with pytest.raises(UserError, match=r"http://127.0.0.1:9/v1/completions: cannot be reached .*vllm serve"):
         complete("http://127.0.0.1:9", "tiny", [torch.zeros(2, 5)], 6)
+
+
+def test_lmms_evals_closed_set_task_takes_the_name_that_costs_least() -> None:
+    """As numbers, and as the text that lmms-eval 0.7.3 makes of them."""
+    costs = [(3.5, False), (1.25, True), (2.0, False)]
+    for given in (costs, [str(one) for one in costs]):
+        assert process_results({"label": 1}, given) == {"acc": 1.0}
+        assert process_results({"label": 0}, given) == {"acc": 0.0}
