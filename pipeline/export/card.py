@@ -27,10 +27,10 @@ LICENCES = {
 }
 
 
-def card_of(trained: Trained, use: str) -> str:
-    """The README.md; `use` says how to use this kind of folder."""
+def card_of(trained: Trained, use: str, library: str) -> str:
+    """The README.md; `use` says how to use this kind of folder, `library` loads it: peft or transformers."""
     parts = [
-        f"---\n{yaml.safe_dump(header(trained), sort_keys=False, allow_unicode=True)}---\n",
+        f"---\n{yaml.safe_dump(header(trained, library), sort_keys=False, allow_unicode=True)}---\n",
         f"# {trained.title}\n",
         "\n".join(_what(trained)),
         f"## Use\n\n{use.strip()}\n",
@@ -41,7 +41,7 @@ def card_of(trained: Trained, use: str) -> str:
     return "\n".join(parts)
 
 
-def header(trained: Trained) -> dict[str, Any]:
+def header(trained: Trained, library: str) -> dict[str, Any]:
     """The YAML that the hub reads."""
     llm, dataset = trained.params.llm, trained.params.data[trained.data]
     measured = [
@@ -50,12 +50,12 @@ def header(trained: Trained) -> dict[str, Any]:
         if not figure.baseline
     ]
     found: dict[str, Any] = {
-        "library_name": "peft",
-        "pipeline_tag": "image-to-text",
+        "library_name": library,
+        "pipeline_tag": "image-to-text" if library == "peft" else "image-text-to-text",
         "tags": ["terraalign", "vision-language", "lora"],
     }
     if llm.loader == "huggingface" and not Path(llm.model).expanduser().exists():
-        found |= {"base_model": llm.model, "base_model_relation": "adapter"}
+        found |= {"base_model": llm.model, "base_model_relation": "adapter" if library == "peft" else "finetune"}
     if measured:
         result = {
             "task": {"type": "image-to-text", "name": dataset.task},
@@ -75,8 +75,8 @@ def figures(trained: Trained) -> list[Figure]:
 
 
 def _what(trained: Trained) -> Iterator[str]:
-    vision, llm, kind = trained.params.vision, trained.params.llm, trained.adapter.config["name"]
-    encoder = " ".join(filter(None, (vision.encoder, vision.model, vision.pretrained)))
+    llm, kind = trained.params.llm, trained.adapter.config["name"]
+    encoder = " ".join(filter(None, trained.encoder.values()))
     bits = ", the language model in 4 bits (NF4)" if llm.quantization == "nf4" else ""
     yield f"An adapter ({kind}) from the image tokens of a frozen vision encoder ({encoder})"
     yield f"into the input embeddings of a language model ({llm.model}{f' at {llm.revision}' if llm.revision else ''}),"

@@ -46,7 +46,7 @@ def export(trained: Trained, to: Path) -> list[str]:
         (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         context = {"config": config, "encoder": encoder, "once": once, "title": trained.title}
         (folder / "example.py").write_text(rendered("example.py.jinja", context), encoding="utf-8")
-        (folder / "README.md").write_text(card_of(trained, rendered("use.md.jinja", context)), encoding="utf-8")
+        (folder / "README.md").write_text(card_of(trained, rendered("use.md.jinja", context), "peft"), encoding="utf-8")
     return sorted(str(path.relative_to(to)) for path in to.rglob("*") if path.is_file())
 
 
@@ -65,14 +65,14 @@ def new_folder(to: Path) -> Iterator[Path]:
 
 def config_of(trained: Trained) -> dict[str, Any]:
     """What config.json says."""
-    llm, vision, steps = trained.params.llm, trained.params.vision, trained.preprocess
+    llm, steps = trained.params.llm, trained.preprocess
     asked = asdict(trained.asked)
     return {
         "format": FORMAT,
         "task": trained.params.data[trained.data].task,
         "adapter": trained.adapter.config,
         "image_tokens": list(trained.shape),
-        "encoder": {key: getattr(vision, key) for key in ("encoder", "model", "pretrained")},
+        "encoder": trained.encoder,
         "processor": asdict(steps) if steps else {"text": " ".join(repr(trained.parts.preprocess).split())},
         "llm": {
             key: getattr(llm, key) for key in ("loader", "model", "revision", "quantization", "dtype", "system_prompt")

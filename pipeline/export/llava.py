@@ -55,7 +55,7 @@ def export(trained: Trained, to: Path) -> list[str]:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         use = rendered("llava.md.jinja", {"prompt": trained.asked.text.strip(), "tokens": trained.task.max_tokens})
-        (folder / "README.md").write_text(card_of(trained, use), encoding="utf-8")
+        (folder / "README.md").write_text(card_of(trained, use, "transformers"), encoding="utf-8")
     return sorted(str(path.relative_to(to)) for path in to.rglob("*") if path.is_file())
 
 

@@ -90,6 +90,14 @@ class Trained:
     def title(self) -> str:
         return f"{self.params.profile}: {self.adapter_name} on {self.recipe_name}"
 
+    @property
+    def encoder(self) -> dict[str, str | None]:
+        """The encoder's names; of a file of weights its own, without the folders of this machine."""
+        vision = self.params.vision
+        file = Path(str(vision.pretrained))
+        named = file.name if vision.pretrained and file.is_file() else vision.pretrained
+        return {"encoder": vision.encoder, "model": vision.model, "pretrained": named}
+
     @cached_property
     def adapter(self) -> Adapter:
         return load_adapter(self.folder, "adapter")
