@@ -41,6 +41,8 @@ COMMANDS = {
     "classify": ("stages.answer", ASK, "terraalign classify --top 3 fridge/"),
     "caption": ("stages.answer", ASK, "terraalign caption holiday/*.jpg --json"),
     "ask": ("stages.answer", ASK, 'terraalign ask fridge.jpg "What is on the lower shelf?"'),
+    "export": ("stages.export", SHARE, "terraalign export data/demo out"),
+    "push": ("stages.push", SHARE, "terraalign push me/my-model out"),
     "doctor": ("stages.doctor", MEND, "terraalign doctor"),
     "series": ("stages.series", MEND, "terraalign series classes"),
     "prepare": ("stages.prepare", STAGES, "terraalign prepare captions"),

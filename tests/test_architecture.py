@@ -23,6 +23,7 @@ ROOMS = (
     *("media", "sources", "encoders", "llms", "store", "origin", "extraction", "adapters", "transport", "objectives"),
     *("naming", "vlm", "tasks"),
     *("training", "metrics", "alignment", "answers", "report", "doctor"),
+    *("export", "serving", "lmms"),
 )
 LONGEST_MODULE, LONGEST_FUNCTION, MAY_BE_LONG = 400, 45, {"pipeline.transport.exact"}
 # The stages that train or measure, and the module that does their work.

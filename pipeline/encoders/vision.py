@@ -40,7 +40,7 @@ def load_vision_encoder(params: Vision, device: str = "auto") -> VisionEncoder:
     """
     keep_freed_memory()
     encoder = Encoder.of(params)
-    return _Frozen(encoder, _built(encoder.build), pick_device(device))
+    return _Frozen(encoder, seeded(encoder.build), pick_device(device))
 
 
 class TwoTowers:
@@ -51,7 +51,7 @@ class TwoTowers:
 
     def __init__(self, params: Vision, device: str = "auto"):
         encoder = Encoder.of(params)
-        towers = _built(encoder.two_towers)
+        towers = seeded(encoder.two_towers)
         if towers is None:
             raise UserError(f"vision.encoder {params.encoder}", "has no text tower", "take one of open_clip's")
         self._pictures, self._texts = _Frozen(encoder, towers.parts, pick_device(device)), towers.texts
@@ -70,7 +70,7 @@ class TwoTowers:
 _B = TypeVar("_B")
 
 
-def _built(build: Callable[[], _B]) -> _B:
+def seeded(build: Callable[[], _B]) -> _B:
     """What an encoder builds. An untrained network is the same one in every process."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

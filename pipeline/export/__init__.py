@@ -1,0 +1,1 @@
+"""What is trained, as folders that other programs read without TerraAlign."""
