@@ -12,7 +12,7 @@ NOT_PUSHED = 3  # the exit code when nothing was uploaded
 
 def push(
     repo: Annotated[str, typer.Argument(help="A repository of the hub, such as me/my-model.")],
-    folder: Annotated[Path, typer.Argument(help="What `terraalign export` wrote.", exists=True, file_okay=False)],
+    folder: Annotated[Path, typer.Argument(help="What `terraalign export` wrote.")],
     public: Annotated[
         bool, typer.Option("--public", help="For everybody to see, where the repository is new.")
     ] = False,
@@ -21,8 +21,6 @@ def push(
 
     A new repository is private unless --public says otherwise. Where nobody is logged in or the hub cannot be reached
     it says what it would do, and the exit code is 3.
-
-    Example: terraalign push me/my-model out
     """
     from pipeline.export.hub import files_of, why_not
     from pipeline.export.hub import push as upload
