@@ -1,4 +1,4 @@
-"""Whether a picture is like those that were trained on, on tokens made up."""
+"""Whether a picture is like those that were trained on, on tokens made up; and whose parameters a run has."""
 
 import pandas as pd
 import pytest
@@ -7,7 +7,8 @@ from sklearn.neighbors import NearestNeighbors
 
 from pipeline.answers import familiar
 from pipeline.answers.familiar import Familiar
-from pipeline.answers.model import Answer
+from pipeline.answers.model import Answer, Model
+from pipeline.errors import UserError, UserErrors
 from pipeline.runs import Run
 from pipeline.store.reader import ImageTokens
 
@@ -49,3 +50,21 @@ def test_an_answer_says_when_it_is_worth_little() -> None:
     answer = Answer("a pear", "mlp", strangeness=0.995)
     assert answer.is_strange and str(answer) == "a pear"
     assert not Answer("a pear", "mlp", strangeness=0.9).is_strange and not Answer("a pear", "mlp").is_strange
+
+
+def test_a_run_is_read_with_its_own_parameters(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    profiles = Path(__file__).parents[1] / "profiles"
+    (project / "data/demo").mkdir(parents=True)
+    photos = (profiles / "photos.yaml").read_text().replace("root: null", "root: photos")
+    (project / "params.yaml").write_text(photos)
+    with pytest.raises(UserError, match="is of the profile photos, and there is no profiles/demo.yaml"):
+        Model.load("data/demo")
+    (project / "profiles").mkdir()
+    shutil.copy(profiles / "demo.yaml", project / "profiles")
+    assert Model.load(project / "data/demo").params.profile == "demo"
+    assert "parameters of profiles/demo.yaml" in capsys.readouterr().err
+    (project / "params.yaml").write_text(photos.replace("seed: 17", "seed: soon"))
+    with pytest.raises(UserErrors, match="seed"):  # which profile that was meant for, nobody knows
+        Model.load("data/demo")
+    with pytest.raises(UserError, match="not the results of a run"):
+        Model.load("data/nowhere")

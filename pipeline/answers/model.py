@@ -373,16 +373,13 @@ def _content(picture: Picture) -> bytes:
 
 
 def _params_of(profile: str) -> Params:
-    """The parameters of a profile, active or not, in the current folder."""
-    faults = []
-    for path in (Path("params.yaml"), Path("profiles") / f"{profile}.yaml"):
-        try:
-            params = load_params(path)
-        except UserError as fault:
-            faults.append(fault)
-            continue
-        if params.profile == profile:
-            return params
-    raise (
-        faults[0] if faults else UserError(profile, "no parameters of this run", "`terraalign profile use` its profile")
-    )
+    """The parameters of a profile in the current folder: those that are active or, where another is, its file's."""
+    params = load_params()
+    if params.profile == profile:
+        return params
+    path = Path("profiles") / f"{profile}.yaml"
+    if not path.exists():
+        remedy = f"`terraalign profile use` the parameters that data/{profile} was made with"
+        raise UserError("params.yaml", f"is of the profile {params.profile}, and there is no {path}", remedy)
+    print(f"parameters of {path}: params.yaml is of the profile {params.profile}", file=sys.stderr)
+    return load_params(path)
