@@ -1,5 +1,8 @@
 """Whether a picture is like those that were trained on, on tokens made up; and whose parameters a run has."""
 
+import shutil
+from pathlib import Path
+
 import pandas as pd
 import pytest
 import torch
@@ -57,7 +60,7 @@ def test_a_run_is_read_with_its_own_parameters(project: Path, capsys: pytest.Cap
     (project / "data/demo").mkdir(parents=True)
     photos = (profiles / "photos.yaml").read_text().replace("root: null", "root: photos")
     (project / "params.yaml").write_text(photos)
-    with pytest.raises(UserError, match="is of the profile photos, and there is no profiles/demo.yaml"):
+    with pytest.raises(UserError, match="is of the profile photos, and there is no"):
         Model.load("data/demo")
     (project / "profiles").mkdir()
     shutil.copy(profiles / "demo.yaml", project / "profiles")
