@@ -9,6 +9,7 @@ import io
 import os
 import sys
 import warnings
+from keyword import iskeyword
 from typing import Any
 
 import typer
@@ -46,7 +47,10 @@ COMMANDS = {
     "evaluate": ("stages.evaluate", STAGES),
     "pca": ("stages.pca", STAGES),
     "report": ("stages.report", STAGES),
+    "try": ("stages.first", PEOPLE),
+    "init": ("stages.first", PEOPLE),
     "run": ("stages.run", PEOPLE),
+    "plan": ("stages.plan", PEOPLE),
     "study": ("stages.study", PEOPLE),
     "show": ("stages.show", PEOPLE),
     "caption": ("stages.answer", PEOPLE),
@@ -96,7 +100,8 @@ app = typer.Typer(cls=Commands, help=HELP, no_args_is_help=True, pretty_exceptio
 
 
 for name, (module, panel) in COMMANDS.items():
-    app.command(name, rich_help_panel=panel)(getattr(importlib.import_module(module), name.replace("-", "_")))
+    function = f"{name.replace('-', '_')}{'_' if iskeyword(name) else ''}"
+    app.command(name, rich_help_panel=panel)(getattr(importlib.import_module(module), function))
 app.add_typer(profile.app, name="profile", rich_help_panel=PEOPLE)
 app.add_typer(store.app, name="store", rich_help_panel=PEOPLE)
 

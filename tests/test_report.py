@@ -136,8 +136,8 @@ def params(project: Path) -> Params:
         for picture in page.PCA_PICTURES:
             Image.new("RGB", (9, 7)).save(BASE / "pca" / name / f"{picture}.png")
     for name in found.run.scratch:
-        write(f"finetune_scratch/{name}-captions/metrics.json", {"val_loss": 2.5, "steps": 30})
-        write(f"finetune_scratch/{name}-captions/history.csv", losses(2.5))
+        write(f"finetune/{name}-captions-scratch/metrics.json", {"val_loss": 2.5, "steps": 30})
+        write(f"finetune/{name}-captions-scratch/history.csv", losses(2.5))
     for stage in stages(found)[1:]:
         write(f"seconds/{stage}.json", {"seconds": 61.5})
     (BASE / "prepare").mkdir()
@@ -327,7 +327,7 @@ MISSING = [
     ("pretrain/mlp/history.csv", "pretrain@mlp"),
     ("finetune/query-captions/history.csv", "finetune@query-captions"),
     ("finetune/mlp-classes/metrics.json", "finetune@mlp-classes"),
-    ("finetune_scratch/self_attention-captions/metrics.json", "finetune_scratch@self_attention-captions"),
+    ("finetune/self_attention-captions-scratch/metrics.json", "finetune_scratch@self_attention-captions"),
     ("name/mlp/classes/namer.json", "name@mlp"),
     ("evaluate/mlp-captions/captions/figures.json", "evaluate@mlp-captions"),
     ("evaluate/query-captions/captions/captions.json", "evaluate@query-captions"),
@@ -430,9 +430,9 @@ def both(params: Params) -> Params:
         captioned(f"{name}-both/captions")
         named(f"{name}-both/classes", ACCURACY[name])
         metrics = {"val_loss": 9.0, "val_loss/captions": 1.25, "val_loss/classes": 1.75}
-        for folder in ("finetune", "finetune_scratch"):
-            write(f"{folder}/{name}-both/metrics.json", metrics)
-            write(f"{folder}/{name}-both/history.csv", losses(9.0))
+        for folder in (f"finetune/{name}-both", f"finetune/{name}-both-scratch"):
+            write(f"{folder}/metrics.json", metrics)
+            write(f"{folder}/history.csv", losses(9.0))
     return Params.model_validate(values)
 
 

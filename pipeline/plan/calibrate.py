@@ -1,0 +1,358 @@
+"""Short measurements on this machine, of what the stages do over and over; by two processes side by side, as stages
+are run."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config import Params, components
+from pipeline.llms.base import Loader
+from pipeline.llms.gguf import GGUF
+from pipeline.plan.costs import llm_shape, tokens_per_picture
+from pipeline.plan.rows import Rows
+from pipeline.runs import MODELS
+
+if TYPE_CHECKING:
+    from pipeline.objectives.base import Objective
+    from pipeline.objectives.pairs import Pairs
+
+ROWS = 2  # of a batch that the LLM is measured on
+STEPS = 4  # of decoding
+LARGE = 4e8  # parameters from which an LLM is measured by two of its layers, times its depth
+SAMPLE, OTHERS = 32, 16  # pictures that objectives are measured on, and captions that each is held against
+
+
+@dataclass(frozen=True)
+class Language:
+    """Seconds and bytes of a process with the LLM, on its share of the cores."""
+
+    start: float  # until all is imported
+    load: float  # of the LLM
+    trained: float  # of a token in a step of fine-tuning
+    read: float  # of a token in a pass without gradients
+    written: dict[int, float]  # of a step of decoding, by rows
+    resident: float  # bytes, with the LLM
+    kept: float  # bytes of activations for a token of a step
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """Seconds of an adapter's objective."""
+
+    step: float
+    held_out: float  # of a picture and its captions
+    pair: float  # of a picture and one of many captions
+
+
+@dataclass(frozen=True)
+class Vision:
+    """Seconds and bytes of a process without the LLM."""
+
+    start: float
+    load: float  # of the encoder
+    encoded: float  # of a picture
+    decoded: float  # of a picture
+    axes: float  # of a covariance as wide as an image token
+    adapters: dict[str, Pretraining]
+    resident: float
+    stored: dict[str, int]  # pictures of each prepared data set whose image tokens are in the store already
+
+
+def calibrate(params: Params, rows: dict[str, Rows], jobs: int) -> tuple[Language, Vision]:
+    """Measure for some 10 s, with as many threads as a stage beside `jobs` - 1 others has."""
+    context = multiprocessing.get_context("spawn")
+    with _threads(jobs), ProcessPoolExecutor(2, mp_context=context) as pool:
+        began = time.time()
+        language = pool.submit(_language, params, rows, began)
+        vision = pool.submit(_vision, params, rows, began)
+        return language.result(), vision.result()
+
+
+@contextmanager
+def _threads(jobs: int) -> Iterator[None]:
+    """OpenMP reads it when a process starts."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["OMP_NUM_THREADS"]
+
+
+def _language(params: Params, rows: dict[str, Rows], began: float) -> Language:
+    """What depends on the LLM: the real one where it is small and needs no converting first, else one of its shape."""
+    import torch
+
+    import pipeline.training.finetune  # noqa: F401  all that a stage with the LLM imports
+    from pipeline.devices import fast_products, pick_device
+
+    _quiet()
+    start, device = time.time() - began, pick_device(params.runtime.device)
+    fast_products()
+    built = time.perf_counter()
+    networks = _networks(params, device)
+    load = time.perf_counter() - built
+    resident = _peak()
+    length = max(int(one.tokens) for one in rows.values()) + tokens_of(params) + 20
+    found = [_of_network(params, network, length, device) for network, _ in networks]
+    kept = max(0.0, _peak() - resident) / (ROWS * length)
+    depths, depth = [layers for _, layers in networks], llm_shape(params)[2]
+    trained = _to_depth([one[0] for one in found], depths, depth)
+    read = _to_depth([one[1] for one in found], depths, depth)
+    written = {count: _to_depth([one[2][count] for one in found], depths, depth) for count in found[0][2]}
+    if len(networks) > 1:
+        load, kept = llm_shape(params)[0] / 3e8, kept * depth / depths[-1]
+        resident += 2 * llm_shape(params)[0] * (device.type == "cpu")
+    torch.manual_seed(0)
+    return Language(start, load, trained, read, written, resident, kept)
+
+
+def _to_depth(values: list[float], depths: list[int], depth: int) -> float:
+    """A value of the whole LLM from those of one or two of its depths."""
+    if len(values) == 1:
+        return values[0]
+    slope = (values[1] - values[0]) / (depths[1] - depths[0])
+    return max(values[1], values[0] + slope * (depth - depths[0]))
+
+
+def _networks(params: Params, device: Any) -> list[tuple[Any, int]]:
+    """Networks to measure, with the number of their layers."""
+    from pipeline.llms.load import load_llm
+
+    size, _, layers = llm_shape(params)
+    if size < LARGE and is_there(params):
+        return [(load_llm(params.llm, params.runtime.device).network, layers)]
+    return [(_of_shape(params, device, some), some) for some in ((layers,) if size < LARGE else (2, 4))]
+
+
+def is_there(params: Params) -> bool:
+    """Whether the LLM can be loaded at once; a GGUF file is converted first."""
+    loader = Loader.of(params.llm)
+    return loader.need().ok and not (isinstance(loader, GGUF) and not [*MODELS.glob(f"{loader.file().stem}-*")])
+
+
+def _of_shape(params: Params, device: Any, layers: int) -> Any:
+    """A Llama (Touvron et al. 2023) of the LLM's width, with random weights."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from pipeline.devices import pick_dtype
+
+    size, width, depth = llm_shape(params)
+    heads = max(1, width // 64)
+    vocabulary = 49_152 if size < 1e9 else 32_000
+    inner = max(width, int((size - vocabulary * width - 3 * depth * width**2) / (3 * depth * width)))
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=heads // 3 if heads % 3 == 0 else heads,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    with torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(config, dtype=pick_dtype(params.llm.dtype, device))
+    network = network.to_empty(device=device)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.fill_(0.01)  # numbers cost the same, whichever they are
+    network.model.rotary_emb.__init__(config, device=device)
+    return network.eval().requires_grad_(False)
+
+
+def _of_network(params: Params, network: Any, length: int, device: Any) -> tuple[float, float, dict[int, float]]:
+    """Seconds of a trained token, of a read token, and of a step of decoding by rows."""
+    import torch
+
+    from pipeline.llms.load import LanguageModel
+    from pipeline.vlm import add_lora
+
+    width = network.get_input_embeddings().weight.shape[1]
+    embed = network.get_input_embeddings().weight.dtype
+
+    def prompts(count: int, long: int) -> Any:
+        return torch.rand(count, long, width, device=device).to(embed) / 10
+
+    @torch.no_grad()
+    def read() -> None:
+        network(inputs_embeds=prompts(ROWS, length), logits_to_keep=8)
+
+    def write(count: int) -> float:
+        with torch.no_grad():
+            cache = network(inputs_embeds=prompts(count, 16), use_cache=True, logits_to_keep=1).cache
+            token = torch.zeros(count, 1, dtype=torch.long, device=device)
+            return _timed(lambda: network(token, cache=cache, use_cache=True), device, STEPS)
+
+    read_token = _timed(read, device) / (ROWS * length)
+    written = {count: write(count) for count in sorted({1, 16, params.evaluate.batch})}
+    lora = add_lora(LanguageModel(network, None, None, 0), params.finetune.lora)
+
+    def step() -> None:
+        answer = network(inputs_embeds=prompts(ROWS, length).requires_grad_(), logits_to_keep=8).logits
+        answer.float().logsumexp(-1).sum().backward()
+
+    trained = _timed(step, device) / (ROWS * length)
+    lora.unload()
+    return trained, read_token, written
+
+
+def _vision(params: Params, rows: dict[str, Rows], began: float) -> Vision:
+    """What depends on the encoder and on the objectives."""
+    import torch
+
+    import pipeline.training.pretrain  # noqa: F401  all that pre-training imports
+    from pipeline.devices import pick_device
+    from pipeline.encoders.base import Encoder
+    from pipeline.encoders.vision import load_vision_encoder
+
+    _quiet()
+    start, device, built = time.time() - began, pick_device(params.runtime.device), time.perf_counter()
+    if not Encoder.of(params.vision).need().ok:
+        load, encoded, decoded, stored = 0.0, 0.0, 0.0, dict[str, int]()
+    else:
+        encoder = load_vision_encoder(params.vision, params.runtime.device)
+        load = time.perf_counter() - built
+        encoded, decoded = _of_encoder(params, encoder)
+        stored = {name: _stored(params, name, encoder) for name, one in rows.items() if one.counted}
+    width = tokens_per_picture(params)[1]
+    square = torch.rand(2 * width, width, dtype=torch.float64)
+    square = square.T @ square
+    axes = _timed(lambda: torch.linalg.eigh(square), torch.device("cpu"))
+    adapters = {name: _of_objective(params, rows, name, device) for name in params.run.adapters}
+    return Vision(start, load, encoded, decoded, axes, adapters, _peak(), stored)
+
+
+def _of_encoder(params: Params, encoder: Any) -> tuple[float, float]:
+    """Seconds of encoding and of decoding a picture, made up here."""
+    import io
+
+    import torch
+    from PIL import Image
+
+    from pipeline.devices import pick_device
+    from pipeline.encoders.base import Encoder
+
+    device, picture = pick_device(params.runtime.device), io.BytesIO()
+    noise = torch.randint(256, (40, 50, 3), dtype=torch.uint8).numpy()
+    Image.fromarray(noise).resize((500, 400)).save(picture, "JPEG", quality=90)
+    decoder = Encoder.of(params.vision).decoder(encoder.preprocess, device)
+    loaded = decoder.load(picture.getvalue())
+    batch = decoder.batch([loaded] * params.vision.batch, params.vision.batch)
+    encoded = _timed(lambda: encoder.encode(batch), device) / params.vision.batch
+    return encoded, _timed(lambda: decoder.load(picture.getvalue()), device, 4)
+
+
+def _stored(params: Params, name: str, encoder: Any) -> int:
+    """Pictures of a prepared data set whose image tokens need not be computed."""
+    from pipeline.extraction.images import ImageShards
+
+    work = ImageShards(params, name, encoder)
+    there = [part for path, part in work.parts.items() if path.exists()]
+    rest = [part for path, part in work.parts.items() if not path.exists()]
+    kept = sum(work.donors.find(sha256) is not None for part in rest for sha256 in part["sha256"])
+    return sum(map(len, there)) + kept
+
+
+def _of_objective(params: Params, rows: dict[str, Rows], name: str, device: Any) -> Pretraining:
+    """Of an adapter with its objective and solver, on random tokens and captions of the right length."""
+    import torch
+
+    from pipeline.adapters.module import build_adapter
+    from pipeline.objectives.base import Means
+
+    settings = params.pretrain_for(name)
+    found: type[Objective] = components.find("objective", settings.objective.name)
+    if found.needs_llm:
+        return Pretraining(0.0, 0.0, 0.0)  # the LLM's passes are reckoned by `Language`
+    pairs = _pairs(params, rows, settings.data, max(SAMPLE, settings.batch), device)
+    objective = found(settings.objective, pairs, Means(params.seed, params.runtime.emd_threads))
+    (_, d_in), width = tokens_per_picture(params), pairs.table.shape[1]
+    adapter = build_adapter(params.kind_of(name), d_in, width, **params.adapter(name).architecture).to(device)
+    batch = list(range(settings.batch))
+
+    def step() -> None:
+        objective.start(adapter(pairs.tokens(batch)), batch).result().backward()
+
+    step()  # which compiles the solver where that was not done yet
+    captions = [pairs.captions[at][0] for at in range(OTHERS)]
+    with torch.no_grad():
+        held = _timed(lambda: objective.held_out(lambda some: adapter(pairs.tokens(some))), device) / len(pairs.val)
+        tokens = adapter(pairs.tokens(batch[:OTHERS]))
+        pair = _timed(lambda: objective.all_distances(tokens, captions), device) / (len(tokens) * OTHERS)
+    return Pretraining(_timed(step, device, 2), held, pair)
+
+
+def _pairs(params: Params, rows: dict[str, Rows], data: list[str], count: int, device: Any) -> Pairs:
+    """Made-up pictures with captions as long as those of the data sets, in their shares."""
+    import torch
+
+    from pipeline.objectives.pairs import Names, Pairs
+
+    (length, d_in), width = tokens_per_picture(params), llm_shape(params)[1]
+    table = torch.randn(2000, width, device=device) / 8
+    tokens = torch.rand(count, length, d_in, device=device)
+    ends = [round(count * sum(rows[one].train for one in data[: at + 1]) / max(1, sum(rows[one].train for one in data)))
+            for at in range(len(data))]  # fmt: skip
+    captions: list[list[list[int]]] = []
+    names: list[Names] = []
+    for one, end in zip(data, ends, strict=True):
+        own, start = rows[one], len(captions)
+        shape = (max(own.classes, end - start), max(1, round(own.texts)), max(1, round(own.tokens)))
+        texts = torch.randint(len(table), shape).tolist()
+        if own.classes:
+            named = [text[0] for text in texts[: own.classes]]
+            names.append(Names(named, {start + i: i % own.classes for i in range(end - start)}))
+            texts = [[named[i % own.classes]] for i in range(end - start)]
+        captions += texts[: end - start]
+    held = list(range(min(SAMPLE, ends[0] or count)))
+    words, positions = list(range(len(table))), list(range(count))
+    return Pairs(lambda some: tokens[some], captions, table, words, positions, held, ends[0], names, [0])
+
+
+def tokens_of(params: Params) -> int:
+    """Image tokens that the LLM gets, of the adapter that gives most."""
+    from pipeline.adapters.base import Architecture
+
+    count = tokens_per_picture(params)[0]
+    kinds = ((params.kind_of(name), params.adapter(name).architecture) for name in params.run.adapters)
+    return max(Architecture.of(*one).tokens(count) for one in kinds)
+
+
+def _timed(work: Callable[[], Any], device: Any, times: int = 1) -> float:
+    """Seconds of doing something once, after it was done once."""
+    import torch
+
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(times):
+        work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - began) / times
+
+
+def _peak() -> float:
+    """Bytes that this process held at most."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+
+
+def _quiet() -> None:
+    """What libraries have to say is said when the stages run."""
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    warnings.simplefilter("ignore")
