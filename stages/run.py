@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from graphlib import TopologicalSorter
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -94,32 +94,31 @@ def lengths(stages: dict[str, list[str]]) -> dict[str, int]:
 
 def stages_of_graph() -> dict[str, list[str]]:
     """The stages of dvc.yaml by name, with those that each depends on; UserError when DVC cannot read it."""
+    return _asked(lambda repo: {})[0]
+
+
+def stale_stages() -> tuple[dict[str, list[str]], set[str]]:
+    """The same, and those of them that DVC would run, or that follow one of these."""
+    graph, status = _asked(lambda repo: repo.status())
+    stale = set(status)
+    for stage in TopologicalSorter(graph).static_order():
+        if stale.intersection(graph[stage]):
+            stale.add(stage)
+    return graph, stale
+
+
+def _asked(question: Callable[[Any], dict[str, Any]]) -> tuple[dict[str, list[str]], dict[str, Any]]:
+    """The graph, and what DVC's repository answers; UserError when it can't."""
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
     try:
         with Repo() as repo:
             graph = repo.index.graph
-            return {stage.addressing: [other.addressing for other in graph.successors(stage)] for stage in graph}
+            found = {stage.addressing: [other.addressing for other in graph.successors(stage)] for stage in graph}
+            return found, question(repo)
     except DvcException as error:
         raise UserError("dvc.yaml", " ".join(str(error).split()), "run `dvc repro` to see more") from None
-
-
-def stale_stages() -> tuple[dict[str, list[str]], set[str]]:
-    """The graph as `stages_of_graph`, and those of its stages that DVC would run, or that follow one of these."""
-    from dvc.exceptions import DvcException
-    from dvc.repo import Repo
-
-    graph = stages_of_graph()
-    try:
-        with Repo() as repo:
-            stale = set(repo.status())
-    except DvcException as error:
-        raise UserError("dvc.yaml", " ".join(str(error).split()), "run `dvc status` to see more") from None
-    for stage in TopologicalSorter(graph).static_order():
-        if stale.intersection(graph[stage]):
-            stale.add(stage)
-    return graph, stale
 
 
 def _repro(stage: str, jobs: int) -> str:
