@@ -104,7 +104,7 @@ def _begin(folder: Path, name: str | None, asks: bool, dry_run: bool, command: s
         with atomically(path) as file:
             file.write(text.encode())
     _take(path)
-    show(planned(params, JOBS))
+    show(planned(params, JOBS, {data: look.rows for data, look in looks.items()}))
     return params
 
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -19,6 +19,9 @@ from pipeline.errors import UserError
 from pipeline.files import atomically
 from pipeline.runs import Run
 from stages.run import lengths, stale_stages
+
+if TYPE_CHECKING:
+    from pipeline.plan.rows import Rows
 
 WITHIN = 0.25  # share by which the sum may be off
 
@@ -45,8 +48,11 @@ def plan(
         show(found)
 
 
-def planned(params: Params, jobs: int) -> dict[str, Any]:
-    """The plan for the active parameters, which is kept, too; without stages where nothing is to be done."""
+def planned(params: Params, jobs: int, counted: dict[str, Rows] | None = None) -> dict[str, Any]:
+    """The plan for the active parameters, which is kept, too; without stages where nothing is to be done.
+
+    `counted`: how much there is of the data sets, where that is known before they are prepared.
+    """
     began = time.monotonic()
     graph, stale = stale_stages()
     if not stale:
@@ -57,7 +63,7 @@ def planned(params: Params, jobs: int) -> dict[str, Any]:
     from pipeline.plan.rows import rows_of
     from pipeline.plan.schedule import times
 
-    rows = {name: rows_of(params, name) for name in params.run.data}
+    rows = counted or {name: rows_of(params, name) for name in params.run.data}
     began = time.monotonic()
     language, vision = calibrate(params, rows, jobs)
     measured = time.monotonic() - began

@@ -190,7 +190,7 @@ def test_a_profile_that_is_there_is_kept(monkeypatch: pytest.MonkeyPatch) -> Non
     Path("dvc.yaml").touch()
     Path("params.yaml").write_text("my: own\n")
     empty: dict[str, Any] = {"profile": "birds", "stages": {}}
-    monkeypatch.setattr("stages.first.planned", lambda params, jobs: empty)
+    monkeypatch.setattr("stages.first.planned", lambda params, jobs, counted: empty)
     runner = CliRunner()
     said = runner.invoke(cli.app, ["init", "birds"])
     assert said.exit_code == 0, said.output

@@ -24,7 +24,7 @@ from pipeline.sources.prepare import prepare
 from stages import cli
 from stages.run import lengths
 
-LANGUAGE = Language(8.0, 2.0, 0.01, 0.003, {1: 0.05, 16: 0.1, 64: 0.2}, 1e9, 1e5)
+LANGUAGE = Language(8.0, 0.01, 0.003, {1: 0.05, 32: 0.2}, 1e9)
 VISION = Vision(5.0, 1.0, 0.02, 0.01, 0.5, {"mlp": Pretraining(0.5, 0.01, 1e-4)}, 8e8, {})
 ROWS = {"captions": Rows(70, 15, 15, 2, 12.0, 0, True), "classes": Rows(140, 30, 30, 1, 3.0, 8, True)}
 GRAPH = {"a": [], "b": ["a"], "c": ["a"], "d": ["b", "c"]}
@@ -73,7 +73,7 @@ def test_estimates_follow_what_there_is_to_do(machine: Machine) -> None:
         tuned = machine.params.finetune.model_copy(update={"recipes": some})
         found = replace(machine, params=machine.params.model_copy(update={"finetune": tuned}))
         work.append(found.estimate("finetune@mlp-classes").work)
-    length = 9 + 20 + (recipes["classes"].hints + 1) * 4.0  # image tokens, what is behind them, hints and answer
+    length = 9 + 12 + 4 + (recipes["classes"].hints + 1) * 4.0  # image tokens, what is behind them, hints and answer
     assert work[1] - work[0] == pytest.approx(3 * 4 * length * LANGUAGE.trained)
     assert machine.estimate("extract_images@classes").work == pytest.approx(200 * 0.03)
     stored = replace(machine, vision=replace(VISION, stored={"classes": 150}))

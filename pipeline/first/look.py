@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipeline.plan.rows import Rows, counted
 from pipeline.sources.texts import listed
 
 SPLITS = ("train", "val", "test")
@@ -24,6 +25,7 @@ class Look:
     classes: dict[str, int]  # usable pictures of each
     texts: list[int]  # captions of each usable picture; empty for classes
     words: list[int]  # of each caption
+    rows: Rows
     copies: int  # pictures with the bytes of an earlier one
     leaks: int  # of these in another part than the earlier one
 
@@ -44,6 +46,7 @@ class Look:
             dict(classes.most_common()),
             [len(texts) for texts in captions],
             [len(text.split()) for texts in captions for text in texts],
+            counted(records),
             len(copies),
             sum(part_of[first[record["sha256"]]] != record["split"] for record in copies),
         )

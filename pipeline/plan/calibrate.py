@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from pipeline.objectives.base import Objective
     from pipeline.objectives.pairs import Pairs
 
-ROWS = 2  # of a batch that the LLM is measured on
-STEPS = 4  # of decoding
-LARGE = 4e8  # parameters from which an LLM is measured by two of its layers, times its depth
+DEPTHS = (2, 6)  # layers of the networks that the LLM is reckoned from
+LONG = 0.3  # seconds
+MOST = 4  # rows of a batch that is trained on
+STEPS, MANY = 4, 32  # of decoding, and rows
 SAMPLE, OTHERS = 32, 16  # pictures that objectives are measured on, and captions that each is held against
 
 
@@ -35,12 +36,10 @@ class Language:
     """Seconds and bytes of a process with the LLM, on its share of the cores."""
 
     start: float  # until all is imported
-    load: float  # of the LLM
     trained: float  # of a token in a step of fine-tuning
     read: float  # of a token in a pass without gradients
     written: dict[int, float]  # of a step of decoding, by rows
-    resident: float  # bytes, with the LLM
-    kept: float  # bytes of activations for a token of a step
+    resident: float  # bytes, with the LLM's weights
 
 
 @dataclass(frozen=True)
@@ -89,49 +88,26 @@ def _threads(jobs: int) -> Iterator[None]:
 
 
 def _language(params: Params, rows: dict[str, Rows], began: float) -> Language:
-    """What depends on the LLM: the real one where it is small and needs no converting first, else one of its shape."""
-    import torch
-
+    """What depends on the LLM: by networks of its width with few layers, times its depth, so without its weights."""
     import pipeline.training.finetune  # noqa: F401  all that a stage with the LLM imports
     from pipeline.devices import fast_products, pick_device
 
     _quiet()
     start, device = time.time() - began, pick_device(params.runtime.device)
     fast_products()
-    built = time.perf_counter()
-    networks = _networks(params, device)
-    load = time.perf_counter() - built
-    resident = _peak()
+    resident, depth = _peak() + 4 * llm_shape(params)[0] * (device.type == "cpu"), llm_shape(params)[2]
     length = max(int(one.tokens) for one in rows.values()) + tokens_of(params) + 20
-    found = [_of_network(params, network, length, device) for network, _ in networks]
-    kept = max(0.0, _peak() - resident) / (ROWS * length)
-    depths, depth = [layers for _, layers in networks], llm_shape(params)[2]
-    trained = _to_depth([one[0] for one in found], depths, depth)
-    read = _to_depth([one[1] for one in found], depths, depth)
-    written = {count: _to_depth([one[2][count] for one in found], depths, depth) for count in found[0][2]}
-    if len(networks) > 1:
-        load, kept = llm_shape(params)[0] / 3e8, kept * depth / depths[-1]
-        resident += 2 * llm_shape(params)[0] * (device.type == "cpu")
-    torch.manual_seed(0)
-    return Language(start, load, trained, read, written, resident, kept)
+    batch = min(MOST, max(recipe.batch for recipe in params.finetune.recipes.values()))
+    found = []
+    for layers in DEPTHS:
+        found.append(_of_network(params, _of_shape(params, device, layers), (batch, length), device))
 
+    def whole(at: int) -> float:
+        few, more = found[0][at], found[1][at]
+        return max(more, few + (more - few) / (DEPTHS[1] - DEPTHS[0]) * (depth - DEPTHS[0]))
 
-def _to_depth(values: list[float], depths: list[int], depth: int) -> float:
-    """A value of the whole LLM from those of one or two of its depths."""
-    if len(values) == 1:
-        return values[0]
-    slope = (values[1] - values[0]) / (depths[1] - depths[0])
-    return max(values[1], values[0] + slope * (depth - depths[0]))
-
-
-def _networks(params: Params, device: Any) -> list[tuple[Any, int]]:
-    """Networks to measure, with the number of their layers."""
-    from pipeline.llms.load import load_llm
-
-    size, _, layers = llm_shape(params)
-    if size < LARGE and is_there(params):
-        return [(load_llm(params.llm, params.runtime.device).network, layers)]
-    return [(_of_shape(params, device, some), some) for some in ((layers,) if size < LARGE else (2, 4))]
+    trained, read, one, many = (whole(at) for at in range(4))
+    return Language(start, trained, read, {1: one, MANY: many}, resident)
 
 
 def is_there(params: Params) -> bool:
@@ -141,7 +117,7 @@ def is_there(params: Params) -> bool:
 
 
 def _of_shape(params: Params, device: Any, layers: int) -> Any:
-    """A Llama (Touvron et al. 2023) of the LLM's width, with random weights."""
+    """A Llama (Touvron et al. 2023) of the LLM's width; numbers cost the same, whichever they are."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -158,48 +134,45 @@ def _of_shape(params: Params, device: Any, layers: int) -> Any:
     )  # fmt: skip
     with torch.device("meta"):
         network = AutoModelForCausalLM.from_config(config, dtype=pick_dtype(params.llm.dtype, device))
-    network = network.to_empty(device=device)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.fill_(0.01)  # numbers cost the same, whichever they are
-    network.model.rotary_emb.__init__(config, device=device)
-    return network.eval().requires_grad_(False)
+    network = network.to_empty(device=device).eval().requires_grad_(False)
+    for tensor in [*network.parameters(), *network.buffers()]:
+        tensor.fill_(0.01)
+    return network
 
 
-def _of_network(params: Params, network: Any, length: int, device: Any) -> tuple[float, float, dict[int, float]]:
-    """Seconds of a trained token, of a read token, and of a step of decoding by rows."""
+def _of_network(params: Params, network: Any, shape: tuple[int, int], device: Any) -> tuple[float, float, float, float]:
+    """Seconds of a trained token, of a read one, and of a step of decoding of one row and of many."""
     import torch
 
     from pipeline.llms.load import LanguageModel
     from pipeline.vlm import add_lora
 
-    width = network.get_input_embeddings().weight.shape[1]
-    embed = network.get_input_embeddings().weight.dtype
+    embed = network.get_input_embeddings().weight
+    (batch, length), answer = shape, 8
 
     def prompts(count: int, long: int) -> Any:
-        return torch.rand(count, long, width, device=device).to(embed) / 10
+        return torch.rand(count, long, embed.shape[1], device=device).to(embed.dtype) / 10
 
     @torch.no_grad()
     def read() -> None:
-        network(inputs_embeds=prompts(ROWS, length), logits_to_keep=8)
+        network(inputs_embeds=prompts(batch, length), logits_to_keep=answer)
 
+    @torch.no_grad()
     def write(count: int) -> float:
-        with torch.no_grad():
-            cache = network(inputs_embeds=prompts(count, 16), use_cache=True, logits_to_keep=1).cache
-            token = torch.zeros(count, 1, dtype=torch.long, device=device)
-            return _timed(lambda: network(token, cache=cache, use_cache=True), device, STEPS)
+        cache = network(inputs_embeds=prompts(count, 2), use_cache=True, logits_to_keep=1).cache
+        token = torch.zeros(count, 1, dtype=torch.long, device=device)
+        return _timed(lambda: network(token, cache=cache, use_cache=True), device, STEPS)
 
-    read_token = _timed(read, device) / (ROWS * length)
-    written = {count: write(count) for count in sorted({1, 16, params.evaluate.batch})}
+    found = _timed(read, device) / (batch * length), write(1), write(MANY)
     lora = add_lora(LanguageModel(network, None, None, 0), params.finetune.lora)
 
     def step() -> None:
-        answer = network(inputs_embeds=prompts(ROWS, length).requires_grad_(), logits_to_keep=8).logits
-        answer.float().logsumexp(-1).sum().backward()
+        logits = network(inputs_embeds=prompts(batch, length).requires_grad_(), logits_to_keep=answer).logits
+        logits.float().logsumexp(-1).sum().backward()
 
-    trained = _timed(step, device) / (ROWS * length)
+    trained = _timed(step, device) / (batch * length)
     lora.unload()
-    return trained, read_token, written
+    return trained, *found
 
 
 def _vision(params: Params, rows: dict[str, Rows], began: float) -> Vision:
@@ -285,7 +258,7 @@ def _of_objective(params: Params, rows: dict[str, Rows], name: str, device: Any)
         held = _timed(lambda: objective.held_out(lambda some: adapter(pairs.tokens(some))), device) / len(pairs.val)
         tokens = adapter(pairs.tokens(batch[:OTHERS]))
         pair = _timed(lambda: objective.all_distances(tokens, captions), device) / (len(tokens) * OTHERS)
-    return Pretraining(_timed(step, device, 2), held, pair)
+    return Pretraining(_timed(step, device), held, pair)
 
 
 def _pairs(params: Params, rows: dict[str, Rows], data: list[str], count: int, device: Any) -> Pairs:
@@ -325,18 +298,18 @@ def tokens_of(params: Params) -> int:
 
 
 def _timed(work: Callable[[], Any], device: Any, times: int = 1) -> float:
-    """Seconds of doing something once, after it was done once."""
+    """Seconds of doing something; what is short is done again, so that its first time does not count."""
     import torch
 
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    for _ in range(times):
+    def once() -> float:
+        began = time.perf_counter()
         work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - began) / times
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    first = once()
+    return first if first > LONG else sum(once() for _ in range(times)) / times
 
 
 def _peak() -> float:

@@ -14,13 +14,15 @@ from pipeline.plan.calibrate import Language, Vision, is_there, tokens_of
 from pipeline.plan.rows import Rows
 from pipeline.training.loop import steps_per_epoch, total_steps
 
-# Seconds on one core of an AMD EPYC that are not measured anew: they are few.
+# Seconds of what is not measured, where importing what pre-training needs takes IMPORTS.
+IMPORTS = 4.0
 LIGHT, DRAWING, REPORT = 2.0, 3.0, 6.0  # imports of prepare; pictures of a PCA; the page
+LOADING, LOADED = 1.5, 1e8  # of an LLM: seconds, and parameters a second
 CONVERTING = 16.0 / 135e6  # a GGUF file's parameters
 RENDERED = 0.006  # a drawing
 PASSES, FITS, CROSS_FITS = 14, 8, 11  # of a constant set over its sample; decompositions of a closed form, of a namer
 ENDED = 0.7  # of an answer's longest length, after which all of a batch have ended
-PROMPT = 20  # tokens behind an image
+PROMPT, HINT = 12, 4  # tokens behind an image, and of what hints begin with
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Machine:
     def _prepare(self, data: str) -> Estimate:
         count, source = self.rows[data].pictures, self.params.data[data].source
         each = (RENDERED if source.startswith("openmoji") else 0) + 1.5 * self.vision.decoded / 2  # by two threads
-        return Estimate(count, 200 * count, LIGHT, count * each, 0.25e9)
+        return Estimate(count, 200 * count, self.pace * LIGHT, count * each, 0.25e9)
 
     def _extract_images(self, data: str) -> Estimate:
         count = self.rows[data].pictures - self.vision.stored.get(data, 0)
@@ -67,7 +69,7 @@ class Machine:
         size, width, _ = costs.llm_shape(self.params)
         # Of two that are run side by side one converts the LLM.
         first = not is_there(self.params) and data == self.params.run.data[0]
-        start = self._start() + LIGHT + CONVERTING * size * first
+        start = self._start() + self.pace * (LIGHT + CONVERTING * size * first)
         written = 4 * own.pictures * own.texts * own.tokens + 2000 * width
         peak = self.vision.resident + 8 * size * first
         return Estimate(own.pictures, written, start, 2e-4 * own.pictures * own.texts, peak)
@@ -77,6 +79,11 @@ class Machine:
 
     def _start(self) -> float:
         return self.vision.start
+
+    @property
+    def pace(self) -> float:
+        """How much slower this machine is now than where the constants were measured."""
+        return self.vision.start / IMPORTS
 
     def _pretrain(self, adapter: str) -> Estimate:
         settings, one = self.params.pretrain_for(adapter), self.vision.adapters[adapter]
@@ -127,18 +134,19 @@ class Machine:
         batch, held = own.batch * own.accumulate, sum(min(rows.val, own.validation_images) for rows in sets)
         read = (own.validations + 1) * held * length * self.language.read
         work = steps * batch * length * self.language.trained + read
-        peak = self.language.resident + self.language.kept * own.batch * length
+        peak = self.language.resident + costs.activation_bytes(self.params, on_cpu=True) * own.batch * length
         weights = 4 * costs.adapter_parameters(self.params)
         return Estimate(steps * batch, 2 * weights, self._with_llm(), work, peak + 3 * weights)
 
     _finetune_scratch = _finetune
 
     def _with_llm(self) -> float:
-        return self.language.start + self.language.load
+        return self.language.start + self.pace * (LOADING + costs.llm_shape(self.params)[0] / LOADED)
 
     def _length(self, rows: Rows, hints: int = 0) -> float:
         """Tokens that the LLM reads for a picture: image, prompt, hints and answer."""
-        return tokens_of(self.params) + PROMPT + (hints + 1) * (rows.tokens + 1)
+        behind = HINT + hints * (rows.tokens + 1) if hints else 0.0
+        return tokens_of(self.params) + PROMPT + behind + rows.tokens + 1
 
     def _evaluate(self, item: str) -> Estimate:
         adapter, recipe = item.split("-")
@@ -154,7 +162,7 @@ class Machine:
             work += len(each) * read + sum(self._writing(some, longest, wide) for wide in each)
             work += self.vision.axes if not captions else LIGHT
             count += some
-        return Estimate(count, 500 * count, self._with_llm() + LIGHT, work, self.language.resident + 0.2e9)
+        return Estimate(count, 500 * count, self._with_llm() + self.pace * LIGHT, work, self.language.resident + 0.2e9)
 
     def _writing(self, count: int, longest: int, beams: int) -> float:
         """Of greedy answers, or by a beam, batch by batch."""
@@ -177,7 +185,8 @@ class Machine:
 
     def _pca(self, _: str) -> Estimate:
         count = min(self.rows[self.params.pca.data].val, self.params.pca.images)
-        return Estimate(count, 1e6, self._start() + DRAWING, 4 * self.vision.axes, self.vision.resident + 0.4e9)
+        start, peak = self._start() + self.pace * DRAWING, self.vision.resident + 0.4e9
+        return Estimate(count, 1e6, start, 4 * self.vision.axes, peak)
 
     def _report(self, _: str) -> Estimate:
-        return Estimate(sum(rows.test for rows in self.rows.values()), 5e6, REPORT, 0.0, 0.4e9)
+        return Estimate(sum(rows.test for rows in self.rows.values()), 5e6, self.pace * REPORT, 0.0, 0.4e9)

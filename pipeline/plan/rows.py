@@ -6,15 +6,17 @@ import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.config import Params
 from pipeline.plan.costs import pictures
 from pipeline.runs import Run
 
 HELD_OUT = 0.15  # share of val, and of test
-TOKENS_PER_WORD = 1.3
-# What a caption or a name is like where nothing is prepared: captions of a picture, words of each.
-ASSUMED = {"caption": (5, 11.0), "classify": (1, 2.0)}
+# Characters of a token: captions are of common words, names of rare ones.
+CHARACTERS = {"caption": 4.3, "classify": 3.0}
+# What a caption or a name is like where nothing is prepared: captions of a picture, tokens of each.
+ASSUMED = {"caption": (5, 14.0), "classify": (1, 6.0)}
 
 
 @dataclass(frozen=True)
@@ -37,27 +39,30 @@ class Rows:
 def rows_of(params: Params, name: str) -> Rows:
     """Those of a data set."""
     path = Run.of(params).manifest(name)
-    return _counted(path) if path.is_file() else _assumed(params, name)
-
-
-def _counted(path: Path) -> Rows:
+    if not path.is_file():
+        return _assumed(params, name)
     import pyarrow.parquet as pq
 
-    table = pq.read_table(path, columns=["captions", "label", "split", "quarantine"]).to_pylist()
-    used = [row for row in table if not row["quarantine"]]
+    return counted(pq.read_table(path, columns=["captions", "label", "split", "quarantine"]).to_pylist())
+
+
+def counted(records: list[dict[str, Any]]) -> Rows:
+    """From the rows of a manifest."""
+    used = [row for row in records if not row["quarantine"]]
+    classes = {row["label"] for row in used if row["label"] is not None}
     texts = [text for row in used for text in row["captions"]]
-    words = sum(len(text.split()) for text in texts) / max(1, len(texts))
+    letters = sum(map(len, texts)) / max(1, len(texts))
+    tokens = letters / CHARACTERS["classify" if classes else "caption"]
     parts = Counter(row["split"] for row in used)
     return Rows(
-        parts["train"], parts["val"], parts["test"], len(texts) / max(1, len(used)), TOKENS_PER_WORD * words,
-        len({row["label"] for row in used if row["label"] is not None}), counted=True,
-    )  # fmt: skip
+        parts["train"], parts["val"], parts["test"], len(texts) / max(1, len(used)), tokens, len(classes), counted=True
+    )
 
 
 def _assumed(params: Params, name: str) -> Rows:
     task, root = params.data[name].task, getattr(params.data[name], "root", None)
     count = pictures(params, name)
-    texts, words = ASSUMED.get(task, ASSUMED["caption"])
+    texts, tokens = ASSUMED.get(task, ASSUMED["caption"])
     classes = 0
     if task == "classify":
         inner = Path(root, "images") if root and Path(root, "images").is_dir() else root
@@ -65,4 +70,4 @@ def _assumed(params: Params, name: str) -> Rows:
         classes = sum(entry.is_dir() for entry in os.scandir(inner)) if inner else count // each if each else 100
         count = min(count, classes * each) if each else count
     held = round(HELD_OUT * count)
-    return Rows(count - 2 * held, held, held, texts, TOKENS_PER_WORD * words, classes, counted=False)
+    return Rows(count - 2 * held, held, held, texts, tokens, classes, counted=False)
