@@ -496,6 +496,21 @@ def test_convergence_table_and_steps_to_match(params: Params) -> None:
     assert convergence.steps_to_match(never, "self_attention", "captions") == (None, 30)
 
 
+def test_nothing_need_be_run_from_scratch(params: Params) -> None:
+    run = params.run.model_copy(update={"scratch": [], "scratch_recipes": []})
+    for folder in (BASE / "finetune").glob("*-scratch"):
+        shutil.rmtree(folder)
+    alone = params.model_copy(update={"run": run})
+    text = report(alone)
+    assert "nothing was run from scratch to compare with" in text and "Does pre-training pay?" not in text
+    assert "fine-tuning on captions and classes" in text and "not run" not in text
+    assert (BASE / "report/convergence-others-classes.png").exists()
+    curves = pd.read_csv(BASE / "report/curves.csv")
+    assert curves["with_pretraining"].notna().all() and curves["without_pretraining"].isna().all()
+    tiles = page.tiles(read_results(alone), convergence.collect(alone))
+    assert not [tile for tile in tiles if "fine-tuning steps" in tile.label]
+
+
 def test_a_pre_training_without_a_step_has_a_picture(params: Params) -> None:
     write("pretrain/mlp/history.csv", "step,train_loss,epoch,val,shuffled\n0,,0.0,2.0,3.0\n")
     assert "<h1" in report(params)

@@ -33,7 +33,7 @@ class Size:
     """How much of everything."""
 
     pretrain_steps: int = 120
-    caption_steps: int = 16
+    caption_steps: int = 12
     class_steps: int = 8
     hints: int = 3
     validation: int = 24

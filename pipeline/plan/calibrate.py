@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from pipeline.objectives.base import Objective
     from pipeline.objectives.pairs import Pairs
 
-DEPTHS = (2, 6)  # layers of the networks that the LLM is reckoned from
+LAYERS, LARGEST = 10, 4e8  # of the network that the LLM is reckoned from, and its parameters
+BEHIND, ANSWER = 20, 8  # tokens behind an image, and of them those that are answered
 LONG = 0.3  # seconds
 MOST = 4  # rows of a batch that is trained on
 STEPS, MANY = 4, 32  # of decoding, and rows
@@ -88,26 +89,34 @@ def _threads(jobs: int) -> Iterator[None]:
 
 
 def _language(params: Params, rows: dict[str, Rows], began: float) -> Language:
-    """What depends on the LLM: by networks of its width with few layers, times its depth, so without its weights."""
+    """What depends on the LLM: by a network of its width with some of its layers, and so without its weights."""
     import pipeline.training.finetune  # noqa: F401  all that a stage with the LLM imports
     from pipeline.devices import fast_products, pick_device
 
     _quiet()
     start, device = time.time() - began, pick_device(params.runtime.device)
     fast_products()
-    resident, depth = _peak() + 4 * llm_shape(params)[0] * (device.type == "cpu"), llm_shape(params)[2]
-    length = max(int(one.tokens) for one in rows.values()) + tokens_of(params) + 20
+    size, width, depth = llm_shape(params)
+    resident = _peak() + 4 * size * (device.type == "cpu")
+    length = max(int(one.tokens) for one in rows.values()) + tokens_of(params) + BEHIND
     batch = min(MOST, max(recipe.batch for recipe in params.finetune.recipes.values()))
-    found = []
-    for layers in DEPTHS:
-        found.append(_of_network(params, _of_shape(params, device, layers), (batch, length), device))
+    words = _words(size) * width
+    layer = (size - words) / depth
+    layers = max(1, min(depth, LAYERS, int(LARGEST / layer)))
+    trained, read, one, many = _of_network(params, _of_shape(params, device, layers), (batch, length), device)
 
-    def whole(at: int) -> float:
-        few, more = found[0][at], found[1][at]
-        return max(more, few + (more - few) / (DEPTHS[1] - DEPTHS[0]) * (depth - DEPTHS[0]))
+    def whole(measured: float, answers: float) -> float:
+        """Of all layers; the table of words takes part for so many answers a token."""
+        return measured * (depth * layer + answers * words) / (layers * layer + answers * words)
 
-    trained, read, one, many = (whole(at) for at in range(4))
-    return Language(start, trained, read, {1: one, MANY: many}, resident)
+    share = ANSWER / length
+    written = {1: whole(one, 1), MANY: whole(many, 1)}
+    return Language(start, whole(trained, share), whole(read, share), written, resident)
+
+
+def _words(size: float) -> int:
+    """Words of a vocabulary that is usual at a size."""
+    return 49_152 if size < 1e9 else 32_000
 
 
 def is_there(params: Params) -> bool:
@@ -125,10 +134,9 @@ def _of_shape(params: Params, device: Any, layers: int) -> Any:
 
     size, width, depth = llm_shape(params)
     heads = max(1, width // 64)
-    vocabulary = 49_152 if size < 1e9 else 32_000
-    inner = max(width, int((size - vocabulary * width - 3 * depth * width**2) / (3 * depth * width)))
+    inner = max(width, int((size - _words(size) * width - 3 * depth * width**2) / (3 * depth * width)))
     config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
+        vocab_size=_words(size), hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=heads // 3 if heads % 3 == 0 else heads,
         tie_word_embeddings=True,
     )  # fmt: skip
@@ -148,14 +156,14 @@ def _of_network(params: Params, network: Any, shape: tuple[int, int], device: An
     from pipeline.vlm import add_lora
 
     embed = network.get_input_embeddings().weight
-    (batch, length), answer = shape, 8
+    batch, length = shape
 
     def prompts(count: int, long: int) -> Any:
         return torch.rand(count, long, embed.shape[1], device=device).to(embed.dtype) / 10
 
     @torch.no_grad()
     def read() -> None:
-        network(inputs_embeds=prompts(batch, length), logits_to_keep=answer)
+        network(inputs_embeds=prompts(batch, length), logits_to_keep=ANSWER)
 
     @torch.no_grad()
     def write(count: int) -> float:
@@ -167,7 +175,7 @@ def _of_network(params: Params, network: Any, shape: tuple[int, int], device: An
     lora = add_lora(LanguageModel(network, None, None, 0), params.finetune.lora)
 
     def step() -> None:
-        logits = network(inputs_embeds=prompts(batch, length).requires_grad_(), logits_to_keep=answer).logits
+        logits = network(inputs_embeds=prompts(batch, length).requires_grad_(), logits_to_keep=ANSWER).logits
         logits.float().logsumexp(-1).sum().backward()
 
     trained = _timed(step, device) / (batch * length)

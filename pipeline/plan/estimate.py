@@ -15,8 +15,8 @@ from pipeline.plan.rows import Rows
 from pipeline.training.loop import steps_per_epoch, total_steps
 
 # Seconds of what is not measured, where importing what pre-training needs takes IMPORTS.
-IMPORTS = 4.0
-LIGHT, DRAWING, REPORT = 2.0, 3.0, 6.0  # imports of prepare; pictures of a PCA; the page
+IMPORTS = 3.3
+LIGHT, DRAWING, REPORT = 1.0, 3.0, 1.5  # imports of prepare; pictures of a PCA; the page
 LOADING, LOADED = 1.5, 1e8  # of an LLM: seconds, and parameters a second
 CONVERTING = 16.0 / 135e6  # a GGUF file's parameters
 RENDERED = 0.006  # a drawing
