@@ -68,6 +68,8 @@ def test_class_folders_are_recognised_wherever_they_lie() -> None:
     assert of("flat") == {"classes": imagefolder("flat")}
     assert of("deep") == {"classes": imagefolder("images")}
     assert of("parts") == {"classes": imagefolder("parts")}
+    assert not recognise(Path("parts").resolve()).sets["classes"].has_parts  # val is carved
+    classes("parts/valid", 2)
     assert recognise(Path("parts").resolve()).sets["classes"].has_parts
     assert of("one") == {"classes": imagefolder("one")}
 

@@ -32,7 +32,7 @@ class DataSet:
     section: dict[str, Any]
     names: list[str]
     said: str
-    has_parts: bool = False  # whether its folders say what is for training and for test
+    has_parts: bool = False  # whether its folders give all three parts
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def _classes(folder: Path, captions: DataSet | None) -> DataSet | None:
         if (root / "meta" / "classes.txt").is_file() and (root / "images").is_dir():
             section = {"task": "classify", "source": "food101", "root": root}
             names = [name for name, _ in _pictures(root / "images")]
-            return DataSet(section, names, f"{root}: the layout of Food-101", has_parts=True)
+            return DataSet(section, names, f"{root}: the layout of Food-101")
         if found := _class_folders(root, images):
             return found
     return None
@@ -159,9 +159,10 @@ def _class_folders(root: Path, images: Path | None) -> DataSet | None:
         return None
     classes = sorted({inner.name for one in inside for inner in _folders(one)} if parts else {x.name for x in inside})
     names = [f"{one.name}/{name}" for one in inside for name, _ in _pictures(one)]
+    has_parts = parts and len({PARTS[one.name.casefold()] for one in inside}) == 3
     how = f", in the parts {listed([one.name for one in inside])}" if parts else ""
     said = f"{root}: {len(classes)} class folders ({listed(classes, 5)}){how}"
-    return DataSet({"task": "classify", "source": "imagefolder", "root": root}, names, said, has_parts=parts)
+    return DataSet({"task": "classify", "source": "imagefolder", "root": root}, names, said, has_parts)
 
 
 def _folders(folder: Path) -> list[Path]:
