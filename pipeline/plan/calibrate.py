@@ -18,7 +18,7 @@ from pipeline.llms.base import Loader
 from pipeline.llms.gguf import GGUF
 from pipeline.plan.costs import llm_shape, tokens_per_picture
 from pipeline.plan.rows import Rows
-from pipeline.runs import MODELS
+from pipeline.runs import MODELS, Run
 
 if TYPE_CHECKING:
     from pipeline.objectives.base import Objective
@@ -200,7 +200,8 @@ def _vision(params: Params, rows: dict[str, Rows], began: float) -> Vision:
         encoder = load_vision_encoder(params.vision, params.runtime.device)
         load = time.perf_counter() - built
         encoded, decoded = _of_encoder(params, encoder)
-        stored = {name: _stored(params, name, encoder) for name, one in rows.items() if one.counted}
+        there = [name for name in rows if Run.of(params).manifest(name).is_file()]
+        stored = {name: _stored(params, name, encoder) for name in there}
     width = tokens_per_picture(params)[1]
     square = torch.rand(2 * width, width, dtype=torch.float64)
     square = square.T @ square
