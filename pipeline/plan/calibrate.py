@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pipeline.objectives.base import Objective
     from pipeline.objectives.pairs import Pairs
 
-LAYERS, LARGEST = 10, 4e8  # of the network that the LLM is reckoned from, and its parameters
+LAYERS, LARGEST = 6, 4e8  # of the network that the LLM is reckoned from, and its parameters
 BEHIND, ANSWER = 20, 8  # tokens behind an image, and of them those that are answered
 LONG = 0.3  # seconds
 MOST = 4  # rows of a batch that is trained on

@@ -20,7 +20,9 @@ LIGHT, DRAWING, REPORT = 1.0, 3.0, 1.5  # imports of prepare; pictures of a PCA;
 LOADING, LOADED = 1.5, 1e8  # of an LLM: seconds, and parameters a second
 CONVERTING = 16.0 / 135e6  # a GGUF file's parameters
 RENDERED = 0.006  # a drawing
-PASSES, FITS, CROSS_FITS = 14, 8, 11  # of a constant set over its sample; decompositions of a closed form, of a namer
+PASSES = 14  # of a constant set over its sample
+RIDGE, FITS, CROSS_FITS = 3, 8, 11  # decompositions of a closed form by ridge regression alone, or by all; of a namer
+FEW = 0.1  # of such a decomposition, with fewer pictures than numbers in a token
 ENDED = 0.7  # of an answer's longest length, after which all of a batch have ended
 PROMPT, HINT = 12, 4  # tokens behind an image, and of what hints begin with
 
@@ -106,19 +108,22 @@ class Machine:
 
     def _beginning(self, adapter: str, train: int, each: float) -> float:
         """Of what an adapter starts from, which the first of several that share it computes."""
-        start = getattr(self.params.pretrain_for(adapter).objective, "start", "random")
+        own = self.params.pretrain_for(adapter).objective
+        start = getattr(own, "start", "random")
         if start == "random":
             return 0.0
+        fits = RIDGE if getattr(own, "closed_form", "") == "ridge" else FITS
         first = adapter == self.params.run.adapters[0]
         seconds = 2 * PASSES * min(512, train) * each / 2  # of one token and of as many as the adapter gives
-        return seconds + (FITS * self.vision.axes if start == "closed_form" else 0.0) if first else seconds / 2
+        return seconds + (fits * self.vision.axes if start == "closed_form" else 0.0) if first else seconds / 2
 
     def _name(self, adapter: str) -> Estimate:
         work, count = 0.0, 0
         for data in self._classes():
             own, pair = self.rows[data], self.vision.adapters[adapter].pair
             seen = own.val + own.test + min(512, own.train) + min(256, own.val + own.test) * 2
-            work += seen * own.classes * pair + CROSS_FITS * self.vision.axes
+            few = own.train + own.val + own.classes < costs.tokens_per_picture(self.params)[1]
+            work += seen * own.classes * pair + CROSS_FITS * self.vision.axes * (FEW if few else 1)
             count += own.pictures
         return Estimate(count, 100 * count, self._start(), work, self.vision.resident + 0.2e9)
 
