@@ -34,7 +34,7 @@ class Size:
 
     pretrain_steps: int = 120
     caption_steps: int = 12
-    class_steps: int = 8
+    class_steps: int = 6
     hints: int = 3
     validation: int = 24
     captions: int = 16
