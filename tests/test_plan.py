@@ -24,7 +24,7 @@ from pipeline.sources.prepare import prepare
 from stages import cli
 from stages.run import lengths
 
-LANGUAGE = Language(8.0, 0.01, 0.003, {1: 0.05, 32: 0.2}, 1e9)
+LANGUAGE = Language(8.0, 2.0, 0.01, 0.003, {1: 0.05, 32: 0.2}, 1e9)
 VISION = Vision(5.0, 1.0, 0.02, 0.01, 0.5, {"mlp": Pretraining(0.5, 0.01, 1e-4)}, 8e8, {})
 ROWS = {"captions": Rows(70, 15, 15, 2, 12.0, 0, True), "classes": Rows(140, 30, 30, 1, 3.0, 8, True)}
 GRAPH = {"a": [], "b": ["a"], "c": ["a"], "d": ["b", "c"]}

@@ -18,6 +18,7 @@ from pipeline.sources.texts import decode, listed, parse_json
 GENERIC = {"images", "image", "imgs", "img", "pictures", "photos", "pics", "jpg", "jpegs", "jpegimages", "data"}
 TABLES, JSON = (".csv", ".tsv", ".txt", *table.LINES), ".json"
 LOOKED_AT = 200  # names of a file of captions that are looked for
+SIDECARS = 50  # so many texts in a folder are one for each picture, and no table
 LARGEST = 2**30  # bytes of a JSON file that is read whole
 REMEDY = (
     "put the pictures into one folder per class, or write captions.csv with the columns file and text beside them; "
@@ -62,7 +63,9 @@ def recognise(folder: Path) -> Layout:
 def _files_of_captions(folder: Path) -> Iterator[DataSet]:
     """The files of captions in a folder and in those right below it, with the pictures they name."""
     for place in [folder, *_folders(folder)]:
-        for path in sorted(path for path in place.iterdir() if path.is_file() and not is_hidden(path.name)):
+        kinds = {JSON, *TABLES}
+        files = sorted(path for path in place.iterdir() if path.suffix.lower() in kinds and not is_hidden(path.name))
+        for path in files if len(files) < SIDECARS else []:
             names, source = _named_by(path)
             images = _where(names, path.parent, folder) if names else None
             if images is None:

@@ -37,6 +37,7 @@ class Language:
     """Seconds and bytes of a process with the LLM, on its share of the cores."""
 
     start: float  # until all is imported
+    load: float  # of the LLM, without its weights
     trained: float  # of a token in a step of fine-tuning
     read: float  # of a token in a pass without gradients
     written: dict[int, float]  # of a step of decoding, by rows
@@ -103,7 +104,10 @@ def _language(params: Params, rows: dict[str, Rows], began: float) -> Language:
     words = _words(size) * width
     layer = (size - words) / depth
     layers = max(1, min(depth, LAYERS, int(LARGEST / layer)))
-    trained, read, one, many = _of_network(params, _of_shape(params, device, layers), (batch, length), device)
+    built = time.perf_counter()
+    network = _of_shape(params, device, layers)
+    load = time.perf_counter() - built
+    trained, read, one, many = _of_network(params, network, (batch, length), device)
 
     def whole(measured: float, answers: float) -> float:
         """Of all layers; the table of words takes part for so many answers a token."""
@@ -111,7 +115,7 @@ def _language(params: Params, rows: dict[str, Rows], began: float) -> Language:
 
     share = ANSWER / length
     written = {1: whole(one, 1), MANY: whole(many, 1)}
-    return Language(start, whole(trained, share), whole(read, share), written, resident)
+    return Language(start, load, whole(trained, share), whole(read, share), written, resident)
 
 
 def _words(size: float) -> int:
@@ -162,8 +166,8 @@ def _of_network(params: Params, network: Any, shape: tuple[int, int], device: An
         return torch.rand(count, long, embed.shape[1], device=device).to(embed.dtype) / 10
 
     @torch.no_grad()
-    def read() -> None:
-        network(inputs_embeds=prompts(batch, length), logits_to_keep=ANSWER)
+    def read(count: int, long: int) -> None:
+        network(inputs_embeds=prompts(count, long), logits_to_keep=ANSWER)
 
     @torch.no_grad()
     def write(count: int) -> float:
@@ -171,14 +175,14 @@ def _of_network(params: Params, network: Any, shape: tuple[int, int], device: An
         token = torch.zeros(count, 1, dtype=torch.long, device=device)
         return _timed(lambda: network(token, cache=cache, use_cache=True), device, STEPS)
 
-    found = _timed(read, device) / (batch * length), write(1), write(MANY)
+    found = _warmed(read, shape, device) / (batch * length), write(1), write(MANY)
     lora = add_lora(LanguageModel(network, None, None, 0), params.finetune.lora)
 
-    def step() -> None:
-        logits = network(inputs_embeds=prompts(batch, length).requires_grad_(), logits_to_keep=ANSWER).logits
+    def step(count: int, long: int) -> None:
+        logits = network(inputs_embeds=prompts(count, long).requires_grad_(), logits_to_keep=ANSWER).logits
         logits.float().logsumexp(-1).sum().backward()
 
-    trained = _timed(step, device) / (batch * length)
+    trained = _warmed(step, shape, device) / (batch * length)
     lora.unload()
     return trained, *found
 
@@ -306,19 +310,26 @@ def tokens_of(params: Params) -> int:
     return max(Architecture.of(*one).tokens(count) for one in kinds)
 
 
-def _timed(work: Callable[[], Any], device: Any, times: int = 1) -> float:
-    """Seconds of doing something; what is short is done again, so that its first time does not count."""
+def _warmed(work: Callable[[int, int], None], shape: tuple[int, int], device: Any) -> float:
+    """Seconds of work on a batch [rows, tokens], the first time on a small one."""
+    work(1, ANSWER)
+    return _once(lambda: work(*shape), device)
+
+
+def _once(work: Callable[[], Any], device: Any) -> float:
     import torch
 
-    def once() -> float:
-        began = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - began
+    began = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
 
-    first = once()
-    return first if first > LONG else sum(once() for _ in range(times)) / times
+
+def _timed(work: Callable[[], Any], device: Any, times: int = 1) -> float:
+    """Seconds of doing something; what is short is done again, so that its first time does not count."""
+    first = _once(work, device)
+    return first if first > LONG else sum(_once(work, device) for _ in range(times)) / times
 
 
 def _peak() -> float:

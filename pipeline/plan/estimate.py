@@ -17,7 +17,7 @@ from pipeline.training.loop import steps_per_epoch, total_steps
 # Seconds of what is not measured, where importing what pre-training needs takes IMPORTS.
 IMPORTS = 3.3
 LIGHT, DRAWING, REPORT = 1.0, 3.0, 1.5  # imports of prepare; pictures of a PCA; the page
-LOADING, LOADED = 1.5, 1e8  # of an LLM: seconds, and parameters a second
+LOADED = 1e8  # parameters of an LLM a second
 CONVERTING = 16.0 / 135e6  # a GGUF file's parameters
 RENDERED = 0.006  # a drawing
 PASSES = 14  # of a constant set over its sample
@@ -146,7 +146,7 @@ class Machine:
     _finetune_scratch = _finetune
 
     def _with_llm(self) -> float:
-        return self.language.start + self.pace * (LOADING + costs.llm_shape(self.params)[0] / LOADED)
+        return self.language.start + self.language.load + self.pace * costs.llm_shape(self.params)[0] / LOADED
 
     def _length(self, rows: Rows, hints: int = 0) -> float:
         """Tokens that the LLM reads for a picture: image, prompt, hints and answer."""
