@@ -11,6 +11,7 @@ from pipeline.errors import UserError
 
 RESULTS = Path("data")
 STORE, RAW, MODELS = RESULTS / "store", RESULTS / "raw", RESULTS / "models"  # shared by all profiles
+SCRATCH = "-scratch"  # ends what was fine-tuned without pre-training; beside the others, for there may be none
 Kind = Literal["images", "text"]
 EXTRACTED_BY: dict[Kind, str] = {"images": "extract_images", "text": "extract_captions"}
 
@@ -65,7 +66,7 @@ class Run:
         return self.base / "name" / adapter
 
     def finetuned(self, adapter: str, recipe: str, scratch: bool = False) -> Path:
-        return self.base / ("finetune_scratch" if scratch else "finetune") / f"{adapter}-{recipe}"
+        return self.base / "finetune" / f"{adapter}-{recipe}{SCRATCH if scratch else ''}"
 
     def evaluated(self, adapter: str, recipe: str) -> Path:
         return self.base / "evaluate" / f"{adapter}-{recipe}"
@@ -111,6 +112,8 @@ def stage_of(path: Path) -> str:
     parts = path.relative_to(RESULTS).parts[1:] if path.is_relative_to(RESULTS) else path.parts[-2:]
     made_by: dict[str, str] = {str(kind): stage for kind, stage in EXTRACTED_BY.items()}
     stage, item = made_by.get(parts[0], parts[0]), Path(parts[1]).stem if len(parts) > 1 else ""
+    if stage == "finetune" and item.endswith(SCRATCH):
+        return f"finetune_scratch@{item.removesuffix(SCRATCH)}"
     return "report" if stage in ("report", "metrics.json") else "inputs" if stage == "inputs" else f"{stage}@{item}"
 
 

@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import warnings
+from keyword import iskeyword
 from typing import Any
 
 import typer
@@ -35,6 +36,9 @@ START, LOOK, ASK, SHARE, MEND = "Start", "Look at results", "Ask", "Share", "Men
 STAGES = "Stages (run by `dvc repro`)"
 # The command's name, the module that holds its function of that name, the heading in --help, and an example.
 COMMANDS = {
+    "try": ("stages.first", START, "terraalign try ~/pictures"),
+    "init": ("stages.first", START, "terraalign init ~/pictures --name birds"),
+    "plan": ("stages.plan", START, "terraalign plan"),
     "run": ("stages.run", START, "terraalign run --jobs 2"),
     "show": ("stages.show", LOOK, "terraalign show"),
     "study": ("stages.study", LOOK, "terraalign study --only mlp --only 17"),
@@ -108,7 +112,8 @@ app = typer.Typer(
     cls=Commands, help=_flowing(HELP), no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich"
 )  # fmt: skip
 for name, (module, panel, example) in COMMANDS.items():
-    function = getattr(importlib.import_module(module), name.replace("-", "_"))
+    python_name = f"{name.replace('-', '_')}{'_' if iskeyword(name) else ''}"
+    function = getattr(importlib.import_module(module), python_name)
     text = _flowing(function.__doc__ or "")
     app.command(name, help=text, rich_help_panel=panel, epilog=_example(example))(function)
 app.add_typer(profile.app, name="profile", rich_help_panel=START, epilog=_example("terraalign profile use photos"))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as one JSON object.")] = False,
 ) -> None:
-    """Say what the active profile needs, what is missing and how to get it, and what a run will cost.
+    """Say what the active profile needs, what is missing and how to get it; `terraalign plan` says what a run costs.
 
     Exit code 0: everything is there; 1: something is missing. Downloads nothing.
     """
@@ -42,10 +42,7 @@ def _show(found: Diagnosis) -> None:
         needs.add_column(heading, overflow="fold")  # a path must not lose its end
     for check in found.checks:
         needs.add_row("[green]ok[/]" if check.ok else "[red]missing[/]", check.name, check.found)
-    costs = Table("estimate", "about", "how it is reckoned", title="costs", title_justify="left")
-    for estimate in found.estimates:
-        costs.add_row(estimate.name, estimate.amount, estimate.formula)
-    console.print(needs, costs, found.hub, sep="\n")
+    console.print(needs, found.hub, sep="\n")
     for check in found.checks:
         if not check.ok:
             # Not wrapped by rich: a command must survive copying.

@@ -29,7 +29,7 @@ def finetune_scratch(
 ) -> None:
     """The same fine-tuning from a random adapter: what pre-training is measured against.
 
-    Writes to data/<profile>/finetune_scratch/<adapter>-<recipe>/.
+    Writes to data/<profile>/finetune/<adapter>-<recipe>-scratch/.
     """
     _finetune(adapter, recipe, scratch=True)
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from graphlib import TopologicalSorter
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -29,11 +29,12 @@ def run(
     """Run the graph as `dvc repro` does, but stages side by side where none waits for the other.
 
     Half of a short stage is spent on one core, so two at a time on a core each are done sooner than one after the other
-    on both. On a GPU, whose memory they would share, take --jobs 1. What is up to date is skipped. What fails is shown;
-    stages that are at work end, no other is begun, and the same command goes on from there.
+    on both; one that all others wait for has all cores. On a GPU, whose memory they would share, take --jobs 1. What is
+    up to date is skipped. What fails is shown; stages that are at work end, no other is begun, and the same command
+    goes on from there.
     """
     stages = stages_of_graph()
-    to_the_end = _lengths(stages)
+    to_the_end = lengths(stages)
     # First what most waits for, or the last long chain runs alone in the end.
     faults = run_stages(stages, jobs, to_the_end.__getitem__)
     if faults:
@@ -62,7 +63,8 @@ def run_stages(
                 kinds = {_kind(other) for other in running.values()}
                 stage = max(waiting, key=lambda stage: (urgency(stage), _kind(stage) not in kinds))
                 waiting.remove(stage)
-                running[pool.submit(_repro, stage, jobs)] = stage
+                # One that nothing else can run beside has all cores: none becomes ready before it is done.
+                running[pool.submit(_repro, stage, jobs if running or waiting else 1)] = stage
             if not running:
                 break  # all that is left depends on what failed
             done, _ = wait(running, return_when=FIRST_COMPLETED)
@@ -81,24 +83,40 @@ def _kind(stage: str) -> str:
     return stage.partition("@")[0]
 
 
-def _lengths(stages: dict[str, list[str]]) -> dict[str, int]:
+def lengths(stages: dict[str, list[str]]) -> dict[str, int]:
     """How many stages, one after the other, wait for each."""
-    lengths = dict.fromkeys(stages, 0)
+    found = dict.fromkeys(stages, 0)
     for stage in reversed(list(TopologicalSorter(stages).static_order())):
         for before in stages[stage]:
-            lengths[before] = max(lengths[before], lengths[stage] + 1)
-    return lengths
+            found[before] = max(found[before], found[stage] + 1)
+    return found
 
 
 def stages_of_graph() -> dict[str, list[str]]:
     """The stages of dvc.yaml by name, with those that each depends on; UserError when DVC cannot read it."""
+    return _asked(lambda repo: {})[0]
+
+
+def stale_stages() -> tuple[dict[str, list[str]], set[str]]:
+    """The same, and those of them that DVC would run, or that follow one of these."""
+    graph, status = _asked(lambda repo: repo.status())
+    stale = set(status)
+    for stage in TopologicalSorter(graph).static_order():
+        if stale.intersection(graph[stage]):
+            stale.add(stage)
+    return graph, stale
+
+
+def _asked(question: Callable[[Any], dict[str, Any]]) -> tuple[dict[str, list[str]], dict[str, Any]]:
+    """The graph, and what DVC's repository answers; UserError when it can't."""
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
     try:
         with Repo() as repo:
             graph = repo.index.graph
-            return {stage.addressing: [other.addressing for other in graph.successors(stage)] for stage in graph}
+            found = {stage.addressing: [other.addressing for other in graph.successors(stage)] for stage in graph}
+            return found, question(repo)
     except DvcException as error:
         raise UserError("dvc.yaml", " ".join(str(error).split()), "run `dvc repro` to see more") from None
 

@@ -1,4 +1,4 @@
-"""The doctor: what is missing, how to get it, and estimates that follow their formula; quick and without a network."""
+"""The doctor: what is missing, how to get it, and what it takes by its formula; quick and without a network."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import pytest
 from typer.testing import CliRunner
 
 from pipeline.config import Params, Vision, parse_params
-from pipeline.doctor import checks, costs, machine
+from pipeline.doctor import checks, hub
 from pipeline.encoders.base import Encoder
 from pipeline.needs import Need
+from pipeline.plan import costs
 from stages import cli
 
 PROJECT = Path(__file__).parents[1]
@@ -32,8 +33,7 @@ def params_of(name: str, captions: Path | str = "/none", classes: Path | str = "
 @pytest.fixture(autouse=True)
 def _no_gpu_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same answers on every machine."""
-    for room in (checks, costs):
-        monkeypatch.setattr(room, "cuda", lambda device: ("", 0))
+    monkeypatch.setattr(checks, "cuda", lambda device: ("", 0))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.chdir(tmp_path)
 
@@ -159,9 +159,9 @@ def test_estimates_follow_their_formula() -> None:
 
 def test_a_hub_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_HUB_OFFLINE")
-    monkeypatch.setattr(machine.Hub, "probe", lambda self: time.sleep(5))
+    monkeypatch.setattr(hub.Hub, "probe", lambda self: time.sleep(5))
     began = time.monotonic()
-    assert machine.Hub(seconds=0.1).answer() == "hub: not reachable (offline); only local files are used"
+    assert hub.Hub(seconds=0.1).answer() == "hub: not reachable (offline); only local files are used"
     assert time.monotonic() - began < 1
 
 
@@ -172,7 +172,7 @@ def test_the_command_exits_with_the_diagnosis(tmp_path: Path) -> None:
     assert max(map(len, result.output.split("hub:")[0].splitlines())) <= 100
     assert "hf download mistralai/Mistral-7B-Instruct-v0.2 --revision" in result.output
     found = json.loads(runner.invoke(cli.app, ["doctor", "--json"]).output)
-    assert found["ok"] is False and found["profile"] == "thesis" and found["checks"] and found["estimates"]
+    assert found["ok"] is False and found["profile"] == "thesis" and found["checks"]
 
 
 def test_the_command_exits_with_0_when_all_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

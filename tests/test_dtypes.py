@@ -81,7 +81,7 @@ def test_stored_bytes_are_stable():
 
 
 def test_params_and_code_know_the_same_types():
-    from pipeline.doctor.costs import TOKEN_BYTES
+    from pipeline.plan.costs import TOKEN_BYTES
     from pipeline.store.schema import STORED
 
     [allowed] = [field.annotation.__args__ for name, field in Cache.model_fields.items() if name == "dtype"]

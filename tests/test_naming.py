@@ -62,6 +62,16 @@ def test_the_discriminant_is_scikit_learns(classes, shrinkage):
     np.testing.assert_allclose(found.exp().numpy(), reference.predict_proba(new), atol=1e-4)
 
 
+@pytest.mark.parametrize("shrinkage", [0.05, 0.5])
+def test_fewer_pictures_than_numbers_in_a_feature_make_no_difference(shrinkage):
+    rng = np.random.default_rng(3)
+    own = np.arange(20) % 4
+    known, new = (rng.normal(size=(20, 64)) + 2 * rng.normal(size=(4, 64))[own] for _ in range(2))
+    reference = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=shrinkage).fit(known, own)
+    found = Discriminant.fit(known, own.tolist(), 4, shrinkage).of_features(torch.from_numpy(new))
+    np.testing.assert_allclose(found.exp().numpy(), reference.predict_proba(new), atol=1e-4)
+
+
 def test_a_class_without_a_picture_is_never_named():
     known, own = features()
     model = Discriminant.fit(known, own.tolist(), CLASSES + 1, 0.1)

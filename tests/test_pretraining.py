@@ -199,6 +199,12 @@ def test_best_constant_token_is_the_mean_word():
     torch.testing.assert_close(token[0], objective.pairs.table.mean(0), atol=0.05, rtol=0.1)
 
 
+def test_an_only_name_has_a_constant_set_though_its_words_tell_nothing_apart():
+    objective = emd(pairs_of([[[1, 2]]] * IMAGES), word_weights="idf_squared")
+    found = objective.held_out(lambda _: fit_constant_set(objective, 2)[None])
+    assert found.max() < 0.01
+
+
 @pytest.mark.parametrize("cost", ["euclidean", "sqeuclidean", "cosine"])
 def test_the_constant_set_is_as_good_as_what_gradient_descent_finds(cost):
     pairs = pairs_of([[[i % 7, (3 * i) % 5], [(i + 2) % 7]] for i in range(IMAGES)])

@@ -136,8 +136,8 @@ def params(project: Path) -> Params:
         for picture in page.PCA_PICTURES:
             Image.new("RGB", (9, 7)).save(BASE / "pca" / name / f"{picture}.png")
     for name in found.run.scratch:
-        write(f"finetune_scratch/{name}-captions/metrics.json", {"val_loss": 2.5, "steps": 30})
-        write(f"finetune_scratch/{name}-captions/history.csv", losses(2.5))
+        write(f"finetune/{name}-captions-scratch/metrics.json", {"val_loss": 2.5, "steps": 30})
+        write(f"finetune/{name}-captions-scratch/history.csv", losses(2.5))
     for stage in stages(found)[1:]:
         write(f"seconds/{stage}.json", {"seconds": 61.5})
     (BASE / "prepare").mkdir()
@@ -327,7 +327,7 @@ MISSING = [
     ("pretrain/mlp/history.csv", "pretrain@mlp"),
     ("finetune/query-captions/history.csv", "finetune@query-captions"),
     ("finetune/mlp-classes/metrics.json", "finetune@mlp-classes"),
-    ("finetune_scratch/self_attention-captions/metrics.json", "finetune_scratch@self_attention-captions"),
+    ("finetune/self_attention-captions-scratch/metrics.json", "finetune_scratch@self_attention-captions"),
     ("name/mlp/classes/namer.json", "name@mlp"),
     ("evaluate/mlp-captions/captions/figures.json", "evaluate@mlp-captions"),
     ("evaluate/query-captions/captions/captions.json", "evaluate@query-captions"),
@@ -430,9 +430,9 @@ def both(params: Params) -> Params:
         captioned(f"{name}-both/captions")
         named(f"{name}-both/classes", ACCURACY[name])
         metrics = {"val_loss": 9.0, "val_loss/captions": 1.25, "val_loss/classes": 1.75}
-        for folder in ("finetune", "finetune_scratch"):
-            write(f"{folder}/{name}-both/metrics.json", metrics)
-            write(f"{folder}/{name}-both/history.csv", losses(9.0))
+        for folder in (f"finetune/{name}-both", f"finetune/{name}-both-scratch"):
+            write(f"{folder}/metrics.json", metrics)
+            write(f"{folder}/history.csv", losses(9.0))
     return Params.model_validate(values)
 
 
@@ -494,6 +494,21 @@ def test_convergence_table_and_steps_to_match(params: Params) -> None:
     assert convergence.steps_to_match(table, "mlp", "captions") is None
     never = table.assign(val_loss=table["val_loss"].where(table["start"] == "scratch", 9.0))
     assert convergence.steps_to_match(never, "self_attention", "captions") == (None, 30)
+
+
+def test_nothing_need_be_run_from_scratch(params: Params) -> None:
+    run = params.run.model_copy(update={"scratch": [], "scratch_recipes": []})
+    for folder in (BASE / "finetune").glob("*-scratch"):
+        shutil.rmtree(folder)
+    alone = params.model_copy(update={"run": run})
+    text = report(alone)
+    assert "nothing was run from scratch to compare with" in text and "Does pre-training pay?" not in text
+    assert "fine-tuning on captions and classes" in text and "not run" not in text
+    assert (BASE / "report/convergence-others-classes.png").exists()
+    curves = pd.read_csv(BASE / "report/curves.csv")
+    assert curves["with_pretraining"].notna().all() and curves["without_pretraining"].isna().all()
+    tiles = page.tiles(read_results(alone), convergence.collect(alone))
+    assert not [tile for tile in tiles if "fine-tuning steps" in tile.label]
 
 
 def test_a_pre_training_without_a_step_has_a_picture(params: Params) -> None:

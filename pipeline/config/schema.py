@@ -306,8 +306,8 @@ class Run(Section):
     data: Keys
     adapters: Keys
     recipes: Keys
-    scratch: Keys
-    scratch_recipes: Keys
+    scratch: Annotated[list[Key], AfterValidator(_distinct)]
+    scratch_recipes: Annotated[list[Key], AfterValidator(_distinct)]
 
 
 class Runtime(Section):

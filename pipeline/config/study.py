@@ -112,8 +112,12 @@ def parameters_of(study: Study, values: dict[str, Any]) -> dict[str, Any]:
             if name not in there:
                 raise UserError(f"{kind}: {name}", f"params.yaml has only {', '.join(there)}", "add a section there")
     cells = study.cells()
-    run = values["run"] | {"adapters": [cell.name for cell in cells], "recipes": names}
-    run |= {"scratch": [cells[0].name], "scratch_recipes": names[:1]}  # which the schema wants, and no study runs
+    run = values["run"] | {
+        "adapters": [cell.name for cell in cells],
+        "recipes": names,
+        "scratch": [],
+        "scratch_recipes": [],
+    }
     changed = {
         name: merged(recipes[based[name]], {key: value for key, value in changes.items() if key != "of"})
         for name, changes in study.recipes.items()

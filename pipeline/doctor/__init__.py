@@ -1,1 +1,1 @@
-"""`terraalign doctor`: what the parts of a profile need, and what it costs."""
+"""`terraalign doctor`: what the parts of a profile need, and whether it is there."""

@@ -1,4 +1,4 @@
-"""What a profile needs, what of it is there, how to get the rest, and what it will cost. Reads; never downloads."""
+"""What a profile needs, what of it is there, and how to get the rest. Reads; never downloads."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import LLM, Params, read_yaml
-from pipeline.doctor import costs
-from pipeline.doctor.costs import GIB, Estimate, gib
-from pipeline.doctor.machine import Hub, cuda
+from pipeline.doctor.hub import Hub
 from pipeline.encoders.base import Encoder
 from pipeline.llms.base import Loader
 from pipeline.needs import Need
+from pipeline.plan import costs
+from pipeline.plan.costs import GIB, gib
+from pipeline.plan.machine import cuda
 from pipeline.sources.prepare import source_of
 
 
@@ -23,7 +24,6 @@ class Diagnosis:
 
     profile: str
     checks: list[Need]
-    estimates: list[Estimate]
     hub: str
 
     @property
@@ -37,9 +37,8 @@ def diagnose(params: Params) -> Diagnosis:
     checks = [_data(params, name) for name in params.run.data]
     checks += [Encoder.of(params.vision).need(), *dict.fromkeys(Loader.of(llm).need() for llm in _llms(params))]
     checks.append(_gpu(params))
-    disk, memory = costs.disk_bytes(params), costs.memory_bytes(params)
-    checks += [_disk(disk), _memory(params, memory)]
-    return Diagnosis(params.profile, checks, costs.estimates(params, disk, memory), hub.answer())
+    checks += [_disk(costs.disk_bytes(params)), _memory(params, costs.memory_bytes(params))]
+    return Diagnosis(params.profile, checks, hub.answer())
 
 
 def _llms(params: Params) -> list[LLM]:

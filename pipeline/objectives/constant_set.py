@@ -26,8 +26,9 @@ def fit_constant_set(objective: EMD, count: int) -> Tensor:
     token that is a word would stay there (Kuhn 1973).
     """
     pairs, generator = objective.pairs, torch.Generator().manual_seed(objective.means.seed)
-    weight = torch.bincount(torch.tensor([r for i in pairs.train for c in pairs.captions[i] for r in c])).float()
-    weight = weight * objective.ground.word_weights[: len(weight)]
+    counts = torch.bincount(torch.tensor([r for i in pairs.train for c in pairs.captions[i] for r in c])).float()
+    weight = counts * objective.ground.word_weights[: len(counts)]
+    weight = weight if weight.any() else counts  # all pictures have the same words, such as the name of an only class
     start = torch.multinomial(weight, count, replacement=count > int((weight > 0).sum()), generator=generator)
     order = torch.randperm(len(pairs.train), generator=generator)[:SAMPLE].tolist()
     parts = [[pairs.train[i] for i in order[at : at + PART]] for at in range(0, len(order), PART)]

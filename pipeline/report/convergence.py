@@ -29,11 +29,11 @@ EPOCHS = (
 def collect(params: Params) -> pd.DataFrame:
     """Validation loss over fine-tuning, columns COLUMNS; start is emd (pre-trained) or scratch.
 
-    Of the recipes that are run from scratch too, with all adapters. Raises UserError naming a history that is missing
-    or has no validation loss.
+    Of the recipes that are run from scratch too, or else of all, with all adapters. Raises UserError naming a history
+    that is missing or has no validation loss.
     """
     run, parts = params.run, []
-    for recipe in run.scratch_recipes:
+    for recipe in (run.scratch and run.scratch_recipes) or run.recipes:
         parts += [_history(params, name, recipe, "emd") for name in run.adapters]
         parts += [_history(params, name, recipe, "scratch") for name in run.scratch]
     return pd.concat(parts, ignore_index=True)
@@ -61,11 +61,12 @@ def read_history(folder: Path, columns: list[str]) -> pd.DataFrame:
 
 
 def write_curves(table: pd.DataFrame, folder: Path) -> None:
-    """All runs in convergence.csv; in curves.csv, for `dvc plots`, those of the first adapter that has both starts."""
+    """All runs in convergence.csv; in curves.csv, for `dvc plots`, those of the first adapter, that has both starts if
+    any has."""
     table.to_csv(folder / "convergence.csv", index=False)
-    first = table[table["start"] == "scratch"].iloc[0]
+    first = table.sort_values("start", ascending=False, kind="stable").iloc[0]
     both = table[(table["adapter"] == first["adapter"]) & (table["recipe"] == first["recipe"])]
-    wide = both.pivot(index="step", columns="start", values="val_loss")
+    wide = both.pivot(index="step", columns="start", values="val_loss").reindex(columns=["emd", "scratch"])
     wide.rename(columns={"emd": "with_pretraining", "scratch": "without_pretraining"}).to_csv(folder / "curves.csv")
 
 

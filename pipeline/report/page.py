@@ -86,7 +86,8 @@ def _context(results: Results, table: pd.DataFrame) -> dict[str, Any]:
         "several": len(measures(params)) > 1,
         "tiles": tiles(results, table),
         "sections": sections(results),
-        "recipes": listed(params.run.scratch_recipes),
+        "recipes": listed(list(dict.fromkeys(table["recipe"]))),
+        "compared": "scratch" in set(table["start"]),
         "finetuning": finetuning_table(results, table),
         "pretraining": pretraining_table(results),
         "blind": any({"const_token", "const_set"} & found.keys() for found in results.pretrain.values()),
@@ -171,9 +172,11 @@ def _retrieval_tile(results: Results) -> Tile | None:
     return Tile(percent(shares[name], 0), label, note)
 
 
-def _convergence_tile(results: Results, table: pd.DataFrame) -> Tile:
+def _convergence_tile(results: Results, table: pd.DataFrame) -> Tile | None:
     """What pre-training saves in fine-tuning, for the adapter and recipe that show it most, and what it costs."""
     run = results.params.run
+    if not (run.scratch and run.scratch_recipes):
+        return None
     matches = {
         (adapter, recipe): convergence.steps_to_match(table, adapter, recipe)
         for adapter in run.scratch

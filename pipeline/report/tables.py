@@ -101,16 +101,18 @@ FINETUNING = {"steps": "steps", "emd": "final loss\npre-trained", "scratch": "fi
 
 def finetuning_table(results: Results, curves: pd.DataFrame) -> Table:
     """The losses that fine-tuning ended on with and without pre-training."""
-    run, rows = results.params.run, {}
-    for recipe in run.scratch_recipes:
-        for name in run.adapters:
+    rows, compared = {}, "scratch" in set(curves["start"])
+    for recipe in dict.fromkeys(curves["recipe"]):
+        for name in results.params.run.adapters:
             pretrained = convergence.curve(curves, name, recipe, "emd")
             scratch = convergence.curve(curves, name, recipe, "scratch")
             rows[convergence.name_of(curves, name, recipe)] = {
                 "steps": Cell(str(int(pretrained["step"].iloc[-1]))),
                 "emd": Cell(f"{pretrained['val_loss'].iloc[-1]:.3f}"),
-                "scratch": Cell("not run" if scratch.empty else f"{scratch['val_loss'].iloc[-1]:.3f}"),
             }
+            if compared:
+                last = "not run" if scratch.empty else f"{scratch['val_loss'].iloc[-1]:.3f}"
+                rows[convergence.name_of(curves, name, recipe)]["scratch"] = Cell(last)
     return Table.of(FINETUNING, rows)
 
 

@@ -4,6 +4,7 @@ SOURCES = {
     "coco": "pipeline.sources.coco:Coco",
     "food101": "pipeline.sources.food101:Food101",
     "imagefolder": "pipeline.sources.imagefolder:ImageFolder",
+    "table": "pipeline.sources.table:Table",
     "webdataset": "pipeline.sources.tars:Tars",
     "openmoji_scenes": "pipeline.sources.openmoji:Scenes",
     "openmoji_food": "pipeline.sources.openmoji:Food",

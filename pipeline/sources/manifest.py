@@ -98,11 +98,15 @@ def _storable(found: Found) -> tuple[list[Row], list[LeftOut]]:
     return rows, left_out
 
 
+class EmptyPart(UserError):
+    """A part of a data set has no picture."""
+
+
 def check_splits(table: pa.Table, data: str) -> None:
-    """Raises UserError when a split is empty: better before the training than after it."""
+    """Raises EmptyPart when a split is empty: better before the training than after it."""
     for part in ("train", "val", "test"):
         if part not in table["split"].to_pylist():
-            raise UserError(
+            raise EmptyPart(
                 f"data.{data}",
                 f"of {table.num_rows} pictures none falls into the {part} part",
                 f"add pictures or raise data.{data}.count",

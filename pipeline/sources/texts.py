@@ -14,6 +14,7 @@ NAMED = 20  # so many are named on stderr; the listing names all of them
 # Keys that are read here: one of them twice in an object would lose the first silently.
 KEYS = frozenset(
     {"images", "annotations", "id", "image_id", "file_name", "caption", "captions", "class_name", "class", "label"}
+    | {"file", "image", "path", "text", "texts"}
 )
 
 

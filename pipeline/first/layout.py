@@ -1,0 +1,182 @@
+"""Which data sets are in a folder: class folders, a file of captions, or both; by what is there, not by its names."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.sources import table
+from pipeline.sources.folders import SUFFIXES, is_hidden
+from pipeline.sources.imagefolder import PARTS
+from pipeline.sources.texts import decode, listed, parse_json
+
+# Folders that are called so only because something has to be their name.
+GENERIC = {"images", "image", "imgs", "img", "pictures", "photos", "pics", "jpg", "jpegs", "jpegimages", "data"}
+TABLES, JSON = (".csv", ".tsv", ".txt", *table.LINES), ".json"
+LOOKED_AT = 200  # names of a file of captions that are looked for
+SIDECARS = 50  # so many texts in a folder are one for each picture, and no table
+LARGEST = 2**30  # bytes of a JSON file that is read whole
+REMEDY = (
+    "put the pictures into one folder per class, or write captions.csv with the columns file and text beside them; "
+    "docs/own-data.md has the layouts"
+)
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A data set that was recognised: its section of a profile, its pictures' names, and what to say of it."""
+
+    section: dict[str, Any]
+    names: list[str]
+    said: str
+    has_parts: bool = False  # whether its folders give all three parts
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The data sets in a folder, by their names in the profile; and files that were recognised and are not used."""
+
+    sets: dict[str, DataSet]
+    unused: list[str] = field(default_factory=list)
+
+
+def recognise(folder: Path) -> Layout:
+    """What is in a folder. Raises UserError when there is nothing to learn from."""
+    if not folder.is_dir():
+        raise UserError(folder, "no such folder" if not folder.exists() else "not a folder", "name one of pictures")
+    found = sorted(_files_of_captions(folder), key=lambda one: (-len(one.names), str(one.section)))
+    captions = found[0] if found else None
+    classes = _classes(folder, captions)
+    sets = {"captions": captions, "classes": classes}
+    known = {name: one for name, one in sets.items() if one is not None}
+    if not known:
+        count = sum(1 for _ in _pictures(folder))
+        what = f"{count} pictures, and nothing that says what they show" if count else "no picture in it"
+        raise UserError(folder, what, REMEDY)
+    return Layout(known, [one.said for one in found[1:]])
+
+
+def _files_of_captions(folder: Path) -> Iterator[DataSet]:
+    """The files of captions in a folder and in those right below it, with the pictures they name."""
+    for place in [folder, *_folders(folder)]:
+        kinds = {JSON, *TABLES}
+        files = sorted(path for path in place.iterdir() if path.suffix.lower() in kinds and not is_hidden(path.name))
+        for path in files if len(files) < SIDECARS else []:
+            names, source = _named_by(path)
+            images = _where(names, path.parent, folder) if names else None
+            if images is None:
+                continue
+            key = "captions" if source == "coco" else "table"
+            relative = {key: path.relative_to(folder), "images": images.relative_to(folder)}
+            texts = {key: "" if value == Path() else value.as_posix() for key, value in relative.items()}
+            section = {"task": "caption", "source": source, "root": folder, **texts}
+            kind = "COCO captions" if source == "coco" else "a table of files and texts"
+            yield DataSet(section, names, f"{path}: {kind}, {len(names)} pictures, in {images}")
+
+
+def _named_by(path: Path) -> tuple[list[str], str]:
+    """The pictures that a file of captions names, and its source; nothing where it is none."""
+    suffix = path.suffix.lower()
+    try:
+        if suffix == JSON and path.stat().st_size < LARGEST:
+            content = parse_json(path.read_bytes())
+            return (_of_coco(content), "coco") if isinstance(content, dict) else (_of_entries(content), "table")
+        if suffix in table.LINES:
+            lines = (line for line in decode(path.read_bytes()).split("\n") if line.strip())
+            return _of_entries(map(_parsed, lines)), "table"
+        if suffix in TABLES:
+            first = decode(path.read_bytes()).partition("\n")[0].strip()
+            return (_of_csv(path), "table") if table.header_of(first) else ([], "")
+    except (OSError, ValueError):
+        return [], ""  # what is wrong with it, its source says better; here it is only not recognised
+    return [], ""
+
+
+def _parsed(line: str) -> Any:
+    try:
+        return parse_json(line.encode())
+    except ValueError:
+        return None
+
+
+def _of_coco(content: dict[str, Any]) -> list[str]:
+    images, said = content.get("images"), content.get("annotations")
+    if not isinstance(images, list) or not isinstance(said, list):
+        return []
+    if not any(isinstance(entry, dict) and "caption" in entry for entry in said[:LOOKED_AT]):
+        return []
+    names = (entry.get("file_name") for entry in images if isinstance(entry, dict))
+    return list(dict.fromkeys(name for name in names if isinstance(name, str)))
+
+
+def _of_entries(entries: Any) -> list[str]:
+    found: dict[str, None] = {}
+    for entry in entries if not isinstance(entries, str | int | float | None) else []:
+        file, text = table.columns_of(entry) if isinstance(entry, dict) else (None, None)
+        if file and text and isinstance(entry[file], str):
+            found[entry[file].strip().replace("\\", "/")] = None
+    return list(found)
+
+
+def _of_csv(path: Path) -> list[str]:
+    return _of_entries(entry for _, entry in table.entries(path, []))
+
+
+def _where(names: list[str], beside: Path, folder: Path) -> Path | None:
+    """The folder that most of some names are relative to; None where none of them is there."""
+    places = dict.fromkeys([beside, folder, *_folders(beside), *_folders(folder)])
+    places |= dict.fromkeys(inner for place in list(places) for inner in _folders(place))
+    few = names[:: max(1, len(names) // LOOKED_AT)]
+    counts = {place: sum((place / name).is_file() for name in few) for place in places}
+    best = max(counts, key=lambda place: counts[place])
+    return best if counts[best] else None
+
+
+def _classes(folder: Path, captions: DataSet | None) -> DataSet | None:
+    """The class folders, which may lie in a folder of their own; None where there are none."""
+    images = folder / captions.section["images"] if captions else None
+    for root in dict.fromkeys([folder, *([images] if images else []), *_folders(folder)]):
+        if (root / "meta" / "classes.txt").is_file() and (root / "images").is_dir():
+            section = {"task": "classify", "source": "food101", "root": root}
+            names = [name for name, _ in _pictures(root / "images")]
+            return DataSet(section, names, f"{root}: the layout of Food-101")
+        if found := _class_folders(root, images):
+            return found
+    return None
+
+
+def _class_folders(root: Path, images: Path | None) -> DataSet | None:
+    """`root` as a folder of class folders; `images` is where pictures with captions are."""
+    inside = [one for one in _folders(root) if any(_pictures(one)) and not (images and images.is_relative_to(one))]
+    deep = [one for one in inside if any(any(_pictures(inner)) for inner in _folders(one))]
+    parts = bool(inside) and all(one.name.casefold() in PARTS for one in inside)
+    if parts and not deep:
+        return None  # train and test of pictures alone: no classes
+    if len(inside) == 1 and not parts and (deep or inside[0].name.casefold() in GENERIC or images):
+        return None  # one folder around the others, or of pictures alone
+    if not inside:
+        return None
+    classes = sorted({inner.name for one in inside for inner in _folders(one)} if parts else {x.name for x in inside})
+    names = [f"{one.name}/{name}" for one in inside for name, _ in _pictures(one)]
+    has_parts = parts and len({PARTS[one.name.casefold()] for one in inside}) == 3
+    how = f", in the parts {listed([one.name for one in inside])}" if parts else ""
+    said = f"{root}: {len(classes)} class folders ({listed(classes, 5)}){how}"
+    return DataSet({"task": "classify", "source": "imagefolder", "root": root}, names, said, has_parts)
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name))
+
+
+def _pictures(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Files below a folder that are pictures by their names: path from there, and path."""
+    for place, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
+        for name in sorted(files):
+            path = Path(place, name)
+            if path.suffix.lower() in SUFFIXES and not is_hidden(name):
+                yield path.relative_to(folder).as_posix(), path

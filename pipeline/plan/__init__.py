@@ -1,0 +1,1 @@
+"""`terraalign plan`: what running the graph takes, from short measurements on this machine."""

@@ -1,0 +1,124 @@
+"""`terraalign try` and `init`: from a folder of pictures to a profile, and to a page with answers."""
+
+from __future__ import annotations
+
+import sys
+import webbrowser
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipeline.config import Params, load_params, parse_params
+from pipeline.errors import UserError
+from pipeline.files import atomically
+from pipeline.progress import new_progress
+from pipeline.runs import Run
+from stages.plan import planned, show
+from stages.profile import PARAMS, PROFILES, use
+
+if TYPE_CHECKING:
+    from pipeline.first.layout import Layout
+
+JOBS = 2  # stages side by side
+KEPT = Path("params-before.yaml")
+FOLDER = typer.Argument(metavar="FOLDER", help="Pictures in a folder per class, or with a file of captions, or both.")
+NAME = typer.Option("--name", help="What the profile is called; else after the folder.")
+YES = typer.Option("--yes", "-y", help="Ask nothing, take the defaults; without a terminal nothing is asked anyway.")
+DRY = typer.Option("--dry-run", help="Say what is there and what would be done, and do nothing.")
+
+
+def try_(
+    folder: Annotated[Path, FOLDER],
+    name: Annotated[str | None, NAME] = None,
+    yes: Annotated[bool, YES] = False,
+    dry_run: Annotated[bool, DRY] = False,
+) -> None:
+    """From a folder of own pictures to a page with answers, e.g. `terraalign try ~/pictures/birds`.
+
+    Recognises class folders (FOLDER/<class>/*.jpg), a file of captions (COCO JSON, JSON Lines, CSV of file and text),
+    or both; says how many pictures there are, which are broken, copied or rare; writes profiles/NAME.yaml, sized for a
+    first look within minutes, with a plan; runs the graph, and opens its page. A profile of that name that is there is
+    kept as it is, with what you changed in it. The same command again goes on where it was interrupted.
+    """
+    asks = _asks(yes)
+    params = _begin(folder, name, asks, dry_run, "try")
+    if params is None or (asks and not typer.confirm("run it?", default=True)):
+        return
+    from pipeline.plan.machine import cuda
+    from stages.run import run
+
+    run(jobs=1 if cuda(params.runtime.device)[0] else JOBS)
+    page = (Run.of(params).report / "index.html").resolve()
+    typer.echo(f"the page: {page}\nnext: `terraalign classify PHOTO`, `terraalign caption PHOTO`, `terraalign show`")
+    if sys.stdout.isatty():
+        webbrowser.open(page.as_uri())
+
+
+def init(
+    folder: Annotated[Path, FOLDER],
+    name: Annotated[str | None, NAME] = None,
+    yes: Annotated[bool, YES] = False,
+    dry_run: Annotated[bool, DRY] = False,
+) -> None:
+    """Write a profile for a folder of own pictures and run nothing, e.g. `terraalign init ~/pictures/birds`.
+
+    All that `terraalign try` does before the run: what it recognises, says and writes. The profile becomes params.yaml;
+    `terraalign plan` says what running it will cost, `terraalign run` runs it.
+    """
+    if _begin(folder, name, _asks(yes), dry_run, "init"):
+        typer.echo("next: `terraalign run`")
+
+
+def _asks(yes: bool) -> bool:
+    return sys.stdin.isatty() and sys.stdout.isatty() and not yes
+
+
+def _begin(folder: Path, name: str | None, asks: bool, dry_run: bool, command: str) -> Params | None:
+    """Recognise, say, write and take the profile, and plan; None where that was to be said only."""
+    if not Path("dvc.yaml").is_file():
+        raise UserError("dvc.yaml", "not in the current folder", "go to the project folder first")
+    from pipeline.first.layout import recognise
+    from pipeline.first.profile import fitted, name_of, of_same
+
+    folder = folder.expanduser().resolve()
+    layout = recognise(folder)
+    typer.echo("\n".join([*(one.said for one in layout.sets.values()), *(f"not used: {one}" for one in layout.unused)]))
+    layout = _asked(layout) if asks else layout
+    profile = name or name_of(folder)
+    path = PROFILES / f"{profile}.yaml"
+    with new_progress("pictures") as progress:
+        if path.is_file():
+            text, looks = None, of_same(load_params(path), layout, path, progress)
+        else:
+            text, looks = fitted(layout, profile, folder, command, progress)
+    for data, look in looks.items():
+        typer.echo("\n".join(f"{data}: {what}: {said}" for what, said in look.lines()))
+    params = load_params(path) if text is None else parse_params(text, str(path))
+    typer.echo(f"profile {path}" + (", as it is there already" if text is None else ""))
+    if dry_run:
+        return None
+    if text is not None:
+        PROFILES.mkdir(exist_ok=True)
+        with atomically(path) as file:
+            file.write(text.encode())
+    _take(path)
+    show(planned(params, JOBS, {data: look.rows for data, look in looks.items()}))
+    return params
+
+
+def _asked(layout: Layout) -> Layout:
+    """Where pictures have captions and lie in several folders, these may be classes or not."""
+    unclear = len(layout.sets) == 2 and layout.sets["classes"].section["source"] == "imagefolder"
+    if not unclear or typer.confirm("are these folders named after what is in their pictures?", default=True):
+        return layout
+    return replace(layout, sets={"captions": layout.sets["captions"]})
+
+
+def _take(path: Path) -> None:
+    """Make a profile the active one; parameters that are no profile's are kept."""
+    if PARAMS.is_file() and PARAMS.read_bytes() not in [one.read_bytes() for one in PROFILES.glob("*.yaml")]:
+        KEPT.write_bytes(PARAMS.read_bytes())
+        typer.echo(f"params.yaml had changes of its own: they are kept in {KEPT}")
+    use(str(path))

@@ -1,0 +1,283 @@
+"""From a folder of pictures to a profile: what is recognised, said and written; tables of captions."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from rich.progress import Progress
+from typer.testing import CliRunner
+
+from pipeline.config import load_params, parse_params
+from pipeline.errors import UserError
+from pipeline.first.layout import Layout, recognise
+from pipeline.first.profile import fitted, name_of, split_for
+from pipeline.sources.prepare import prepare
+from pipeline.sources.table import read
+from stages import cli
+
+SILENT = Progress(disable=True)
+pytestmark = pytest.mark.usefixtures("project")
+
+
+def picture(path: str, shade: int = 0) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8), (shade % 256, shade // 256, 7)).save(path)
+
+
+def classes(root: str, count: int = 8, names: tuple[str, ...] = ("ant", "bee"), by: str = "{}.png") -> None:
+    for number, name in enumerate(names):
+        for at in range(count):
+            picture(f"{root}/{name}/{by.format(at)}", 100 * number + at)
+
+
+def text(path: str, content: str) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(content, encoding="utf-8")
+
+
+def coco(path: str, names: list[str]) -> None:
+    images = [{"id": at, "file_name": name} for at, name in enumerate(names)]
+    said = [{"image_id": at, "caption": f"a picture of {at}"} for at in range(len(names))]
+    text(path, json.dumps({"images": images, "annotations": said}))
+
+
+def sections(layout: Layout) -> dict[str, dict[str, Any]]:
+    return {name: {**one.section, "root": one.section["root"].name} for name, one in layout.sets.items()}
+
+
+def of(folder: str) -> dict[str, dict[str, Any]]:
+    return sections(recognise(Path(folder).resolve()))
+
+
+def imagefolder(root: str) -> dict[str, Any]:
+    return {"task": "classify", "source": "imagefolder", "root": root}
+
+
+def test_class_folders_are_recognised_wherever_they_lie() -> None:
+    classes("flat")
+    classes("deep/images")
+    classes("parts/train")
+    classes("parts/test", 2)
+    classes("one", names=("robin",))
+    picture("flat/.hidden/1.png")
+    assert of("flat") == {"classes": imagefolder("flat")}
+    assert of("deep") == {"classes": imagefolder("images")}
+    assert of("parts") == {"classes": imagefolder("parts")}
+    assert not recognise(Path("parts").resolve()).sets["classes"].has_parts  # val is carved
+    classes("parts/valid", 2)
+    assert recognise(Path("parts").resolve()).sets["classes"].has_parts
+    assert of("one") == {"classes": imagefolder("one")}
+
+
+def test_files_of_captions_are_recognised_with_the_folder_of_their_pictures() -> None:
+    names = [f"{at}.png" for at in range(4)]
+    for name in names:
+        picture(f"a/images/{name}")
+        picture(f"b/{name}")
+        picture(f"c/photos/{name}")
+    coco("a/annotations/val.json", names)
+    text("b/lines.jsonl", "".join(json.dumps({"image": name, "captions": ["one", "two"]}) + "\n" for name in names))
+    text("c/texts.csv", "Photo;x\n1.png;no\n")
+    text("c/captions.csv", "File Name;Caption\n" + "".join(f"{name};said\n" for name in names))
+    text("c/about.txt", "nothing of interest\n")
+    assert of("a") == {
+        "captions": {
+            "task": "caption", "source": "coco", "root": "a", "captions": "annotations/val.json", "images": "images",
+        }
+    }  # fmt: skip
+    table = {"task": "caption", "source": "table"}
+    assert of("b") == {"captions": {**table, "root": "b", "table": "lines.jsonl", "images": ""}}
+    assert of("c") == {"captions": {**table, "root": "c", "table": "captions.csv", "images": "photos"}}
+
+
+def test_both_are_recognised_on_the_same_pictures_and_on_others() -> None:
+    classes("same")
+    text("same/captions.csv", "file,text\nant/1.png,an ant\nbee/2.png,a bee\n")
+    assert of("same")["classes"] == imagefolder("same")
+    assert of("same")["captions"]["images"] == ""
+    classes("apart/kinds")
+    picture("apart/captioned/images/1.png")
+    coco("apart/captioned/captions.json", ["1.png"])
+    assert of("apart")["classes"] == imagefolder("kinds")
+    assert of("apart")["captions"] | {"root": ""} == {
+        "task": "caption", "source": "coco", "root": "", "captions": "captioned/captions.json",
+        "images": "captioned/images",
+    }  # fmt: skip
+
+
+def test_a_second_file_of_captions_is_said_and_not_used() -> None:
+    for at in range(3):
+        picture(f"two/{at}.png")
+    text("two/more.csv", "file,text\n0.png,a\n1.png,b\n2.png,c\n")
+    text("two/few.csv", "file,text\n0.png,a\n")
+    found = recognise(Path("two").resolve())
+    assert found.sets["captions"].section["table"] == "more.csv"
+    assert len(found.unused) == 1 and "few.csv" in found.unused[0]
+
+
+def test_nothing_to_learn_from_is_told() -> None:
+    for at in range(3):
+        picture(f"flat/{at}.png")
+    text("flat/captions.csv", "file,text\ngone.png,a text\n")
+    with pytest.raises(UserError, match=r"3 pictures, and nothing that says what they show; .*captions.csv"):
+        recognise(Path("flat").resolve())
+    Path("empty").mkdir()
+    with pytest.raises(UserError, match="no picture in it"):
+        recognise(Path("empty").resolve())
+    with pytest.raises(UserError, match="no such folder"):
+        recognise(Path("gone").resolve())
+
+
+def test_numbered_names_are_split_in_blocks() -> None:
+    assert split_for([f"a/IMG_{number:04}.jpg" for number in range(40)])[0] == "blocks"
+    assert split_for([f"{number * 977 % 9973}.jpg" for number in range(40)])[0] == "hash"
+    assert split_for(["robin.jpg", "crow.jpg"])[0] == "hash"
+
+
+@pytest.mark.parametrize(("name", "expected"), [("My Birds (2)", "my-birds-2"), ("store", "store-pictures")])
+def test_a_profile_is_called_after_its_folder(name: str, expected: str) -> None:
+    assert name_of(Path(name)) == expected
+
+
+def test_the_profile_fits_the_data() -> None:
+    classes("birds", 12, ("ant", "bee", "wasp"))
+    text("birds/captions.jsonl", "".join(
+        json.dumps({"file": f"ant/{at}.png", "text": f"an ant by the number of {at}"}) + "\n" for at in range(12)
+    ))  # fmt: skip
+    shutil.copy("birds/ant/0.png", "birds/wasp/copy.png")
+    text("birds/bee/broken.png", "no picture")
+    written, looks = fitted(recognise(Path("birds").resolve()), "birds", Path("birds"), "try", SILENT)
+    params = parse_params(written, "birds")
+    assert params.run.recipes == ["captions", "classes"] and params.run.scratch == []
+    assert params.data["classes"].split == "blocks"
+    assert params.finetune.recipes["classes"].hints == 2  # as there are no three other names
+    lines = dict(looks["classes"].lines())
+    assert lines["pictures"].startswith("37 (") and looks["classes"].copies == 1
+    assert lines["classes"].startswith("3, with 12 (")
+    assert "broken.png (not a picture)" in lines["left out"]
+    assert dict(looks["captions"].lines())["captions"].startswith("12, 1 for a picture; 7 to 7 words")
+
+
+def test_few_pictures_are_split_so_that_no_part_is_empty() -> None:
+    names = [f"{at}.png" for at in range(7)]
+    for at, name in enumerate(names):
+        picture(f"few/{name}", at)
+    coco("few/captions.json", names)
+    _, looks = fitted(recognise(Path("few").resolve()), "few", Path("few"), "try", SILENT)
+    assert min(looks["captions"].parts.values()) >= 1 and sum(looks["captions"].parts.values()) == 7
+    classes("two", 1)
+    with pytest.raises(UserError, match="of 2 pictures none falls into"):
+        fitted(recognise(Path("two").resolve()), "two", Path("two"), "try", SILENT)
+
+
+def test_the_command_says_only_what_it_would_do_in_a_dry_run() -> None:
+    classes("birds")
+    runner = CliRunner()
+    said = runner.invoke(cli.app, ["try", "birds", "--dry-run"])
+    assert said.exit_code == 2 and "go to the project folder first" in said.output
+    Path("dvc.yaml").touch()
+    said = runner.invoke(cli.app, ["try", "birds", "--dry-run"])
+    assert said.exit_code == 0, said.output
+    assert "2 class folders (ant, bee)" in said.output and "classes: pictures: 16" in said.output
+    assert not Path("profiles").exists() and not Path("params.yaml").exists()
+
+
+def test_a_profile_that_is_there_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    classes("birds")
+    Path("dvc.yaml").touch()
+    Path("params.yaml").write_text("my: own\n")
+    empty: dict[str, Any] = {"profile": "birds", "stages": {}}
+    monkeypatch.setattr("stages.first.planned", lambda params, jobs, counted: empty)
+    runner = CliRunner()
+    said = runner.invoke(cli.app, ["init", "birds"])
+    assert said.exit_code == 0, said.output
+    assert Path("params-before.yaml").read_text() == "my: own\n"
+    assert load_params().profile == "birds"
+    path = Path("profiles/birds.yaml")
+    path.write_text(path.read_text().replace("lr: 0.001", "lr: 0.003"))
+    assert "as it is there already" in runner.invoke(cli.app, ["init", "birds"]).output
+    assert load_params().pretrain.lr == 0.003
+    classes("other")
+    said = runner.invoke(cli.app, ["init", "other", "--name", "birds"])
+    assert said.exit_code == 2 and "a profile of other pictures; take another --name" in said.output
+
+
+def reasons(table: str) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """The captions of each file, and why what is left out."""
+    found = read(Path("set"), table, "", None)
+    return {row.id: row.captions for row in found.rows}, {one.name: one.reason for one in found.left_out}
+
+
+def test_a_table_leaves_out_by_name_what_it_cannot_use() -> None:
+    for at in range(3):
+        picture(f"set/{at}.png")
+    lines = [
+        '{"file": "0.png", "text": "a"}', '{"file": "0.png", "text": ["b", " "]}', "{broken", "[1]",
+        '{"file": "../x.png", "text": "t"}', '{"text": "t"}', '{"file": "1.png", "text": 7}',
+        '{"file": "0.png", "text": "a"}', '{"file": "2.png", "text": ""}', '{"text": "t", "text": "u", "file": "1"}',
+    ]  # fmt: skip
+    text("set/t.jsonl", "\n".join(lines))
+    captions, left_out = reasons("t.jsonl")
+    assert captions == {"0.png": ["a", "b"], "2.png": []}
+    assert left_out["t.jsonl:3"].startswith("not valid JSON: Expecting property name")
+    assert left_out["t.jsonl:4"] == "no object, so without a file and a text"
+    assert "is no file name below" in left_out["t.jsonl:5"]
+    assert left_out["t.jsonl:6"] == "has no file, only text"
+    assert left_out["t.jsonl:7"] == "has a int for 'text'; it must be a text or a list of texts"
+    assert left_out["t.jsonl:8"] == "a repetition of an earlier line"
+    assert left_out["t.jsonl:9"] == "with an empty text"
+    assert "ambiguous, with two values of the key 'text'" in left_out["t.jsonl:10"]
+    assert left_out["set/1.png"] == "named by no line of t.jsonl"
+
+
+def test_a_table_in_csv_with_quotes_commas_and_groups() -> None:
+    for at in range(3):
+        picture(f"set/{at}.png")
+    text("set/t.csv", '\ufefffile,caption,group\n0.png,"red, with\ngreen",g\n1.png,red, with green,g\n2.png,blue\n')
+    found = read(Path("set"), "t.csv", "", None)
+    assert {row.id: (row.captions, row.group) for row in found.rows} == {
+        "0.png": (["red, with\ngreen"], "g"),
+        "2.png": (["blue"], None),
+    }
+    assert found.left_out[0].name == "t.csv:4"
+    assert found.left_out[0].reason == "has 4 cells, the header 3; put a text that holds ',' in quotes"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("t.csv", "a,b\n1.png,x\n", "t.csv:1: no header that is understood: 'a,b'; it needs a column file"),
+        ("t.csv", "", "t.csv:1: no header that is understood"),
+        ("t.jsonl", "\n", "no line can be used (empty)"),
+        ("t.jsonl", '{"a": 1}', "no line can be used (t.jsonl:1: has no file, only a)"),
+        ("t.json", '{"images": []}', "expected a list of objects, found a dict; or use source: coco"),
+        ("t.json", "[{]", "t.json:1:3: not valid JSON"),
+        ("t.csv", "\udcff", "not UTF-8 text"),
+        ("gone.csv", None, "No such file"),
+    ],
+)
+def test_a_table_that_is_none_is_told(name: str, content: str | None, message: str) -> None:
+    Path("set").mkdir()
+    if content is not None:
+        Path("set", name).write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(UserError) as caught:
+        read(Path("set"), name, "", None)
+    assert message in str(caught.value)
+
+
+def test_a_table_becomes_a_manifest() -> None:
+    names = [f"{at}.png" for at in range(20)]
+    for at, name in enumerate(names):
+        picture(f"set/pictures/{name}", at)
+    entries = [{"path": name, "description": f"number {name}"} for name in names]
+    text("set/captions.json", json.dumps(entries))
+    layout = recognise(Path("set").resolve())
+    written, _ = fitted(layout, "set", Path("set"), "init", SILENT)
+    rows = prepare(parse_params(written, "set"), "captions").to_pylist()
+    assert {row["id"]: row["captions"] for row in rows} == {name: [f"number {name}"] for name in names}
+    assert {row["split"] for row in rows} == {"train", "val", "test"}
