@@ -51,7 +51,11 @@ def try_(
 
     run(jobs=1 if cuda(params.runtime.device)[0] else JOBS)
     page = (Run.of(params).report / "index.html").resolve()
-    typer.echo(f"the page: {page}\nnext: `terraalign classify PHOTO`, `terraalign caption PHOTO`, `terraalign show`")
+    asks = sorted(
+        {f"`terraalign {one.task} PHOTO`" for one in params.data.values() if one.task in ("caption", "classify")}
+    )
+    ways = [f"`terraalign {task} PHOTO`" for task in tasks if task in ("caption", "classify")]
+    typer.echo(f"the page: {page}\nnext: {', '.join(ways)}, `terraalign serve`")
     if sys.stdout.isatty():
         webbrowser.open(page.as_uri())
 
