@@ -51,9 +51,7 @@ def try_(
 
     run(jobs=1 if cuda(params.runtime.device)[0] else JOBS)
     page = (Run.of(params).report / "index.html").resolve()
-    asks = sorted(
-        {f"`terraalign {one.task} PHOTO`" for one in params.data.values() if one.task in ("caption", "classify")}
-    )
+    tasks = sorted({one.task for one in params.data.values()})
     ways = [f"`terraalign {task} PHOTO`" for task in tasks if task in ("caption", "classify")]
     typer.echo(f"the page: {page}\nnext: {', '.join(ways)}, `terraalign serve`")
     if sys.stdout.isatty():
