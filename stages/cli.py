@@ -52,6 +52,7 @@ COMMANDS = {
     "caption": ("stages.answer", PEOPLE),
     "classify": ("stages.answer", PEOPLE),
     "ask": ("stages.answer", PEOPLE),
+    "serve": ("stages.serve", PEOPLE),
     "series": ("stages.series", PEOPLE),
     "doctor": ("stages.doctor", PEOPLE),
 }

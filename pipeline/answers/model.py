@@ -80,7 +80,7 @@ class Model:
         self._inserted = contextlib.ExitStack()
         self._vlm: tuple[Path, VLM] | None = None
         self._familiar: dict[tuple[str, ...], Familiar | None] = {}
-        self._namers: dict[Path, Callable[[Tensor], list[dict[str, float]]]] = {}
+        self._namers: dict[Path, Callable[[Tensor, str], list[dict[str, float]]]] = {}
 
     @classmethod
     def load(cls, folder: str | Path, device: str = "auto") -> Model:
@@ -134,6 +134,20 @@ class Model:
         """
         return self._tokens([self._load(picture) for picture in pictures])
 
+    def seen(self, picture: Picture) -> Image.Image | None:
+        """What the encoder is shown of a picture: its middle where the rest is cut off, resized; None where the
+        encoder's own transform does not say. Raises ValueError, as `encode`."""
+        self._load(picture)  # whatever that refuses
+        pixels = self._encoder.preprocess(decode(_content(picture)))
+        return Image.fromarray(pixels.permute(1, 2, 0).numpy()) if pixels.dtype == torch.uint8 else None
+
+    def check_encoder(self, folder: Path) -> None:
+        """Raises UserError where an adapter was made from image tokens of another encoder than that of now."""
+        from pipeline.origin import check_encoder
+
+        with self._in_project():
+            check_encoder(folder, self._encoder.identity)
+
     def captions(self, trained: bool = True) -> Ask:
         """What captions pictures; not `trained`: the same adapter before fine-tuning, in front of the frozen LLM."""
         folder, task = self._best_finetuned("caption"), self._task("caption")
@@ -156,8 +170,8 @@ class Model:
 
         return answers
 
-    def names(self, llm: bool = False, top: int = TOP) -> Ask:
-        """What names pictures: the namer, or the fine-tuned LLM with the hints of its recipe."""
+    def names(self, llm: bool = False, top: int = TOP, rule: str = "namer") -> Ask:
+        """What names pictures: the namer, by one of naming.rules.RULES, or the fine-tuned LLM with its recipe's hints."""
         if llm:
             return self._names_by_llm(top)
         with self._in_project():
@@ -165,7 +179,7 @@ class Model:
         named, look = self._named_by(folder), self._familiar_with([folder.name])
 
         def answers(tokens: Tensor) -> list[Answer]:
-            found = named(tokens)
+            found = named(tokens, rule)
             return _told([next(iter(best)) for best in found], look(tokens), folder.parent.name, None, found, top)
 
         return answers
@@ -202,7 +216,7 @@ class Model:
         named = self._named_by(self.run.named(adapter) / self._data_of("classify", sets))
 
         def answers(tokens: Tensor) -> list[Answer]:
-            best = named(tokens)
+            best = named(tokens, "namer")
             hints = [task.hint(hinted(some.items(), count)) for some in best] if count else None
             names = sorted(best[0])
             with self._at_work(folder, "adapter") as model:
@@ -212,8 +226,8 @@ class Model:
 
         return answers
 
-    def _named_by(self, folder: Path) -> Callable[[Tensor], list[dict[str, float]]]:
-        """All names of a picture with their probabilities, the likeliest first, by a namer and its adapter."""
+    def _named_by(self, folder: Path) -> Callable[[Tensor, str], list[dict[str, float]]]:
+        """All names of a picture with their probabilities, the likeliest first, by a rule of a namer and its adapter."""
         if folder not in self._namers:
             with self._in_project():
                 self._namers[folder] = namer_at_work(self.params, folder)
