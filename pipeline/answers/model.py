@@ -171,7 +171,7 @@ class Model:
         return answers
 
     def names(self, llm: bool = False, top: int = TOP, rule: str = "namer") -> Ask:
-        """What names pictures: the namer, by one of naming.rules.RULES, or the fine-tuned LLM with its recipe's hints."""
+        """What names pictures: the namer, by one of naming.rules.RULES, or the fine-tuned LLM as its recipe says."""
         if llm:
             return self._names_by_llm(top)
         with self._in_project():
@@ -227,7 +227,7 @@ class Model:
         return answers
 
     def _named_by(self, folder: Path) -> Callable[[Tensor, str], list[dict[str, float]]]:
-        """All names of a picture with their probabilities, the likeliest first, by a rule of a namer and its adapter."""
+        """All names of a picture with their probabilities, the likeliest first, by a rule of a namer."""
         if folder not in self._namers:
             with self._in_project():
                 self._namers[folder] = namer_at_work(self.params, folder)

@@ -36,7 +36,8 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 SAMPLES = 8  # pictures to begin with
 HEADERS = {
     # Nothing on the page comes from elsewhere, or goes there.
-    "content-security-policy": "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'; form-action 'none'; base-uri 'none'",
+    "content-security-policy": "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'; "
+    "form-action 'none'; base-uri 'none'",
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
     "cache-control": "no-store",
@@ -95,6 +96,7 @@ def serve(params: Params, host: str, port: int, ready: Callable[[str], None]) ->
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen()  # a browser that comes early waits
     except OSError as error:
         raise UserError(f"{host}:{port}", error.strerror or error, "take another --port (0: any free one)") from None
     place = Place.of(params)
@@ -166,7 +168,7 @@ def _answering(place: Place, answer: Callable[[Place, Request], Any]) -> Callabl
 
 
 def _looking(place: Place, answer: Callable[[Place, Request, bytes], Any]) -> Callable[[Request], Any]:
-    """An endpoint on a picture: the body that was sent, which stays in memory until it is answered, or one of the run."""
+    """An endpoint on a picture: the body that was sent, which is in memory until it is answered, or one of the run."""
 
     async def endpoint(request: Request) -> Response:
         content = await _body(request) if request.method == "POST" else None

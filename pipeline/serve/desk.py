@@ -76,7 +76,7 @@ class Desk:
         yield {"event": "picture", "width": picture.width, "height": picture.height, "uri": data_uri(picture)}
         for way in WAYS:
             if way not in WITHOUT_LLM and self._turn.locked():
-                yield {"event": "waiting"}
+                yield {"event": "waiting", "for": way}
             yield self._part(way, tokens)
 
     def _part(self, way: str, tokens: Tensor) -> Event:
@@ -125,7 +125,7 @@ class Desk:
                 said.put(None)
 
         if self._turn.locked():
-            yield {"event": "waiting"}
+            yield {"event": "waiting", "for": "answer"}
         threading.Thread(target=work, daemon=True).start()
         try:
             while (event := said.get()) is not None:
@@ -135,12 +135,13 @@ class Desk:
 
 
 def checked(content: bytes) -> Image.Image:
-    """A picture that was sent, decoded. Raises ValueError with the reason, by its header where it has too many pixels."""
+    """A picture that was sent, decoded. Raises ValueError with the reason; of too many pixels by its header alone."""
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
             width, height = picture.size
     except UnidentifiedImageError:
-        raise ValueError(f"not a picture; {', '.join(FORMATS[:-1])} and {FORMATS[-1]} are read") from None
+        reason = f"not a picture; {', '.join(FORMATS[:-1])} and {FORMATS[-1]} are read" if content else "empty file"
+        raise ValueError(reason) from None
     except Exception:  # whatever a damaged header leads to; `decode` says what
         width = height = 0
     if width * height > MOST_PIXELS:

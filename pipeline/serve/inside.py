@@ -99,13 +99,14 @@ class Inside:
         each = len(image) // len(positions)
         drawn = sample(len(image), MOST_POINTS, seed)
         first = {token: i for i, token in reversed(list(enumerate(said)))}
+        words = list(first.items())[:MOST_POINTS]
         counts = dict(zip(*np.unique(said, return_counts=True), strict=True))
         return {
             "data": data,
             "explained": [float(share) for share in explained[:2]],
             "gap": float(np.linalg.norm(clouds[0].mean(0) - clouds[1].mean(0))),
             "images": [[*_xy(planes[0][i]), positions[i // each], int(i % each)] for i in drawn],
-            "words": [[*_xy(planes[1][i]), self._text(t), int(counts[t])] for t, i in list(first.items())[:MOST_POINTS]],
+            "words": [[*_xy(planes[1][i]), self._text(t), int(counts[t])] for t, i in words],
             "vocabulary": [[*_xy(planes[2][i]), table.texts[row]] for i, row in enumerate(rows)],
         }
 

@@ -108,6 +108,6 @@ function heat(word) {
   clear();
   const distances = found.distances[word], low = Math.min(...distances), high = Math.max(...distances);
   const buttons = by("grid").querySelectorAll("button");
-  distances.forEach((one, i) => buttons[i].style.setProperty("--h", (0.78 * ((high - one) / (high - low || 1)) ** 2).toFixed(3)));
+  distances.forEach((one, i) => buttons[i].style.setProperty("--h", (0.62 * ((high - one) / (high - low || 1)) ** 2).toFixed(3)));
   by("words-note").textContent = `“${found.words[word]}”: distances ${low.toFixed(2)} (nearest token) to ${high.toFixed(2)}.`;
 }

@@ -29,7 +29,7 @@ async function load() {
   }
 }
 
-const nameOf = (number) => (number === null ? "no name" : found.names[number]);
+const nameOf = (number) => found.names[number];
 
 function draw() {
   const { rows, names } = found;
@@ -56,7 +56,7 @@ function draw() {
   }, names[label], el("span", { text: `${percent(accuracy)} of ${images}` }))));
 }
 
-const said = (row) => `${nameOf(row[1])}, taken for ${nameOf(row[2])}`;
+const said = ([, label, predicted]) => `${nameOf(label)}, ${predicted === null ? "called by no name of a class" : `taken for ${nameOf(predicted)}`}`;
 
 function drawMatrix(cells) {
   const size = found.names.length, most = Math.max(...cells.map((some) => some.length), 1);

@@ -72,7 +72,7 @@ async function look(picture, limits) {
   const mine = ++turn;
   tell("fault", null);
   by("before").hidden = true;
-  for (const id of ["strange", "answers"]) by(id).hidden = true;
+  for (const id of ["caption-strange", "names-strange", "answers"]) by(id).hidden = true;
   for (const id of ["caption", "caption-note", "bars-note", "reply", "reply-note"]) by(id).textContent = "";
   for (const id of ["bars", "stages", "try-similar"]) by(id).replaceChildren();
   if (shownUrl) URL.revokeObjectURL(shownUrl);
@@ -108,7 +108,7 @@ async function look(picture, limits) {
 function part(event) {
   by("answers").hidden = false;
   if (event.event === "picture") by("shown").src = event.uri;
-  if (event.event === "waiting") by("caption-note").textContent = "Another question is being answered; this one is next.";
+  if (event.event === "waiting" && event.for === "caption") by("caption-note").textContent = "Another question is being answered; this one is next.";
   if (event.event === "names") {
     by("bars-note").classList.remove("waits");
     by("bars").replaceChildren(...(event.names ?? []).map(([name, share]) => el("li", {},
@@ -120,9 +120,10 @@ function part(event) {
     by("caption").textContent = event.text ?? "";
     by("caption-note").textContent = event.missing ?? `By ${event.adapter}, fine-tuned on ${event.recipe}, in ${event.seconds} s.`;
   }
-  if (event.strange && (event.event === "caption" || by("strange").hidden)) {
-    by("strange").hidden = false;
-    by("strange").textContent = `Expect little: this picture is unlike those that ${event.adapter} was trained on, further from them than ${percent(event.strangeness)} of those held out.`;
+  const warning = by(`${event.event}-strange`);
+  if (warning) {
+    warning.hidden = !event.strange;
+    warning.textContent = `Expect little of this: the picture is unlike those that ${event.adapter} was trained on for it, further from them than ${percent(event.strangeness)} of those held out.`;
   }
   if (STAGES[event.event]) stage(event);
 }
