@@ -145,8 +145,9 @@ class Model:
         """Raises UserError where an adapter was made from image tokens of another encoder than that of now."""
         from pipeline.origin import check_encoder
 
-        with self._in_project():
-            check_encoder(folder, self._encoder.identity)
+        with self._in_project() if "_encoder" not in self.__dict__ else contextlib.nullcontext():
+            identity = self._encoder.identity
+        check_encoder(self._project / folder, identity)
 
     def captions(self, trained: bool = True) -> Ask:
         """What captions pictures; not `trained`: the same adapter before fine-tuning, in front of the frozen LLM."""

@@ -54,7 +54,7 @@ def command_of(key: str) -> str:
 
 
 def experiments() -> list[dict[str, Any]]:
-    """The experiments of `dvc exp`: name, what was changed, figures. Raises UserError where DVC cannot list them."""
+    """The experiments of `dvc exp`: name, figures, each with its command. Raises UserError where DVC can't list them."""
     command = [sys.executable, "-m", "dvc", "exp", "show", "--json"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
@@ -73,10 +73,11 @@ def experiments() -> list[dict[str, Any]]:
     return [{"name": one.get("name") or str(one.get("rev"))[:7], "figures": _measured(one)} for one in revisions]
 
 
-def _measured(revision: dict[str, Any]) -> dict[str, float]:
+def _measured(revision: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The figures of an experiment, of all the files of metrics it has."""
     files = (revision.get("data") or {}).get("metrics") or {}
-    return {key: value for file in files.values() for key, value in _numbers(file.get("data")).items()}
+    found = {key: value for file in files.values() for key, value in _numbers(file.get("data")).items()}
+    return {key: {"command": command_of(key), "value": value} for key, value in found.items()}
 
 
 def _runs() -> list[Path]:

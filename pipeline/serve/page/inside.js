@@ -4,6 +4,7 @@ import { startPlane } from "./plane.js";
 
 let found = null; // what the server said of the picture in work
 let stale = true;
+let turn = 0; // answers to what is no longer asked are dropped
 let pinned = null;
 
 export function startInside(about) {
@@ -22,17 +23,25 @@ async function look() {
   stale = false;
   tell("inside-fault", null);
   by("inside-empty").hidden = true;
-  const asked = current.picture;
+  const mine = ++turn;
+  by("inside").setAttribute("aria-busy", "true");
+  by("words-title").classList.add("waits");
   try {
-    const answer = await ask("/api/inside", { state: by("state").value, of: by("of").value }, asked);
-    if (asked !== current.picture) return;
+    const answer = await ask("/api/inside", { state: by("state").value, of: by("of").value }, current.picture);
+    if (mine !== turn) return;
     found = answer;
     pinned = null;
     draw();
     by("inside-found").hidden = false;
   } catch (error) {
+    if (mine !== turn) return;
     by("inside-found").hidden = true;
     tell("inside-fault", error);
+  } finally {
+    if (mine === turn) {
+      by("words-title").classList.remove("waits");
+      by("inside").setAttribute("aria-busy", "false");
+    }
   }
 }
 
@@ -87,7 +96,7 @@ function whenPointedAt(button, showIt, key) {
 function rest() {
   if (pinned) return pinned.showIt();
   clear();
-  by("words-note").textContent = "The nearest words of all tokens. Darker parts of the picture are nearer to a word.";
+  by("words-note").textContent = "The nearest words of all tokens. The bluer a part of the picture, the nearer it is to the word pointed at.";
 }
 
 function clear() {

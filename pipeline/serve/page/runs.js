@@ -39,8 +39,9 @@ async function experiments() {
     const listed = await ask("/api/experiments");
     for (const { name, figures } of listed) {
       if (!found.profiles.includes(name)) found.profiles.push(name);
-      for (const [key, value] of Object.entries(figures)) {
-        if (found.figures[key]) found.figures[key].values[name] = value;
+      for (const [key, { command, value }] of Object.entries(figures)) {
+        found.figures[key] ??= { command, values: {} };
+        found.figures[key].values[name] = value;
       }
     }
     by("experiments-note").textContent = listed.length ? `${listed.length} experiments.` : "There are no experiments of dvc exp.";
