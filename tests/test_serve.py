@@ -6,8 +6,10 @@ import contextlib
 import io
 import json
 import shutil
+import socket
 import tempfile
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -27,6 +29,7 @@ from typer.testing import CliRunner
 
 from pipeline import Model
 from pipeline.answers import familiar
+from pipeline.errors import UserError
 from pipeline.naming.table import Named
 from pipeline.runs import Run, stages
 from pipeline.serve import app
@@ -235,6 +238,35 @@ def test_the_command_behind_a_figure_is_a_stage(key, stage, tiny_params):
     known = stages(tiny_params)
     scratch = [f"finetune_scratch@{a}-{r}" for a in tiny_params.run.scratch for r in tiny_params.run.scratch_recipes]
     assert stage in {*known, *scratch, *(name.split("@")[0] for name in known)}
+
+
+def test_who_leaves_frees_the_model(served, photos, monkeypatch):
+    stopped, until = threading.Event(), time.monotonic() + 60
+
+    def endless(self, *arguments, on_text, **options):
+        try:
+            while time.monotonic() < until:
+                on_text("and so on")
+                time.sleep(0.01)
+        except BaseException:
+            stopped.set()
+            raise
+
+    monkeypatch.setattr(VLM, "generate", endless)
+    with urllib.request.urlopen(f"{served}/api/ask?question=Why%3F", photos[0].read_bytes(), timeout=60) as answer:
+        answer.readline()
+    assert stopped.wait(20)
+
+
+def test_a_run_that_is_not_trained_says_what_to_do(tiny_params):
+    told = app.about(app.Place.of(tiny_params))
+    assert all("dvc repro" in line for line in told["missing"]) and len(told["missing"]) == 2
+    assert not told["states"] and not told["tables"] and not told["samples"]
+
+
+def test_a_port_that_is_taken_is_one_line(tiny_params):
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match=r"in use.*--port"):
+        app.serve(tiny_params, "127.0.0.1", taken.getsockname()[1], print)
 
 
 # In a browser.

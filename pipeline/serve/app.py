@@ -6,14 +6,14 @@ import json
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
+from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
@@ -98,7 +98,8 @@ def serve(params: Params, host: str, port: int, ready: Callable[[str], None]) ->
         listener.bind((host, port))
         listener.listen()  # a browser that comes early waits
     except OSError as error:
-        raise UserError(f"{host}:{port}", error.strerror or error, "take another --port (0: any free one)") from None
+        remedy = "take another --host or --port (0: any free one)"
+        raise UserError(f"{host}:{port}", error.strerror or error, remedy) from None
     place = Place.of(params)
     app = application(place, LOOPBACK if host in LOOPBACK else ("*",))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
@@ -177,7 +178,7 @@ def _looking(place: Place, answer: Callable[[Place, Request, bytes], Any]) -> Ca
             return answer(place, request, place.album.content(*_which(request)) if content is None else content)
 
         found = await run_in_threadpool(work)
-        if isinstance(found, Iterator):
+        if isinstance(found, Generator):
             return StreamingResponse(_lines(found), media_type="application/x-ndjson")
         return JSONResponse(found)
 
@@ -197,15 +198,20 @@ async def _body(request: Request) -> bytes:
     return bytes(content)
 
 
-def _lines(events: Iterator[Any]) -> Iterator[str]:
-    """One JSON object a line. A fault on the way is the last of them: the status has gone out by then."""
+async def _lines(events: Generator[Any, None, None]) -> AsyncIterator[str]:
+    """One JSON object a line, each made in a thread; who leaves ends it at once.
+
+    A fault on the way is the last line: the status has gone out by then.
+    """
     try:
-        for event in events:
+        async for event in iterate_in_threadpool(events):
             yield json.dumps(event) + "\n"
     except Exception as error:
         if not isinstance(error, UserError | ValueError):
             print(f"error: {error!r}", file=sys.stderr)
         yield json.dumps({"event": "fault", "error": str(error)}) + "\n"
+    finally:
+        events.close()
 
 
 def _fault(_: Request, error: Exception) -> Response:

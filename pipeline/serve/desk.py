@@ -7,7 +7,7 @@ import io
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from queue import SimpleQueue
 from typing import Any
 
@@ -56,7 +56,7 @@ class Desk:
             except UserError as fault:
                 print(f"{way}: {fault}", file=sys.stderr)
 
-    def answer(self, content: bytes) -> Iterator[Event]:
+    def answer(self, content: bytes) -> Generator[Event, None, None]:
         """All that is said of a picture, part by part; nothing of it is kept.
 
         Raises ValueError with the reason before the first part, where it is no picture that is wanted.
@@ -65,14 +65,14 @@ class Desk:
         tokens = self.model.encode([content])
         return self._parts(picture, tokens)
 
-    def ask(self, content: bytes, question: str) -> Iterator[Event]:
+    def ask(self, content: bytes, question: str) -> Generator[Event, None, None]:
         """The answer to a question as it grows: events "text", then "answer". Raises as `answer`, and UserError."""
         if len(question) > LONGEST_QUESTION:
             raise UserError("", f"the question has {len(question)} characters", f"at most {LONGEST_QUESTION} are read")
         checked(content)
         return self._said(self.model.encode([content]), question)
 
-    def _parts(self, picture: Image.Image, tokens: Tensor) -> Iterator[Event]:
+    def _parts(self, picture: Image.Image, tokens: Tensor) -> Generator[Event, None, None]:
         yield {"event": "picture", "width": picture.width, "height": picture.height, "uri": data_uri(picture)}
         for way in WAYS:
             if way not in WITHOUT_LLM and self._turn.locked():
@@ -99,7 +99,7 @@ class Desk:
                     self._asks[way] = WAYS[way](self.model)
         return self._asks[way]
 
-    def _said(self, tokens: Tensor, question: str) -> Iterator[Event]:
+    def _said(self, tokens: Tensor, question: str) -> Generator[Event, None, None]:
         """Made in a thread of its own, which stops after the next token where nobody listens any more."""
         said, gone = SimpleQueue[Event | None](), threading.Event()
 

@@ -54,7 +54,7 @@ def command_of(key: str) -> str:
 
 
 def experiments() -> list[dict[str, Any]]:
-    """The experiments of `dvc exp`: name, figures, each with its command. Raises UserError where DVC can't list them."""
+    """The experiments of `dvc exp`: name, figures, and their commands. Raises UserError where DVC can't list them."""
     command = [sys.executable, "-m", "dvc", "exp", "show", "--json"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
