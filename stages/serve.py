@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import webbrowser
 from typing import Annotated
 
@@ -31,4 +32,5 @@ def serve(
 
     from pipeline.serve import app  # torch: not needed for --help
 
-    app.serve(params, host, port, ready)
+    with contextlib.suppress(KeyboardInterrupt):
+        app.serve(params, host, port, ready)

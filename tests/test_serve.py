@@ -39,6 +39,8 @@ from pipeline.vlm import VLM
 from stages.cli import app as cli
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+# As root there is no sandbox; a camera of Chromium's own shows a pattern.
+ARGUMENTS = ["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
 # One adapter, one recipe: what the page needs at least.
 STAGES = [
     "prepare captions", "extract-images captions", "extract-captions captions",
@@ -278,7 +280,7 @@ def browser():
     if CHROMIUM is None:
         pytest.skip("no Chromium here")
     with playwright.sync_playwright() as started:
-        chromium = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        chromium = started.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
         yield chromium
         chromium.close()
 
@@ -335,6 +337,26 @@ def test_upload_caption_question_and_a_broken_file(page, model, photos, tmp_path
     page.set_input_files("#file", tmp_path / "noise.png")
     expect(page.locator("#names-strange")).to_contain_text("unlike those that mlp was trained on")
     expect(page.locator("#fault")).to_be_hidden()
+
+
+@pytest.mark.parametrize("way", ["drop", "paste"])
+def test_a_photo_is_dropped_or_pasted(page, model, photos, way):
+    hand_over = """([way, bytes]) => {
+        const data = new DataTransfer();
+        data.items.add(new File([new Uint8Array(bytes)], "photo.jpg", { type: "image/jpeg" }));
+        const options = { bubbles: true, cancelable: true };
+        document.body.dispatchEvent(way === "drop" ? new DragEvent("drop", { ...options, dataTransfer: data })
+            : new ClipboardEvent("paste", { ...options, clipboardData: data }));
+    }"""
+    page.evaluate(hand_over, [way, list(photos[3].read_bytes())])
+    expect(page.locator("#bars li").first).to_contain_text(model.classify(photos[3]).text, timeout=30_000)
+
+
+def test_a_photo_is_taken(page):
+    page.get_by_role("button", name="Take one").click()
+    page.get_by_role("button", name="Take the photo").click()
+    expect(page.locator("#bars li")).to_have_count(5, timeout=30_000)
+    expect(page.locator("#shot")).to_be_hidden()
 
 
 def test_two_at_once(browser, served, photos, monkeypatch):

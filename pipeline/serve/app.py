@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import socket
 import sys
@@ -102,7 +104,7 @@ def serve(params: Params, host: str, port: int, ready: Callable[[str], None]) ->
         raise UserError(f"{host}:{port}", error.strerror or error, remedy) from None
     place = Place.of(params)
     app = application(place, LOOPBACK if host in LOOPBACK else ("*",))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1))
     ready(f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}")
     threading.Thread(target=place.desk.warm, daemon=True).start()
     server.run([listener])
@@ -130,7 +132,8 @@ class OwnPageOnly:
         app = self.app
         if headers.get(b"sec-fetch-site", b"none") not in (b"same-origin", b"none"):
             app = JSONResponse({"error": "asked by another site"}, 403)
-        await app(scope, receive, with_headers)
+        with contextlib.suppress(asyncio.CancelledError):  # the server ends
+            await app(scope, receive, with_headers)
 
 
 def about(place: Place) -> dict[str, Any]:
@@ -211,7 +214,8 @@ async def _lines(events: Generator[Any, None, None]) -> AsyncIterator[str]:
             print(f"error: {error!r}", file=sys.stderr)
         yield json.dumps({"event": "fault", "error": str(error)}) + "\n"
     finally:
-        events.close()
+        with contextlib.suppress(ValueError):  # a thread is at work in it, after which nothing holds it
+            events.close()
 
 
 def _fault(_: Request, error: Exception) -> Response:
