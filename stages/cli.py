@@ -41,6 +41,7 @@ COMMANDS = {
     "plan": ("stages.plan", START, "terraalign plan"),
     "run": ("stages.run", START, "terraalign run --jobs 2"),
     "show": ("stages.show", LOOK, "terraalign show"),
+    "serve": ("stages.serve", LOOK, "terraalign serve --open"),
     "study": ("stages.study", LOOK, "terraalign study --only mlp --only 17"),
     "classify": ("stages.answer", ASK, "terraalign classify --top 3 fridge/"),
     "caption": ("stages.answer", ASK, "terraalign caption holiday/*.jpg --json"),

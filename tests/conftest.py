@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "passive"
@@ -63,26 +64,39 @@ def tiny_mistral(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+TinyProject = Callable[[Path, pytest.MonkeyPatch], Params]
+
+
+@pytest.fixture(scope="session")
+def tiny_project(tiny_mistral: Path) -> TinyProject:
+    """What makes an empty folder a project, the current one, with the demo's parameters, cut to seconds: few rendered
+    pictures of twelve foods, a tiny Mistral, few steps."""
+
+    def make(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Params:
+        foods = dict(list(tables.FOODS.items())[:12])
+        monkeypatch.setattr(tables, "FOODS", foods)  # so few are rendered in this process
+        values = yaml.safe_load((Path(__file__).parent.parent / "profiles/demo.yaml").read_text())
+        values["profile"] = "tiny"
+        values["data"]["captions"]["count"], values["data"]["classes"]["count"] = 40, 4
+        values["llm"] |= {"loader": "huggingface", "model": str(tiny_mistral), "system_prompt": None}
+        values["cache"]["shards"] = 3
+        values["vision"] |= {"encoder": "timm", "model": "resnet10t", "pretrained": "random"}
+        values["pretrain"] |= {"epochs": 2, "candidates": 5}
+        for recipe in values["finetune"]["recipes"].values():
+            recipe |= {"max_steps": 3, "batch": 4, "validations": 2, "validation_images": 4}
+        values["evaluate"] |= {"captions": 3, "caption_tokens": 4, "class_tokens": 3}
+        values["pca"] |= {"images": 4, "vocabulary": 50}
+        values["run"]["scratch"] = ["mlp"]
+        for name in ("self_attention", "query"):
+            values["adapters"][name]["architecture"]["width"] = 16
+        monkeypatch.chdir(folder)
+        Path("params.yaml").write_text(yaml.safe_dump(values))
+        return load_params()
+
+    return make
+
+
 @pytest.fixture
-def tiny_params(tiny_mistral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Params:
-    """The demo's parameters, cut to seconds: few rendered pictures of twelve foods, a tiny Mistral, few steps; in an
-    empty folder."""
-    monkeypatch.setattr(tables, "FOODS", dict(list(tables.FOODS.items())[:12]))  # so few are rendered in this process
-    text = (Path(__file__).parent.parent / "profiles/demo.yaml").read_text()
-    values = yaml.safe_load(text)
-    values["profile"] = "tiny"
-    values["data"]["captions"]["count"], values["data"]["classes"]["count"] = 40, 4
-    values["llm"] |= {"loader": "huggingface", "model": str(tiny_mistral), "system_prompt": None}
-    values["cache"]["shards"] = 3
-    values["vision"] |= {"encoder": "timm", "model": "resnet10t", "pretrained": "random"}
-    values["pretrain"] |= {"epochs": 2, "candidates": 5}
-    for recipe in values["finetune"]["recipes"].values():
-        recipe |= {"max_steps": 3, "batch": 4, "validations": 2, "validation_images": 4}
-    values["evaluate"] |= {"captions": 3, "caption_tokens": 4, "class_tokens": 3}
-    values["pca"] |= {"images": 4, "vocabulary": 50}
-    values["run"]["scratch"] = ["mlp"]
-    for name in ("self_attention", "query"):
-        values["adapters"][name]["architecture"]["width"] = 16
-    monkeypatch.chdir(tmp_path)
-    Path("params.yaml").write_text(yaml.safe_dump(values))
-    return load_params()
+def tiny_params(tiny_project: TinyProject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Params:
+    """The parameters of a tiny project in an empty folder, the current one."""
+    return tiny_project(tmp_path, monkeypatch)

@@ -22,7 +22,7 @@ ROOMS = (
     *("errors", "progress", "files", "needs", "started", "versions", "config", "weights", "devices", "runs", "inputs"),
     *("media", "sources", "encoders", "llms", "store", "origin", "extraction", "adapters", "transport", "objectives"),
     *("naming", "vlm", "tasks"),
-    *("training", "metrics", "alignment", "answers", "report", "plan", "first", "doctor"),
+    *("training", "metrics", "alignment", "answers", "serve", "report", "plan", "first", "doctor"),
     *("export", "serving", "lmms"),
 )
 LONGEST_MODULE, LONGEST_FUNCTION, MAY_BE_LONG = 400, 45, {"pipeline.transport.exact"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,23 +20,22 @@ from torch import Tensor
 from pipeline.answers.best import best_adapter, classes, finetuned, namers, pretrained
 from pipeline.answers.familiar import STRANGE, Familiar
 from pipeline.answers.names import emd_at_work, likeliest, namer_at_work
+from pipeline.answers.pictures import Picture, content_of
 from pipeline.config import Params, load_params
 from pipeline.devices import pick_device
 from pipeline.encoders.base import Encoder
 from pipeline.encoders.vision import VisionEncoder, load_vision_encoder
 from pipeline.errors import UserError
 from pipeline.media.decoding import Broken, Decoder, Loaded
-from pipeline.media.pictures import read
+from pipeline.media.pictures import decode
 from pipeline.runs import RESULTS, Run
 
 if TYPE_CHECKING:
     from pipeline.llms.load import LanguageModel
     from pipeline.vlm import VLM
 
-Picture = str | Path | bytes | Image.Image
-"""A picture: a file by its name, the bytes of one, or one that is open."""
 P = TypeVar("P", str, Path, bytes, Image.Image)
-Rule = Literal["llm", "namer", "emd"]
+Rule = Literal["llm", "namer", "emd", "discriminant"]
 ANSWER_TOKENS = 40  # of an answer to a question of one's own
 TOP = 5
 
@@ -83,7 +81,7 @@ class Model:
         self._inserted = contextlib.ExitStack()
         self._vlm: tuple[Path, VLM] | None = None
         self._familiar: dict[tuple[str, ...], Familiar | None] = {}
-        self._namers: dict[Path, Callable[[Tensor], list[dict[str, float]]]] = {}
+        self._namers: dict[Path, Callable[[Tensor, str], list[dict[str, float]]]] = {}
 
     @classmethod
     def load(cls, folder: str | Path, device: str = "auto") -> Model:
@@ -137,6 +135,21 @@ class Model:
         """
         return self._tokens([self._load(picture) for picture in pictures])
 
+    def seen(self, picture: Picture) -> Image.Image | None:
+        """What the encoder is shown of a picture: its middle where the rest is cut off, resized; None where the
+        encoder's own transform does not say. Raises ValueError, as `encode`."""
+        self._load(picture)  # whatever that refuses
+        pixels = self._encoder.preprocess(decode(content_of(picture)))
+        return Image.fromarray(pixels.permute(1, 2, 0).numpy()) if pixels.dtype == torch.uint8 else None
+
+    def check_encoder(self, folder: Path) -> None:
+        """Raises UserError where an adapter was made from image tokens of another encoder than that of now."""
+        from pipeline.origin import check_encoder
+
+        with self._in_project() if "_encoder" not in self.__dict__ else contextlib.nullcontext():
+            identity = self._encoder.identity
+        check_encoder(self._project / folder, identity)
+
     def captions(self, trained: bool = True) -> Ask:
         """What captions pictures; not `trained`: the same adapter before fine-tuning, in front of the frozen LLM."""
         folder, task = self._best_finetuned("caption"), self._task("caption")
@@ -159,20 +172,23 @@ class Model:
 
         return answers
 
-    def names(self, llm: bool = False, top: int = TOP) -> Ask:
-        """What names pictures: the namer (before stage `name` EMD alone), or the fine-tuned LLM with its hints."""
+    def names(self, llm: bool = False, top: int = TOP, rule: Rule = "namer") -> Ask:
+        """What names pictures: the namer, by one of naming.rules.RULES, or the fine-tuned LLM with its hints.
+
+        Before stage `name` has run it is EMD alone, whatever the rule.
+        """
         if llm:
             return self._names_by_llm(top)
         with self._in_project():
             found = namers(self.params)
-            rule: Rule = "namer" if found else "emd"
+            used: Rule = rule if found else "emd"
             folder = best_adapter(self.params, found or pretrained(self.params), self._encoder.identity)
             adapter, data = (folder.parent.name, folder.name) if found else (folder.name, classes(self.params)[0])
         named, look = self._named_by(folder, data), self._familiar_with([data])
 
         def answers(tokens: Tensor) -> list[Answer]:
-            best = named(tokens)
-            return _told([next(iter(some)) for some in best], look(tokens), adapter, None, best, top, rule)
+            best = named(tokens, used)
+            return _told([next(iter(some)) for some in best], look(tokens), adapter, None, best, top, used)
 
         return answers
 
@@ -209,7 +225,7 @@ class Model:
         named = self._named_by(self.run.named(adapter) / data, data)
 
         def answers(tokens: Tensor) -> list[Answer]:
-            best = named(tokens)
+            best = named(tokens, "namer")
             hints = [task.hint(hinted(some.items(), count)) for some in best] if count else None
             names = sorted(best[0])
             with self._at_work(folder, "adapter") as model:
@@ -219,8 +235,8 @@ class Model:
 
         return answers
 
-    def _named_by(self, folder: Path, data: str) -> Callable[[Tensor], list[dict[str, float]]]:
-        """All names of a picture with their probabilities, the likeliest first, by a namer or a pre-trained adapter."""
+    def _named_by(self, folder: Path, data: str) -> Callable[[Tensor, str], list[dict[str, float]]]:
+        """All names of a picture with their probabilities, the likeliest first, by a rule of a namer, or by EMD."""
         with self._in_project():
             if folder not in self._namers:
                 alone = folder == self.run.pretrained(folder.name)
@@ -303,7 +319,7 @@ class Model:
         with self._in_project() if "_decoder" not in self.__dict__ else contextlib.nullcontext():
             decoder = self._decoder
         try:
-            content = _content(picture)
+            content = content_of(picture)
         except OSError as error:
             raise ValueError(error.strerror or str(error)) from None
         return decoder.load(content)
@@ -359,17 +375,6 @@ def _familiar(run: Run, sets: list[str]) -> Familiar | None:
     except UserError as fault:
         print(f"not looked at whether pictures are like those for training: {fault}", file=sys.stderr)
         return None
-
-
-def _content(picture: Picture) -> bytes:
-    """The bytes of a file; of an open picture those of a file without loss."""
-    if isinstance(picture, bytes):
-        return picture
-    if not isinstance(picture, Image.Image):
-        return read(str(picture))
-    file = io.BytesIO()
-    picture.save(file, "TIFF" if picture.mode in ("CMYK", "YCbCr", "LAB", "HSV", "F") else "PNG")
-    return file.getvalue()
 
 
 def _params_of(profile: str) -> Params:

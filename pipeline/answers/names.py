@@ -16,8 +16,8 @@ from pipeline.origin import check_start
 from pipeline.runs import Run
 
 
-def namer_at_work(params: Params, folder: Path) -> Callable[[Tensor], list[dict[str, float]]]:
-    """What gives all names with their probabilities, the likeliest first; `folder` is the namer's."""
+def namer_at_work(params: Params, folder: Path) -> Callable[[Tensor, str], list[dict[str, float]]]:
+    """What gives all names with their probabilities by one of RULES, the likeliest first; `folder` is the namer's."""
     namer = Namer.load(folder, params.runtime.emd_threads)
     pretrained = Run.of(params).pretrained(folder.parent.name)
     check_start(folder, pretrained)
@@ -25,13 +25,13 @@ def namer_at_work(params: Params, folder: Path) -> Callable[[Tensor], list[dict[
     adapter = load_adapter(pretrained, "last").to(device)
 
     @torch.no_grad()
-    def named(tokens: Tensor) -> list[dict[str, float]]:
-        return likeliest(namer.names, namer.rules(tokens, adapter(tokens.to(device).float()))["namer"].exp())
+    def named(tokens: Tensor, rule: str) -> list[dict[str, float]]:
+        return likeliest(namer.names, namer.rules(tokens, adapter(tokens.to(device).float()))[rule].exp())
 
     return named
 
 
-def emd_at_work(params: Params, adapter: str, data: str) -> Callable[[Tensor], list[dict[str, float]]]:
+def emd_at_work(params: Params, adapter: str, data: str) -> Callable[[Tensor, str], list[dict[str, float]]]:
     """The same by EMD to the names alone: all that pre-training gives. It is fitted here, in seconds."""
     from pipeline.naming.fit import fit_nearest
 
@@ -40,7 +40,8 @@ def emd_at_work(params: Params, adapter: str, data: str) -> Callable[[Tensor], l
     network = load_adapter(Run.of(params).pretrained(adapter), "last").to(device)
 
     @torch.no_grad()
-    def named(tokens: Tensor) -> list[dict[str, float]]:
+    def named(tokens: Tensor, rule: str) -> list[dict[str, float]]:
+        assert rule == "emd", "there is no other yet"
         return likeliest(names, (scale * nearest.scores(network(tokens.to(device).float()))).softmax(1))
 
     return named

@@ -1,0 +1,117 @@
+"""What all runs of a project came to: figures, curves, and the command behind each."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from pipeline.errors import UserError
+from pipeline.naming.rules import RULES
+from pipeline.runs import MODELS, RAW, RESULTS, STORE
+
+# Stage, column of x, columns of y.
+CURVES = (
+    ("pretrain", "epoch", ("val", "shuffled", "const_set")),
+    ("finetune", "step", ("val_loss",)),
+    ("finetune_scratch", "step", ("val_loss",)),
+)
+SHARED = {folder.name for folder in (STORE, RAW, MODELS)}
+PATIENCE = 60  # seconds for `dvc exp show`
+
+
+def ledger() -> dict[str, Any]:
+    """The profiles with results below data/; their figures by key, each with its command; their curves."""
+    profiles = sorted(folder.name for folder in _runs())
+    figures: dict[str, dict[str, Any]] = {}
+    for profile in profiles:
+        for key, value in _figures(RESULTS / profile / "metrics.json").items():
+            figures.setdefault(key, {"command": command_of(key), "values": {}})["values"][profile] = value
+    curves = [curve for profile in profiles for curve in _curves(profile)]
+    return {"profiles": profiles, "figures": figures, "curves": curves}
+
+
+def command_of(key: str) -> str:
+    """What makes a figure of metrics.json; the keys are those of `pipeline.report.figures.flat_metrics`."""
+    kind, *rest = key.split("/")
+    last = rest[-1] if rest else ""
+    if kind == "seconds":
+        return f"dvc repro {rest[0]}"
+    if kind == "pca":
+        return f"dvc repro pca@{rest[0]}"
+    if last in RULES:  # names without the LLM
+        return f"dvc repro name@{rest[0]}" if len(rest) == 3 else "dvc repro name"
+    if len(rest) >= 3:
+        stage = {"val_loss": "finetune", "scratch_val_loss": "finetune_scratch"}.get(last, "evaluate")
+        return f"dvc repro {stage}@{rest[0]}-{rest[1]}"
+    return f"dvc repro pretrain@{rest[0]}" if len(rest) == 2 else "dvc repro evaluate"
+
+
+def experiments() -> list[dict[str, Any]]:
+    """The experiments of `dvc exp`: name, figures, and their commands. Raises UserError where DVC can't list them."""
+    command = [sys.executable, "-m", "dvc", "exp", "show", "--json"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+        shown = json.loads(done.stdout) if done.returncode == 0 else None
+    except (subprocess.TimeoutExpired, ValueError):
+        raise UserError("dvc exp show", f"no answer within {PATIENCE} seconds", "call it in a terminal") from None
+    if shown is None:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise UserError("dvc exp show", reason)
+    revisions = [
+        revision
+        for commit in shown
+        for experiment in commit.get("experiments") or []
+        for revision in experiment.get("revs", [])[:1]
+    ]
+    return [{"name": one.get("name") or str(one.get("rev"))[:7], "figures": _measured(one)} for one in revisions]
+
+
+def _measured(revision: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The figures of an experiment, of all the files of metrics it has."""
+    files = (revision.get("data") or {}).get("metrics") or {}
+    found = {key: value for file in files.values() for key, value in _numbers(file.get("data")).items()}
+    return {key: {"command": command_of(key), "value": value} for key, value in found.items()}
+
+
+def _runs() -> list[Path]:
+    """The folders of profiles that have a figure or a curve."""
+    kinds = ("metrics.json", *(f"{stage}/*/history.csv" for stage, _, _ in CURVES))
+    folders = [folder for folder in sorted(RESULTS.glob("*")) if folder.is_dir() and folder.name not in SHARED]
+    return [folder for folder in folders if any(next(folder.glob(kind), None) for kind in kinds)]
+
+
+def _figures(path: Path) -> dict[str, float]:
+    """Those of a report; none where it is not written yet. Raises UserError where the file is none of figures."""
+    try:
+        return _numbers(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(path, f"cannot be read ({error})", "run `dvc repro report`") from None
+
+
+def _numbers(values: Any) -> dict[str, float]:
+    """What of an object of JSON is finite numbers."""
+    found = values.items() if isinstance(values, dict) else ()
+    return {key: value for key, value in found if isinstance(value, int | float) and math.isfinite(value)}
+
+
+def _curves(profile: str) -> Iterator[dict[str, Any]]:
+    """The histories of a profile: stage, name, command, and by column the points [x, y]."""
+    for stage, x, columns in CURVES:
+        for path in sorted((RESULTS / profile / stage).glob("*/history.csv")):
+            item = path.parent.name
+            try:
+                table = pd.read_csv(path)
+                lines = {y: table[[x, y]].dropna().astype(float).values.tolist() for y in columns if y in table}
+            except (OSError, ValueError, KeyError) as error:
+                raise UserError(path, f"cannot be read ({error})", f"run `dvc repro {stage}@{item}`") from None
+            command = f"dvc repro {stage}@{item}"
+            yield {"profile": profile, "stage": stage, "of": item, "x": x, "command": command, "lines": lines}

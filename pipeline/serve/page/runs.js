@@ -1,0 +1,87 @@
+// Runs: curves and figures of all profiles, and of `dvc exp`, side by side, each with its command.
+import { ask, by, el, onTab, tell } from "./common.js";
+
+const COLOURS = ["var(--blue)", "var(--red)", "var(--green)", "#c06bb8", "#a08a00", "var(--grey)"];
+const NAMES = {
+  val: "own caption", shuffled: "another picture's", const_set: "best constant set", val_loss: "validation loss",
+};
+const STAGES = { pretrain: "pre-training", finetune: "fine-tuning", finetune_scratch: "fine-tuning from scratch" };
+let found = null;
+
+export function startRuns() {
+  onTab("runs", load);
+  by("filter").addEventListener("input", table);
+  by("experiments").addEventListener("click", experiments);
+}
+
+async function load() {
+  if (found) return;
+  tell("runs-fault", null);
+  try {
+    found = await ask("/api/runs");
+  } catch (error) {
+    tell("runs-fault", error);
+    return;
+  }
+  by("runs-lead").textContent = found.profiles.length
+    ? `Profiles with results here: ${found.profiles.join(", ")}. The command beside a figure makes it anew, where the profile is the active one.`
+    : "No profile has results yet: run `dvc repro`.";
+  const groups = Map.groupBy(found.curves, (curve) => `${curve.of}: ${STAGES[curve.stage]}`);
+  by("curves").replaceChildren(...[...groups].map(([title, curves]) => chart(title, curves)));
+  table();
+}
+
+async function experiments() {
+  const button = by("experiments");
+  button.disabled = true;
+  by("experiments-note").textContent = "DVC is asked, which takes a while.";
+  try {
+    const listed = await ask("/api/experiments");
+    for (const { name, figures } of listed) {
+      if (!found.profiles.includes(name)) found.profiles.push(name);
+      for (const [key, { command, value }] of Object.entries(figures)) {
+        found.figures[key] ??= { command, values: {} };
+        found.figures[key].values[name] = value;
+      }
+    }
+    by("experiments-note").textContent = listed.length ? `${listed.length} experiments.` : "There are no experiments of dvc exp.";
+    table();
+  } catch (error) {
+    by("experiments-note").textContent = error.message;
+    button.disabled = false;
+  }
+}
+
+const written = (value) => (value === undefined ? "" : Number.isInteger(value) ? String(value) : value.toPrecision(4));
+
+function table() {
+  if (!found) return;
+  const wanted = by("filter").value.trim().toLowerCase();
+  const rows = Object.entries(found.figures).filter(([key]) => key.toLowerCase().includes(wanted));
+  const head = el("tr", {}, ...["figure", ...found.profiles, "command"].map((text) => el("th", { scope: "col", text })));
+  by("figures").replaceChildren(el("thead", {}, head), el("tbody", {}, ...rows.map(([key, { command, values }]) => el("tr", {},
+    el("th", { scope: "row", text: key }), ...found.profiles.map((profile) => el("td", { text: written(values[profile]) })),
+    el("td", {}, el("code", { text: command }))))));
+}
+
+/** Lines of all profiles in one picture, with the command behind them. */
+function chart(title, curves) {
+  const lines = curves.flatMap((curve) => Object.entries(curve.lines).filter(([, points]) => points.length)
+    .map(([name, points]) => ({ points, name: [found.profiles.length > 1 && curve.profile, NAMES[name] ?? name].filter(Boolean).join(": ") })));
+  const [width, height, left, bottom] = [340, 200, 38, 22];
+  const all = lines.flatMap(({ points }) => points);
+  const [xs, ys] = [0, 1].map((axis) => all.map((point) => point[axis]));
+  const [x0, x1, y0, y1] = [Math.min(...xs), Math.max(...xs), Math.min(...ys, 0), Math.max(...ys)];
+  const place = ([x, y]) => [left + ((x - x0) / (x1 - x0 || 1)) * (width - left - 8), 8 + ((y1 - y) / (y1 - y0 || 1)) * (height - bottom - 8)];
+  const marks = [y0, (y0 + y1) / 2, y1].map((y) => el("svg:text", { x: left - 5, y: place([x0, y])[1] + 4, "text-anchor": "end", text: y.toPrecision(2) }));
+  marks.push(...[x0, x1].map((x, i) => el("svg:text", { x: place([x, y0])[0], y: height - 5, "text-anchor": i ? "end" : "start", text: `${i ? curves[0].x : ""} ${x}` })));
+  const drawn = lines.map(({ points }, i) => el("svg:polyline", {
+    points: points.map((one) => place(one).map((value) => value.toFixed(1)).join(",")).join(" "), fill: "none",
+    stroke: COLOURS[i % COLOURS.length], "stroke-width": 2,
+  }));
+  const last = lines.map(({ name, points }) => `${name} from ${written(points[0][1])} to ${written(points.at(-1)[1])}`);
+  const legend = lines.map(({ name }, i) => el("li", {}, el("i", { "--c": COLOURS[i % COLOURS.length] }), name));
+  return el("figure", { class: "card" }, el("figcaption", { text: title }),
+    all.length ? el("svg:svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${title}: ${last.join("; ")}` }, ...marks, ...drawn) : "",
+    el("ul", { class: "legend" }, ...legend), el("code", { text: curves[0].command }));
+}

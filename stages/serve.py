@@ -1,0 +1,36 @@
+"""`terraalign serve`: the page of a run, on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import webbrowser
+from typing import Annotated
+
+import typer
+
+from pipeline.config import load_params
+
+
+def serve(
+    host: Annotated[str, typer.Option(help="Address to listen on; any but the loopback lets others in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0: any free one.")] = 7860,
+    browse: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+) -> None:
+    """Open a page on the active profile's run: try it on photos, look inside, see its mistakes, compare runs.
+
+    terraalign serve --open
+
+    Photos are answered from memory and never written; nothing is loaded from elsewhere, and nothing sent there. There
+    is no password: with --host 0.0.0.0 everyone on your network may use it.
+    """
+    params = load_params()
+
+    def ready(address: str) -> None:
+        print(f"{address}  (Ctrl-C ends it)", flush=True)
+        if browse:
+            webbrowser.open(address)
+
+    from pipeline.serve import app  # torch: not needed for --help
+
+    with contextlib.suppress(KeyboardInterrupt):
+        app.serve(params, host, port, ready)
