@@ -14,8 +14,8 @@ from pipeline.plan.calibrate import Language, Vision, is_there, tokens_of
 from pipeline.plan.rows import Rows
 from pipeline.training.loop import steps_per_epoch, total_steps
 
-# Seconds of what is not measured, where importing what pre-training needs takes IMPORTS.
-IMPORTS = 3.3
+# Seconds of what is not measured, where importing what pre-training needs takes IMPORTS beside another process.
+IMPORTS = 4.7
 LIGHT, DRAWING, REPORT = 1.0, 3.0, 1.5  # imports of prepare; pictures of a PCA; the page
 LOADED = 1e8  # parameters of an LLM a second
 CONVERTING = 16.0 / 135e6  # a GGUF file's parameters
