@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 P = TypeVar("P", str, Path, bytes, Image.Image)
 Rule = Literal["llm", "namer", "emd", "discriminant"]
-ANSWER_TOKENS = 40  # of an answer to a question of one's own
+ANSWER_TOKENS, NO_REPEAT = 40, 4  # of an answer to a question of one's own; and a run of tokens that stands there once
 TOP = 5
 
 
@@ -198,11 +198,13 @@ class Model:
             raise UserError("", "the question is empty", "ask something")
         folder = self._best_finetuned("caption", "classify")
         adapter, recipe, sets = self._made_by(folder)
-        look = self._familiar_with(sets)
+        look, hints = self._familiar_with(sets), self._hints_of(adapter, recipe, sets)
 
         def answers(tokens: Tensor) -> list[Answer]:
             with self._at_work(folder, "adapter") as model:
-                said = model.generate(tokens, question, ANSWER_TOKENS, on_text=on_text)
+                said = model.generate(
+                    tokens, question, ANSWER_TOKENS, hints=hints(tokens), no_repeat=NO_REPEAT, on_text=on_text
+                )
             return _told(said, look(tokens), adapter, recipe)
 
         return answers
@@ -216,24 +218,31 @@ class Model:
     # What answers.
 
     def _names_by_llm(self, top: int) -> Ask:
-        from pipeline.naming.table import hinted
-
         folder, task = self._best_finetuned("classify"), self._task("classify")
         adapter, recipe, sets = self._made_by(folder)
-        count, look = self.params.finetune_for(adapter, recipe).hints, self._familiar_with(sets)
+        look, hints = self._familiar_with(sets), self._hints_of(adapter, recipe, sets)
         data = self._data_of("classify", sets)
         named = self._named_by(self.run.named(adapter) / data, data)
 
         def answers(tokens: Tensor) -> list[Answer]:
-            best = named(tokens, "namer")
-            hints = [task.hint(hinted(some.items(), count)) for some in best] if count else None
-            names = sorted(best[0])
+            names, hinted = sorted(named(tokens[:1], "namer")[0]), hints(tokens)
             with self._at_work(folder, "adapter") as model:
-                said = model.generate(tokens, task.prompt, task.max_tokens, hints=hints)
-                ranked = likeliest(names, model.rank(tokens, task.prompt, names, hints).softmax(1))
+                said = model.generate(tokens, task.prompt, task.max_tokens, hints=hinted)
+                ranked = likeliest(names, model.rank(tokens, task.prompt, names, hinted).softmax(1))
             return _told(said, look(tokens), adapter, recipe, ranked, top)
 
         return answers
+
+    def _hints_of(self, adapter: str, recipe: str, sets: Sequence[str]) -> Callable[[Tensor], list[str] | None]:
+        """What a recipe writes into the prompt about pictures, which the LLM has learned to expect there."""
+        from pipeline.naming.table import hinted
+
+        count = self.params.finetune_for(adapter, recipe).hints
+        if not count:
+            return lambda tokens: None
+        task, data = self._task("classify"), self._data_of("classify", sets)
+        named = self._named_by(self.run.named(adapter) / data, data)
+        return lambda tokens: [task.hint(hinted(best.items(), count)) for best in named(tokens, "namer")]
 
     def _named_by(self, folder: Path, data: str) -> Callable[[Tensor, str], list[dict[str, float]]]:
         """All names of a picture with their probabilities, the likeliest first, by a rule of a namer, or by EMD."""
