@@ -326,8 +326,8 @@ def test_upload_caption_question_and_a_broken_file(page, model, photos, tmp_path
     page.get_by_label("Question").fill("Was ist das für ein Tier? \N{CAT FACE}")
     page.get_by_label("Question").press("Enter")
     expect(page.locator("#reply-note")).to_contain_text("fine-tuned on captions")
-    assert page.locator("#reply").inner_text() == (
-        model.ask(photos[1], "Was ist das für ein Tier? \N{CAT FACE}").text.strip() or "(nothing)"
+    assert page.locator("#reply").inner_text().split() == (  # a browser shows several spaces as one
+        model.ask(photos[1], "Was ist das für ein Tier? \N{CAT FACE}").text.split() or ["(nothing)"]
     )
     (tmp_path / "broken.jpg").write_bytes(photos[0].read_bytes()[:200])
     page.set_input_files("#file", tmp_path / "broken.jpg")
