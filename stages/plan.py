@@ -33,7 +33,7 @@ def plan(
 ) -> None:
     """Say what `terraalign run` would do now, stage by stage, and what it takes: pictures, bytes, time, memory.
 
-    DVC says what is stale. How long that takes is reckoned from measurements of some 10 s on this machine: encoder,
+    DVC says what is stale. How long that takes is reckoned from measurements of some 15 s on this machine: encoder,
     decoding, a step of each adapter with its objective, a step of fine-tuning, writing with the language model. The
     store is asked what is in it. Keeps the plan in data/<profile>/plan.json; --check compares it with the timings of
     the stages that ran since. E.g. `terraalign plan`, `terraalign run`, `terraalign plan --check`.

@@ -68,7 +68,7 @@ class Vision:
 
 
 def calibrate(params: Params, rows: dict[str, Rows], jobs: int) -> tuple[Language, Vision]:
-    """Measure for some 10 s, with as many threads as a stage beside `jobs` - 1 others has."""
+    """Measure for some 15 s, most of them imports, with as many threads as a stage beside `jobs` - 1 others has."""
     context = multiprocessing.get_context("spawn")
     with _threads(jobs), ProcessPoolExecutor(2, mp_context=context) as pool:
         began = time.time()
