@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -353,7 +354,7 @@ def tuned(llm: LanguageModel, folder: Path, weights: str) -> Iterator[VLM]:
     try:
         yield VLM(adapter, llm).eval()
     finally:
-        if lora is not None:
+        if lora is not None and not sys.is_finalizing():  # then PEFT's progress bar would wait for a thread for ever
             lora.unload()
 
 

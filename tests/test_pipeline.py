@@ -35,6 +35,12 @@ from stages.pretrain import pretrain
 pretrain("query")
 """
 
+SCRIPT = """
+from pipeline import Model
+model = Model.load("data/tiny")
+print(model.caption(PHOTO))
+"""
+
 
 def terraalign(*arguments, code=0):
     result = CliRunner().invoke(app, list(map(str, arguments)))
@@ -186,6 +192,9 @@ def _check_the_model_in_python(photos, broken):
         assert model.captions(trained=False)(model.encode(there))[0].recipe is None
         with pytest.raises(ValueError, match="not a picture"):
             model.caption(project / broken)
+    script = SCRIPT.replace("PHOTO", repr(str(photos[0])))  # a process that ends while the adapter is in the LLM
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, env=_environment(), timeout=120)
+    assert done.returncode == 0 and done.stdout.decode().strip() == alone[0].text
     asked = answers("ask", photos[0], photos[1], "What is that?", "--json")
     assert [row["photo"] for row in asked] == [*map(str, photos[:2])]
 

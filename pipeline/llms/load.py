@@ -57,18 +57,23 @@ def load_llm(params: LLM, device: str = "auto", *, expand: bool = True) -> Langu
             network = load_nf4(source, options, dtype, place, expand)
         else:
             network = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options).to(place)
+        tokenizer = _tokenizer(params, source, options)
     _refuse_stateful(params, network)
     keep_gradients(network)
     network.eval().requires_grad_(False)
-    return LanguageModel(network, load_tokenizer(params), params.system_prompt, params.max_caption_tokens)
+    return LanguageModel(network, tokenizer, params.system_prompt, params.max_caption_tokens)
 
 
 def load_tokenizer(params: LLM) -> Any:
     """The LLM's own tokenizer; UserError when it has no chat template or no end-of-turn token."""
+    with _files(params) as (source, options):
+        return _tokenizer(params, source, options)
+
+
+def _tokenizer(params: LLM, source: str, options: dict[str, Any]) -> Any:
     from transformers import AutoTokenizer
 
-    with _files(params) as (source, options):
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    tokenizer = AutoTokenizer.from_pretrained(source, **options)
     if tokenizer.chat_template is None:
         raise UserError(f"llm.model {params.model}", "its tokenizer has no chat template", "take an instruct model")
     if tokenizer.eos_token_id is None:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 LAYERS, LARGEST = 6, 4e8  # of the network that the LLM is reckoned from, and its parameters
 BEHIND, ANSWER = 20, 8  # tokens behind an image, and of them those that are answered
-LONG = 0.3  # seconds
+LONG = 1.0  # seconds; what takes longer is done once
 MOST = 8  # rows of a batch that is trained on
 STEPS, MANY = 4, 32  # of decoding, and rows
 SAMPLE, OTHERS = 32, 16  # pictures that objectives are measured on, and captions that each is held against

@@ -108,7 +108,8 @@ def common_tokens(rows: pd.DataFrame, model: VLM, share: float) -> set[int]:
     """Tokens in the captions of more than a share of the training pictures: what a caption may say twice."""
     train = rows[rows["split"] == "train"]
     captions = [list(texts) for texts in train["captions"]]
-    counts = Counter(token for texts in captions for token in {t for ids in model.texts.ids(texts) for t in ids})
+    ids = iter(model.texts.ids([text for texts in captions for text in texts]))  # at once: a fifth of the time
+    counts = Counter(token for texts in captions for token in {t for _ in texts for t in next(ids)})
     return {token for token, count in counts.items() if count > share * len(train)}
 
 
