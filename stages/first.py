@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 import webbrowser
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +16,9 @@ from pipeline.errors import UserError
 from pipeline.files import atomically
 from pipeline.progress import new_progress
 from pipeline.runs import Run
-from stages.plan import planned, show
+from stages.plan import planned, reckoned, show
 from stages.profile import PARAMS, PROFILES, use
+from stages.run import stages_with
 
 if TYPE_CHECKING:
     from pipeline.first.layout import Layout
@@ -26,7 +28,7 @@ KEPT = Path("params-before.yaml")
 FOLDER = typer.Argument(metavar="FOLDER", help="Pictures in a folder per class, or with a file of captions, or both.")
 NAME = typer.Option("--name", help="What the profile is called; else after the folder.")
 YES = typer.Option("--yes", "-y", help="Ask nothing, take the defaults; without a terminal nothing is asked anyway.")
-DRY = typer.Option("--dry-run", help="Say what is there and what would be done, and do nothing.")
+DRY = typer.Option("--dry-run", help="Say what is there and what a run would take; write only what is left out.")
 
 
 def try_(
@@ -99,14 +101,17 @@ def _begin(folder: Path, name: str | None, asks: bool, dry_run: bool, command: s
         typer.echo("\n".join(f"{data}: {what}: {said}" for what, said in look.lines()))
     params = load_params(path) if text is None else parse_params(text, str(path))
     typer.echo(f"profile {path}" + (", as it is there already" if text is None else ""))
+    rows = {data: look.rows for data, look in looks.items()}
     if dry_run:
+        began, graph = time.monotonic(), stages_with(path.read_text(encoding="utf-8") if text is None else text)
+        show(reckoned(params, JOBS, rows, graph, set(graph), time.monotonic() - began))
         return None
     if text is not None:
         PROFILES.mkdir(exist_ok=True)
         with atomically(path) as file:
             file.write(text.encode())
     _take(path)
-    show(planned(params, JOBS, {data: look.rows for data, look in looks.items()}))
+    show(planned(params, JOBS, rows))
     return params
 
 

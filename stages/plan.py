@@ -53,24 +53,35 @@ def planned(params: Params, jobs: int, counted: dict[str, Rows] | None = None) -
 
     `counted`: how much there is of the data sets, where that is known before they are prepared.
     """
+    from pipeline.plan.rows import rows_of
+
     began = time.monotonic()
     graph, stale = stale_stages()
     if not stale:
         return {"profile": params.profile, "stages": {}, "sum": 0.0, "wall": 0.0}
-    asked = time.monotonic() - began
+    idle = time.monotonic() - began
+    rows = counted or {name: rows_of(params, name) for name in params.run.data}
+    found = reckoned(params, jobs, rows, graph, stale, idle)
+    with atomically(_path(Run.of(params))) as file:
+        file.write(json.dumps(found, indent=1).encode())
+    return found
+
+
+def reckoned(
+    params: Params, jobs: int, rows: dict[str, Rows], graph: dict[str, list[str]], stale: set[str], idle: float
+) -> dict[str, Any]:
+    """What some stages of the graph would take; DVC takes `idle` seconds for each besides."""
     from pipeline.plan.calibrate import calibrate
     from pipeline.plan.estimate import Machine
-    from pipeline.plan.rows import rows_of
     from pipeline.plan.schedule import times
 
-    rows = counted or {name: rows_of(params, name) for name in params.run.data}
     began = time.monotonic()
     language, vision = calibrate(params, rows, jobs)
     measured = time.monotonic() - began
     machine = Machine(params, rows, language, vision)
     wanted = {stage: machine.estimate(stage) for stage in graph if stage in stale}
-    seconds, wall = times(graph, wanted, asked, jobs, os.cpu_count() or 1, lengths(graph).__getitem__)
-    found = {
+    seconds, wall = times(graph, wanted, idle, jobs, os.cpu_count() or 1, lengths(graph).__getitem__)
+    return {
         "profile": params.profile,
         "at": time.time(),
         "counted": all(one.counted for one in rows.values()),
@@ -84,9 +95,6 @@ def planned(params: Params, jobs: int, counted: dict[str, Rows] | None = None) -
         "wall": wall,
         "speeds": {"language": asdict(language), "vision": asdict(vision)},
     }
-    with atomically(_path(Run.of(params))) as file:
-        file.write(json.dumps(found, indent=1).encode())
-    return found
 
 
 def show(found: Mapping[str, Any]) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from graphlib import TopologicalSorter
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
@@ -21,6 +24,7 @@ from pipeline.progress import new_progress
 AROUND = re.compile(r"\s*$|Running stage |> terraalign |Updating lock file|Use `dvc push`|ERROR: failed to reproduce")
 BUSY = re.compile("Unable to acquire lock|is busy, it is being blocked")
 PATIENCE = 60.0  # seconds
+DEFAULTS = "pipeline/config/defaults.yaml"  # which dvc.yaml reads beside params.yaml
 
 
 def run(
@@ -107,15 +111,29 @@ def stale_stages() -> tuple[dict[str, list[str]], set[str]]:
     return graph, stale
 
 
-def _asked(question: Callable[[Any], dict[str, Any]]) -> tuple[dict[str, list[str]], dict[str, Any]]:
-    """The graph, and what DVC's repository answers; UserError when it can't."""
+def stages_with(params: str) -> dict[str, list[str]]:
+    """The stages that dvc.yaml has with other parameters, given as the text of params.yaml; nothing here is touched."""
+    with TemporaryDirectory() as folder:
+        for file in ("dvc.yaml", DEFAULTS):
+            (Path(folder) / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, Path(folder) / file)
+        (Path(folder) / "params.yaml").write_text(params, encoding="utf-8")
+        return _asked(lambda repo: {}, folder)[0]
+
+
+def _asked(
+    question: Callable[[Any], dict[str, Any]], folder: str | None = None
+) -> tuple[dict[str, list[str]], dict[str, Any]]:
+    """The graph, and what DVC's repository answers, of this folder or one that is none; UserError when it can't."""
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
     try:
-        with Repo() as repo:
+        with Repo(folder, uninitialized=folder is not None) as repo:
             graph = repo.index.graph
-            found = {stage.addressing: [other.addressing for other in graph.successors(stage)] for stage in graph}
+            # A stage's address has the file before its name where that is in another folder.
+            names = {stage: stage.addressing.rpartition(":")[2] for stage in graph}
+            found = {name: [names[other] for other in graph.successors(stage)] for stage, name in names.items()}
             return found, question(repo)
     except DvcException as error:
         raise UserError("dvc.yaml", " ".join(str(error).split()), "run `dvc repro` to see more") from None

@@ -12,7 +12,7 @@ from PIL import Image
 from rich.progress import Progress
 from typer.testing import CliRunner
 
-from pipeline.config import load_params, parse_params
+from pipeline.config import Params, load_params, parse_params
 from pipeline.errors import UserError
 from pipeline.first.layout import Layout, recognise
 from pipeline.first.profile import fitted, name_of, split_for
@@ -175,14 +175,25 @@ def test_few_pictures_are_split_so_that_no_part_is_empty() -> None:
         fitted(recognise(Path("two").resolve()), "two", Path("two"), "try", SILENT)
 
 
-def test_the_command_says_only_what_it_would_do_in_a_dry_run() -> None:
+def test_the_command_says_only_what_it_would_do_in_a_dry_run(monkeypatch: pytest.MonkeyPatch) -> None:
     classes("birds")
     runner = CliRunner()
     said = runner.invoke(cli.app, ["try", "birds", "--dry-run"])
     assert said.exit_code == 2 and "go to the project folder first" in said.output
-    Path("dvc.yaml").touch()
+    for file in ("dvc.yaml", "pipeline/config/defaults.yaml"):
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(Path(__file__).parent.parent / file, file)
+    planned: dict[str, Any] = {}
+
+    def reckoned(params: Params, jobs: int, rows: Any, graph: dict[str, list[str]], *more: Any) -> dict[str, Any]:
+        planned.update(graph)
+        return {"profile": params.profile, "stages": {}}
+
+    monkeypatch.setattr("stages.first.reckoned", reckoned)
     said = runner.invoke(cli.app, ["try", "birds", "--dry-run"])
     assert said.exit_code == 0, said.output
+    assert {"prepare@classes", "pretrain@mlp", "finetune@mlp-classes", "report"} <= planned.keys()
+    assert planned["pretrain@mlp"] == ["inputs"]
     assert "2 class folders (ant, bee)" in said.output and "classes: pictures: 16" in said.output
     assert not Path("profiles").exists() and not Path("params.yaml").exists()
 
