@@ -1,3 +1,4 @@
+# make install  what follows needs, into .venv
 # make demo   install, run the whole graph of the active profile, print its main figures
 # make test   what CI runs: linter, formatter, types, tests
 # make docs   the pages of docs/ as a site in site/; a broken link is an error
@@ -16,7 +17,9 @@ IN_GIT := import sys, pathlib as p; sys.exit(not any((f / ".git").exists() for f
 # The git that DVC looks for is a program, which its library does without.
 export GIT_PYTHON_REFRESH := quiet
 
-.PHONY: demo test docs clean
+.PHONY: install demo test docs clean
+
+install: .venv/.installed
 
 demo: .venv/.installed
 	$(BIN)/terraalign run

@@ -11,8 +11,9 @@ import os
 import re
 import sys
 import warnings
+from importlib.metadata import version
 from keyword import iskeyword
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -112,6 +113,22 @@ def _flowing(text: str) -> str:
 app = typer.Typer(
     cls=Commands, help=_flowing(HELP), no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich"
 )  # fmt: skip
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"terraalign {version('terraalign')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    print_version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version and exit.")
+    ] = False,
+) -> None: ...
+
+
 for name, (module, panel, example) in COMMANDS.items():
     python_name = f"{name.replace('-', '_')}{'_' if iskeyword(name) else ''}"
     function = getattr(importlib.import_module(module), python_name)

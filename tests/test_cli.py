@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,11 @@ def test_every_command_explains_itself(name: str) -> None:
     command, words = typer.main.get_command(cli.app).commands[name], shlex.split(example)
     command.make_context(name, words[2:])  # raises where it cannot be typed
     assert words[:2] == ["terraalign", name]
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    code, said = terraalign("--version")
+    assert code == 0 and said == f"terraalign {version('terraalign')}\n"
 
 
 def test_use_writes_the_profile_byte_for_byte(folder: Path) -> None:
