@@ -27,8 +27,11 @@ def test_a_command_can_be_typed(line: str) -> None:
     typer.main.get_command(cli.app).commands[name].make_context(name, words)
 
 
-def test_the_first_look_says_what_is_there_and_writes_nothing(project: Path) -> None:
-    shutil.copy(PROJECT / "dvc.yaml", project)
+def test_the_first_look_says_what_is_there_and_writes_nothing(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stages.first.reckoned", lambda params, *more: {"profile": params.profile, "stages": {}})
+    (project / "pipeline/config").mkdir(parents=True)
+    for file in ("dvc.yaml", "pipeline/config/defaults.yaml"):
+        shutil.copy(PROJECT / file, project / file)
     random = np.random.default_rng(0)
     for kind in ("robin", "wren"):
         for number in range(20):
