@@ -73,6 +73,27 @@ def test_the_llm_of_a_metric_is_needed_too() -> None:
     assert weights("[{metric: judge, llm: {loader: gguf, model: llm_other}}]") == [own, ("weights of llm_other", False)]
 
 
+def test_the_tokenizer_of_a_text_tower_that_a_metric_asks_is_needed(tmp_path: Path) -> None:
+    text = profile("demo").replace(
+        "encoder: efficientnet_lite0", "encoder: open_clip\n  pretrained: random\n  model: NAME"
+    )
+    asked = text.replace("evaluate:\n", "evaluate:\n  metrics: [accuracy, zero_shot]\n")
+    assert asked != text
+    for model, needed in (("ViT-B-16-SigLIP", True), ("ViT-B-32", False)):  # open_clip's own needs nothing
+        for some, metric in ((text, False), (asked, True)):
+            found = checks.diagnose(parse_params(some.replace("NAME", model), model))
+            assert any("tokenizer of" in one.name for one in found.checks) == (needed and metric)
+    siglip = parse_params(asked.replace("NAME", "ViT-B-16-SigLIP"), "siglip")
+    need = check(checks.diagnose(siglip), "tokenizer of ViT-B-16-SigLIP")
+    assert not need.ok and need.remedy.startswith("hf download timm/ViT-B-16-SigLIP")
+    snapshot = tmp_path / "hub/models--timm--ViT-B-16-SigLIP/snapshots/0"
+    snapshot.mkdir(parents=True)
+    (snapshot / "tokenizer_config.json").write_text("{}")
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs/main").write_text("0")
+    assert check(checks.diagnose(siglip), "tokenizer of ViT-B-16-SigLIP").ok
+
+
 def test_missing_folders_keep_the_other_one(tmp_path: Path) -> None:
     found = checks.diagnose(params_of("photos", captions="/here", classes="/there"))
     assert check(found, "data.classes").remedy == "set data.classes.root in params.yaml to the folder of the data set"

@@ -7,7 +7,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config import LLM, Params, read_yaml
+from pipeline.config import LLM, Params, components, read_yaml
 from pipeline.doctor.hub import Hub
 from pipeline.encoders.base import Encoder
 from pipeline.llms.base import Loader
@@ -35,10 +35,17 @@ def diagnose(params: Params) -> Diagnosis:
     """Look at data, weights, GPU, disk and memory for these parameters; takes a few seconds at most."""
     hub = Hub()
     checks = [_data(params, name) for name in params.run.data]
-    checks += [Encoder.of(params.vision).need(), *dict.fromkeys(Loader.of(llm).need() for llm in _llms(params))]
+    checks += [*_encoder(params), *dict.fromkeys(Loader.of(llm).need() for llm in _llms(params))]
     checks.append(_gpu(params))
     checks += [_disk(costs.disk_bytes(params)), _memory(params, costs.memory_bytes(params))]
     return Diagnosis(params.profile, checks, hub.answer())
+
+
+def _encoder(params: Params) -> list[Need]:
+    """Its weights and, where a metric asks its text tower, what that needs besides."""
+    encoder = Encoder.of(params.vision)
+    asked = any(components.find("metric", one.metric).needs_text_tower for one in params.evaluate.metrics)
+    return [encoder.need(), *filter(None, [encoder.text_need() if asked else None])]
 
 
 def _llms(params: Params) -> list[LLM]:

@@ -88,6 +88,10 @@ class Encoder(ABC):
         """Whether its weights are there, and how to get them; looks, and never downloads."""
         return Need(self.title, True, "left to its class")
 
+    def text_need(self) -> Need | None:
+        """What its text tower needs besides the weights; looks, and never downloads."""
+        return None
+
     def tokens(self) -> tuple[int, int] | None:
         """N and D of its image tokens; None where only building it can tell."""
         return None

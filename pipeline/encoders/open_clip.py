@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.encoders.base import RANDOM, Parts, Towers
 from pipeline.encoders.library import HubFiles, LibraryEncoder
 from pipeline.errors import UserError
+from pipeline.needs import Need
 from pipeline.weights import told_in_one_line
 
 if TYPE_CHECKING:
@@ -65,13 +66,26 @@ class OpenClip(LibraryEncoder):
             )
         return whole, preprocess
 
+    def text_need(self) -> Need | None:
+        from huggingface_hub import try_to_load_from_cache
+
+        if not (repo := self._tokenizer_repo()):
+            return None
+        there = isinstance(try_to_load_from_cache(repo, "tokenizer_config.json"), str)
+        return Need(f"tokenizer of {self.settings.model}", there, f"hub {repo}", "" if there else _fetch(repo))
+
     def _no_tokenizer(self, error: Exception, reason: str) -> UserError:
+        repo = self._tokenizer_repo()
+        mend = _fetch(repo) if repo else "see open_clip.get_tokenizer"
+        return UserError(f"tokenizer of open_clip {self.settings.model} cannot be loaded", reason, mend)
+
+    def _tokenizer_repo(self) -> str | None:
+        """The hub's repository of its tokenizer, where that is none of open_clip's own."""
         from open_clip import get_model_config
 
-        model = str(self.settings.model)
-        repo = get_model_config(model)["text_cfg"].get("hf_tokenizer_name")
-        mend = f"hf download {repo}" if repo else "see open_clip.get_tokenizer"
-        return UserError(f"tokenizer of open_clip {model} cannot be loaded", reason, mend)
+        config = get_model_config(str(self.settings.model)) or {}
+        found: str | None = config.get("text_cfg", {}).get("hf_tokenizer_name")
+        return found
 
     def tokens(self) -> tuple[int, int] | None:
         return TOKENS.get(str(self.settings.model))
@@ -102,3 +116,7 @@ class OpenClip(LibraryEncoder):
             found = " x ".join(map(str, tokens.shape[1:]))
             raise self.unfit(f"gives tokens {found}, and says it has {expected} x {width}")
         return tokens
+
+
+def _fetch(repo: str) -> str:
+    return f"hf download {repo} --include '*token*' '*.model' 'vocab*' 'merges*' config.json"
