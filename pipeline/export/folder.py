@@ -42,7 +42,7 @@ def export(trained: Trained, to: Path) -> list[str]:
         _check(source, weights, trained.adapter, trained.shape)
         config = config_of(trained)
         if trained.hints:
-            config["names"] = write_names(trained, folder, source)
+            config["names"] = _write_names(trained, folder, source)
         encoder, asked = _encoder(trained, folder), trained.asked
         once = asked.may_repeat is not None
         if once:
@@ -112,7 +112,7 @@ def rendered(template: str, context: dict[str, Any]) -> str:
     return environment.get_template(template).render(context)
 
 
-def write_names(trained: Trained, folder: Path, source: str) -> dict[str, Any]:
+def _write_names(trained: Trained, folder: Path, source: str) -> dict[str, Any]:
     """Write naming.py and what it needs; returns what config.json says of it. `source` is modeling.py's.
 
     Raises UserError where there is no namer, or the pre-trained adapter is of another kind than the fine-tuned one.
