@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import create_autospec
 
 import huggingface_hub
@@ -20,13 +22,15 @@ import torch
 import yaml
 from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from pipeline.adapters.blocks import Positions
 from pipeline.adapters.module import Adapter, build_adapter
+from pipeline.answers.model import Model
+from pipeline.answers.names import likeliest
 from pipeline.config import Params, load_params
 from pipeline.config.schema import LoRA
 from pipeline.encoders.base import Parts
@@ -35,6 +39,7 @@ from pipeline.encoders.vision import load_vision_encoder
 from pipeline.errors import UserError
 from pipeline.export import folder as plain
 from pipeline.export import llava
+from pipeline.export.names import values_of
 from pipeline.export.processor import chat_template
 from pipeline.export.program import program_of
 from pipeline.export.projector import projector_of
@@ -44,8 +49,11 @@ from pipeline.llms.load import load_llm
 from pipeline.llms.text import Texts
 from pipeline.media.decoding import Decoder
 from pipeline.media.preprocess import Preprocess
-from pipeline.origin import ENCODER, Origin, Words
-from pipeline.tasks.base import Task
+from pipeline.naming.discriminant import Discriminant
+from pipeline.naming.namer import Namer, Scales
+from pipeline.naming.nearest import Nearest
+from pipeline.naming.table import hinted
+from pipeline.origin import ENCODER, Origin, Words, weights_of
 from pipeline.vlm import add_lora, load_vlm
 from stages.cli import app
 
@@ -54,7 +62,7 @@ TINY_CLIP = {
     "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 16, "patch_size": 8},
     "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
 }  # fmt: skip
-# Runs examples where neither pipeline nor stages can be imported, and keeps the soft prompts.
+# Runs examples where neither pipeline nor stages can be imported; keeps soft prompts, what is behind them, and names.
 RUNNER = """
 import runpy, sys, torch
 from pathlib import Path
@@ -66,9 +74,11 @@ sys.meta_path.insert(0, Gone())
 photo, *folders = sys.argv[1:]
 for folder in map(Path, folders):
     sys.argv, sys.path[0] = ["example.py", photo], str(folder)
-    sys.modules.pop("modeling", None)
+    for name in ("modeling", "naming"):
+        sys.modules.pop(name, None)
     found = runpy.run_path(str(folder / "example.py"), run_name="__main__")
-    torch.save(found["soft_prompt"], folder.with_suffix(".pt"))
+    read = found["soft_prompt"], found["config"]["prompt"]["after"]
+    torch.save((*read, found.get("names")), folder.with_suffix(".pt"))
 """
 
 
@@ -93,12 +103,12 @@ def settings(vision: dict[str, Any], quantization: str = "none") -> Params:
     return load_params()
 
 
-def fine_tuned(params: Params, adapter: Adapter | None = None) -> Trained:
+def fine_tuned(params: Params, adapter: Adapter | None = None, data: str = "captions") -> Trained:
     """A run's adapter with a LoRA, both of random weights, as stage `finetune` leaves them; and a manifest."""
     parts, identity = encoder_of(params)
     base = Path("data") / params.profile
-    folder = base / "finetune" / "mlp-captions"
-    trained = Trained(params, folder, "captions", parts)
+    folder = base / "finetune" / f"mlp-{data}"
+    trained = Trained(params, folder, data, parts)
     llm = load_llm(params.llm)
     words = Words.of_module(llm.network.get_input_embeddings())
     lora = add_lora(llm, LoRA(r=2, alpha=8, modules=params.finetune.lora.modules))
@@ -128,18 +138,61 @@ def fine_tuned(params: Params, adapter: Adapter | None = None) -> Trained:
     return trained
 
 
+def named(trained: Trained, names: list[str], adapter: Adapter | None = None) -> Namer:
+    """What stages `pretrain` and `name` leave for a fine-tuned adapter: another adapter, and a namer of random values.
+
+    It is sure of nothing, so that a hint has several names.
+    """
+    adapter = adapter or build_adapter("mlp", trained.shape[1], 32, **trained.params.adapters["mlp"].architecture)
+    pretrained, folder = trained.run.pretrained("mlp"), trained.run.named("mlp") / trained.data
+    adapter.save(pretrained, "last")
+    namer = a_namer(names, trained.shape[1], 32, cost="euclidean", unmatched=0.2)
+    namer.save(folder)
+    origin = Origin.read(trained.folder)
+    replace(origin, llm=None, start=weights_of(pretrained / "last.safetensors")).write(folder)
+    return namer
+
+
+def a_namer(names: list[str], d_img: int, d: int, together: tuple[float, float] = (2.0, 0.3), **nearest: Any) -> Namer:
+    """Random values; names of one word, two, three, ..."""
+    lengths = torch.arange(len(names)) + 1
+    offsets = [0, *lengths.cumsum(0).tolist()]
+    values = {
+        "words": torch.randn(offsets[-1], d) * 0.5, "weights": torch.rand(offsets[-1]), "offsets": offsets,
+        "center": torch.randn(d) * 0.1, "into_space": None, "bias": torch.randn(len(names)) * 0.2,
+    }  # fmt: skip
+    discriminant = Discriminant(torch.randn(len(names), d_img), torch.randn(len(names)))
+    return Namer(names, Nearest(**values | nearest), discriminant, Scales(1.0, 1.0, together), 0.5)
+
+
+class Ours(NamedTuple):
+    """What `terraalign caption`, or `classify --llm`, says of a picture, reads of it and behind it, and its names."""
+
+    text: str
+    soft_prompt: torch.Tensor
+    after: list[int]
+    names: dict[str, float] | None = None
+
+
 @torch.no_grad()
-def ours(trained: Trained, photo: Path) -> tuple[str, torch.Tensor]:
-    """What `terraalign caption` says of a picture, and its soft prompt."""
-    params = trained.params
+def ours(trained: Trained, photo: Path) -> Ours:
+    params, task = trained.params, trained.task
     encoder = load_vision_encoder(params.vision, "cpu")
     tokens = encoder.encode(
         Decoder(encoder.preprocess).batch([Decoder(encoder.preprocess).load(photo.read_bytes())], 1)
     )
     model = load_vlm(params.llm, trained.folder, "adapter", "cpu")
-    task = Task.of("caption", params.evaluate)
+    soft_prompt = model.adapter(tokens.clone())
+    if trained.data == "classes":
+        runtime = params.runtime.model_copy(update={"device": "cpu"})
+        answering = Model(params.model_copy(update={"runtime": runtime}))
+        names = answering.classify(photo, top=9).names
+        hint = task.hint(hinted(names.items(), trained.recipe.hints))
+        text = answering.classify(photo, llm=True).text
+        return Ours(text, soft_prompt, model.prompt(task.prompt, hint)[1], names)
     decoding = task.decoding(model, pd.read_parquet(trained.run.manifest("captions")))
-    return model.generate(tokens, task.prompt, task.max_tokens, **decoding)[0], model.adapter(tokens.clone())
+    [text] = model.generate(tokens, task.prompt, task.max_tokens, **decoding)
+    return Ours(text, soft_prompt, model.prompt(task.prompt)[1])
 
 
 @pytest.fixture
@@ -155,18 +208,22 @@ ENCODERS = [
     {"encoder": "open_clip", "model": "tiny-clip", "pretrained": "random"},
     {"encoder": "timm", "model": "test_vit", "pretrained": "random"},
 ]
+NAMES = ["a cat", "a red apple", "crème brûlée", "dog"]
 
 
 def test_the_example_answers_as_we_do_where_there_is_no_terraalign(
     tiny_params: Params, tiny_clip: None, photo: Path, tmp_path: Path
 ) -> None:
-    """With a beam and words that are said once, also of an LLM in 4 bits, by the encoders' own packages."""
+    """With a beam and words that are said once, also of an LLM in 4 bits, by the encoders' own packages; with hints."""
     expected = {}
-    for number, vision in enumerate(ENCODERS):
+    for number, vision in enumerate([*ENCODERS, ENCODERS[-1]]):
         Path(str(number)).mkdir()
         os.chdir(tmp_path / str(number))
         Path("params.yaml").write_text((tmp_path / "params.yaml").read_text())
-        trained = fine_tuned(settings(vision, "nf4" if number == 2 else "none"))
+        params = settings(vision, "nf4" if number == 2 else "none")
+        trained = fine_tuned(params, data="captions" if number < 3 else "classes")
+        if number == 3:
+            named(trained, NAMES)
         expected[number] = ours(trained, photo)
         plain.export(trained, tmp_path / "out" / str(number))
         os.chdir(tmp_path)
@@ -177,10 +234,73 @@ def test_the_example_answers_as_we_do_where_there_is_no_terraalign(
         [sys.executable, "-c", script, photo, *folders], capture_output=True, text=True, check=False, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [text for text, _ in expected.values()]
-    for number, (_, soft_prompt) in expected.items():
-        found = torch.load(tmp_path / "out" / f"{number}.pt")
-        torch.testing.assert_close(found, soft_prompt, atol=1e-5, rtol=1e-5)
+    names = expected[3].names
+    assert names and 0.3 < max(names.values()) < 0.9, "a hint of several"
+    said = [own.text for own in expected.values()]
+    shown = [f"{share:6.1%}  {name}" for name, share in names.items()]
+    assert done.stdout.splitlines() == [*said[:3], *shown, said[3]]
+    for number, own in expected.items():
+        soft_prompt, after, found = torch.load(tmp_path / "out" / f"{number}.pt")
+        torch.testing.assert_close(soft_prompt, own.soft_prompt, atol=1e-5, rtol=1e-5)
+        assert after == own.after
+        assert dict(found or []) == pytest.approx(own.names or {}, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("nearest", "together"),
+    [
+        ({"cost": "euclidean", "unmatched": 0.0}, (2.0, 0.0)),
+        ({"cost": "sqeuclidean", "unmatched": 0.4}, (0.7, 0.4)),
+        ({"cost": "cosine", "unmatched": 0.2, "into_space": torch.eye(8) + 0.3}, (9.0, 0.2)),
+        ({"cost": "euclidean", "unmatched": 0.2}, (0.0, 0.5)),
+    ],
+)
+@torch.no_grad()
+def test_names_are_as_probable_without_us(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nearest: dict[str, Any], together: tuple[float, float]
+) -> None:
+    """Our solver against POT's. What has no weight is left out: a discriminant alone needs neither adapter nor POT."""
+    namer, adapter = a_namer(NAMES, 12, 8, together, **nearest), build_adapter("linear", 12, 8).eval()
+    values, tensors = values_of(namer)
+    (tmp_path / "config.json").write_text(json.dumps({"names": values}))
+    save_file(tensors, tmp_path / "names.safetensors")
+    text = plain.rendered("naming.py.jinja", {"names": values, "title": "tiny"})
+    (tmp_path / "naming.py").write_text(text)
+    assert ("import ot" in text, "weight" in tensors) == tuple(bool(weight) for weight in together)
+    if "import ot" in text:
+        source, weights = program_of(adapter, (16, 12), "an adapter")
+        (tmp_path / "modeling.py").write_text(source)
+        save_file(weights, tmp_path / "names-adapter.safetensors")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "modeling", raising=False)
+    module = runpy.run_path(str(tmp_path / "naming.py"))
+    for tokens in torch.randn(3, 1, 16, 12):
+        [expected] = likeliest(NAMES, namer.rules(tokens, adapter(tokens))["namer"].exp())
+        found = module["likeliest"](tokens)
+        assert [name for name, _ in found] == list(expected) and dict(found) == pytest.approx(expected, abs=1e-4)
+        assert max(expected.values()) < 0.99
+
+
+def test_what_hints_need_is_said(tiny_params: Params, tiny_clip: None) -> None:
+    """A class that the chat format would read as its own; a namer that is not there, or is of other weights."""
+    trained = fine_tuned(settings(ENCODERS[-1]), data="classes")
+    with pytest.raises(UserError, match=r"cannot be loaded as a namer .*dvc repro name@mlp"):
+        plain.export(trained, Path("out"))
+    named(trained, ["a cat", "an apple</s>"])
+    with pytest.raises(UserError, match=r"data.classes: .* reads 'an apple</s>' otherwise than TerraAlign; rename"):
+        plain.export(trained, Path("out"))
+    trained = Trained(trained.params, trained.folder, "classes", trained.parts)
+    named(trained, NAMES, build_adapter("linear", trained.shape[1], 32))
+    with pytest.raises(
+        UserError, match=r"mlp-classes: .*another kind of adapter than .*dvc repro finetune@mlp-classes"
+    ):
+        plain.export(trained, Path("out"))
+    build_adapter("linear", trained.shape[1], 32).save(trained.run.pretrained("mlp"), "last")
+    with pytest.raises(UserError, match="made from other weights"):
+        plain.export(Trained(trained.params, trained.folder, "classes", trained.parts), Path("out"))
+    with pytest.raises(UserError, match=r"recipes.classes.hints is 3: .*no room for; leave out --format llava"):
+        llava.export(trained, Path("out"))
+    assert not Path("out").exists()
 
 
 def test_the_command_writes_a_folder_whose_parts_others_read(tiny_params: Params, photo: Path) -> None:

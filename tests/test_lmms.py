@@ -38,8 +38,11 @@ def model(tiny_mistral: Path, monkeypatch: pytest.MonkeyPatch) -> TerraAlign:
         means = [torch.tensor(image.resize((1, 1)).getpixel((0, 0))) / 255 for image in images]
         return torch.stack(means)[:, None].expand(-1, 4, -1)
 
+    def hints(tokens: torch.Tensor) -> list[str]:
+        return [f"It may be: {'a red one' if one[0, 0] > 0.5 else 'an apple'}." for one in tokens]
+
     monkeypatch.setattr("pipeline.lmms.model.load_params", lambda: None)
-    monkeypatch.setattr("pipeline.lmms.model.loaded", lambda *_: (encode, vlm))
+    monkeypatch.setattr("pipeline.lmms.model.loaded", lambda *_: (encode, vlm, hints))
     found = TerraAlign(adapter="mlp", recipe="captions", batch_size=2)
     found.task_dict = {"photos": {"test": [{"image": Image.new("RGB", (9, 9), colour)} for colour in COLOURS]}}
     return found
@@ -68,7 +71,9 @@ def test_texts_are_those_of_the_model_itself(model: TerraAlign) -> None:
     for request, text in zip(requests, found, strict=True):
         context, own, _, doc, _, _ = request.args
         tokens = model.encode([model.task_dict["photos"]["test"][doc]["image"]])
-        [alone] = model.vlm.generate(tokens, context.replace("<image>", "").strip(), own["max_new_tokens"])
+        [alone] = model.vlm.generate(
+            tokens, context.replace("<image>", "").strip(), own["max_new_tokens"], hints=model.hints(tokens)
+        )
         assert text == (alone.split("a")[0] if "until" in own else alone)
     with pytest.raises(ValueError, match="temperature: 0"):
         model.generate_until([asked("generate_until", 0, "x", {"temperature": 1.0})])
@@ -82,11 +87,12 @@ def test_costs_of_choices_are_minus_their_log_likelihoods(model: TerraAlign) -> 
     for request, (cost, greedy) in zip(requests, found, strict=True):
         _, continuation, _, doc, _, _ = request.args
         tokens = model.encode([model.task_dict["photos"]["test"][doc]["image"]])
-        before, after = model.vlm.prompt("What is it?")
+        [hint] = hints = model.hints(tokens)
+        before, after = model.vlm.prompt("What is it?", hint)
         answer = [*model.vlm.tokenizer(continuation.strip(), add_special_tokens=False).input_ids, 1]
         embed = model.vlm.network.get_input_embeddings()
         parts = [embed(torch.tensor(before)), model.vlm.adapter(tokens)[0], embed(torch.tensor(after + answer))]
         logits = model.vlm.network(inputs_embeds=torch.cat(parts)[None]).logits[0, -len(answer) - 1 : -1]
         assert cost == pytest.approx(F.cross_entropy(logits, torch.tensor(answer), reduction="sum").item(), rel=1e-4)
-        [said] = model.vlm.generate(tokens, "What is it?", len(answer))
+        [said] = model.vlm.generate(tokens, "What is it?", len(answer), hints=hints)
         assert greedy == (said == continuation.strip())

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pipeline.answers.best import best_adapter, classes, finetuned, namers, pretrained
 from pipeline.answers.familiar import STRANGE, Familiar
-from pipeline.answers.names import emd_at_work, likeliest, namer_at_work
+from pipeline.answers.names import NamedBy, emd_at_work, hints_at_work, likeliest, namer_at_work
 from pipeline.answers.pictures import Picture, content_of
 from pipeline.config import Params, load_params
 from pipeline.devices import pick_device
@@ -81,7 +81,7 @@ class Model:
         self._inserted = contextlib.ExitStack()
         self._vlm: tuple[Path, VLM] | None = None
         self._familiar: dict[tuple[str, ...], Familiar | None] = {}
-        self._namers: dict[Path, Callable[[Tensor, str], list[dict[str, float]]]] = {}
+        self._namers: dict[Path, NamedBy] = {}
 
     @classmethod
     def load(cls, folder: str | Path, device: str = "auto") -> Model:
@@ -198,7 +198,7 @@ class Model:
             raise UserError("", "the question is empty", "ask something")
         folder = self._best_finetuned("caption", "classify")
         adapter, recipe, sets = self._made_by(folder)
-        look, hints = self._familiar_with(sets), self._hints_of(adapter, recipe, sets)
+        look, hints = self._familiar_with(sets), self._hints_of(adapter, recipe)
 
         def answers(tokens: Tensor) -> list[Answer]:
             with self._at_work(folder, "adapter") as model:
@@ -220,7 +220,7 @@ class Model:
     def _names_by_llm(self, top: int) -> Ask:
         folder, task = self._best_finetuned("classify"), self._task("classify")
         adapter, recipe, sets = self._made_by(folder)
-        look, hints = self._familiar_with(sets), self._hints_of(adapter, recipe, sets)
+        look, hints = self._familiar_with(sets), self._hints_of(adapter, recipe)
         data = self._data_of("classify", sets)
         named = self._named_by(self.run.named(adapter) / data, data)
 
@@ -233,18 +233,10 @@ class Model:
 
         return answers
 
-    def _hints_of(self, adapter: str, recipe: str, sets: Sequence[str]) -> Callable[[Tensor], list[str] | None]:
-        """What a recipe writes into the prompt about pictures, which the LLM has learned to expect there."""
-        from pipeline.naming.table import hinted
+    def _hints_of(self, adapter: str, recipe: str) -> Callable[[Tensor], list[str] | None]:
+        return hints_at_work(self.params, adapter, recipe, lambda folder: self._named_by(folder, folder.name))
 
-        count = self.params.finetune_for(adapter, recipe).hints
-        if not count:
-            return lambda tokens: None
-        task, data = self._task("classify"), self._data_of("classify", sets)
-        named = self._named_by(self.run.named(adapter) / data, data)
-        return lambda tokens: [task.hint(hinted(best.items(), count)) for best in named(tokens, "namer")]
-
-    def _named_by(self, folder: Path, data: str) -> Callable[[Tensor, str], list[dict[str, float]]]:
+    def _named_by(self, folder: Path, data: str) -> NamedBy:
         """All names of a picture with their probabilities, the likeliest first, by a rule of a namer, or by EMD."""
         with self._in_project():
             if folder not in self._namers:

@@ -12,11 +12,15 @@ from pipeline.adapters.module import load_adapter
 from pipeline.config import Params
 from pipeline.devices import pick_device
 from pipeline.naming.namer import Namer
+from pipeline.naming.table import hinted
 from pipeline.origin import check_start
 from pipeline.runs import Run
 
+NamedBy = Callable[[Tensor, str], list[dict[str, float]]]
+"""All names of pictures, tokens [B, N, D_img], with their probabilities by a rule, the likeliest first."""
 
-def namer_at_work(params: Params, folder: Path) -> Callable[[Tensor, str], list[dict[str, float]]]:
+
+def namer_at_work(params: Params, folder: Path) -> NamedBy:
     """What gives all names with their probabilities by one of RULES, the likeliest first; `folder` is the namer's."""
     namer = Namer.load(folder, params.runtime.emd_threads)
     pretrained = Run.of(params).pretrained(folder.parent.name)
@@ -31,7 +35,7 @@ def namer_at_work(params: Params, folder: Path) -> Callable[[Tensor, str], list[
     return named
 
 
-def emd_at_work(params: Params, adapter: str, data: str) -> Callable[[Tensor, str], list[dict[str, float]]]:
+def emd_at_work(params: Params, adapter: str, data: str) -> NamedBy:
     """The same by EMD to the names alone: all that pre-training gives. It is fitted here, in seconds."""
     from pipeline.naming.fit import fit_nearest
 
@@ -45,6 +49,25 @@ def emd_at_work(params: Params, adapter: str, data: str) -> Callable[[Tensor, st
         return likeliest(names, (scale * nearest.scores(network(tokens.to(device).float()))).softmax(1))
 
     return named
+
+
+def hints_at_work(
+    params: Params, adapter: str, recipe: str, namer: Callable[[Path], NamedBy] | None = None
+) -> Callable[[Tensor], list[str] | None]:
+    """What a recipe writes into the prompt about pictures, which the LLM has learned to expect there; None for nothing.
+
+    `namer` gives what names by the namer in a folder: else it is loaded here.
+    """
+    from pipeline.tasks.base import Task
+
+    own = params.finetune_for(adapter, recipe)
+    if not own.hints:
+        return lambda tokens: None
+    task = Task.of("classify", params.evaluate)
+    data = next(data for data in own.data if params.data[data].task == "classify")
+    folder = Run.of(params).named(adapter) / data
+    named = namer(folder) if namer else namer_at_work(params, folder)
+    return lambda tokens: [task.hint(hinted(best.items(), own.hints)) for best in named(tokens, "namer")]
 
 
 def likeliest(names: Sequence[str], shares: Tensor) -> list[dict[str, float]]:

@@ -1,4 +1,7 @@
-"""An export as a folder: adapter, LoRA, all that it says of encoder, LLM and prompt, a card, and an example."""
+"""An export as a folder: adapter, LoRA, all that it says of encoder, LLM and prompt, a card, and an example.
+
+Of a recipe with hints also what finds the names in its prompts, without the LLM.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,17 @@ import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from safetensors.torch import save_file
 
+from pipeline.adapters.module import Adapter, load_adapter
 from pipeline.encoders.base import RANDOM
 from pipeline.encoders.timm import HUB
 from pipeline.encoders.timm_network import TimmTokens
 from pipeline.errors import UserError
 from pipeline.export.card import card_of
+from pipeline.export.names import hint_of, values_of
 from pipeline.export.program import program_of
 from pipeline.export.trained import Trained
 from pipeline.files import atomic_folder
+from pipeline.runs import remedy
 from pipeline.vlm import SaidOnce
 
 FORMAT = "terraalign/1"
@@ -33,7 +39,10 @@ def export(trained: Trained, to: Path) -> list[str]:
     """Write the folder; returns the names of its files. Raises UserError when there is one with files already."""
     with new_folder(to) as folder:
         source, weights = program_of(trained.adapter, trained.shape, trained.title)
-        _check(source, weights, trained)
+        _check(source, weights, trained.adapter, trained.shape)
+        config = config_of(trained)
+        if trained.hints:
+            config["names"] = _write_names(trained, folder, source)
         encoder, asked = _encoder(trained, folder), trained.asked
         once = asked.may_repeat is not None
         if once:
@@ -42,9 +51,9 @@ def export(trained: Trained, to: Path) -> list[str]:
         (folder / "modeling.py").write_text(source, encoding="utf-8")
         save_file(weights, folder / "adapter.safetensors")
         copy_lora(trained, folder)
-        config = config_of(trained)
         (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-        context = {"config": config, "encoder": encoder, "once": once, "title": trained.title}
+        named, title = config.get("names"), trained.title
+        context = {"config": config, "encoder": encoder, "once": once, "names": named, "title": title}
         (folder / "example.py").write_text(rendered("example.py.jinja", context), encoding="utf-8")
         (folder / "README.md").write_text(card_of(trained, rendered("use.md.jinja", context), "peft"), encoding="utf-8")
     return sorted(str(path.relative_to(to)) for path in to.rglob("*") if path.is_file())
@@ -67,6 +76,7 @@ def config_of(trained: Trained) -> dict[str, Any]:
     """What config.json says."""
     llm, steps = trained.params.llm, trained.preprocess
     asked = asdict(trained.asked)
+    behind = {"hint": hint_of(trained)} if trained.hints else {"after": asked["after"]}
     return {
         "format": FORMAT,
         "task": trained.params.data[trained.data].task,
@@ -77,7 +87,7 @@ def config_of(trained: Trained) -> dict[str, Any]:
         "llm": {
             key: getattr(llm, key) for key in ("loader", "model", "revision", "quantization", "dtype", "system_prompt")
         },
-        "prompt": {key: asked[key] for key in ("text", "before", "after")},
+        "prompt": {"text": asked["text"], "before": asked["before"], **behind},
         "generation": asked["generation"],
         "may_repeat": asked["may_repeat"],
     }
@@ -102,16 +112,35 @@ def rendered(template: str, context: dict[str, Any]) -> str:
     return environment.get_template(template).render(context)
 
 
-def _check(source: str, weights: dict[str, torch.Tensor], trained: Trained) -> None:
+def _write_names(trained: Trained, folder: Path, source: str) -> dict[str, Any]:
+    """Write naming.py and what it needs; returns what config.json says of it. `source` is modeling.py's.
+
+    Raises UserError where there is no namer, or the pre-trained adapter is of another kind than the fine-tuned one.
+    """
+    values, tensors = values_of(trained.namer)
+    if values["emd"]:
+        pretrained = trained.run.pretrained(trained.adapter_name)
+        adapter = load_adapter(pretrained, "last")
+        own, weights = program_of(adapter, trained.shape, trained.title)
+        if own != source:
+            why = f"this adapter was fine-tuned from another kind of adapter than {pretrained} has now"
+            raise UserError(trained.folder, why, remedy(trained.folder))
+        _check(own, weights, adapter, trained.shape)
+        save_file(weights, folder / "names-adapter.safetensors")
+    save_file(tensors, folder / "names.safetensors")
+    context = {"title": trained.title, "names": values}
+    (folder / "naming.py").write_text(rendered("naming.py.jinja", context), encoding="utf-8")
+    return values
+
+
+def _check(source: str, weights: dict[str, torch.Tensor], adapter: Adapter, shape: tuple[int, int]) -> None:
     """The written program does what the adapter does, for one picture and for several."""
     module: dict[str, Any] = {}
     exec(compile(source, "modeling.py", "exec"), module)
     for count in (1, 2):
-        tokens = torch.randn(count, *trained.shape, generator=torch.Generator().manual_seed(0))
+        tokens = torch.randn(count, *shape, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
-            torch.testing.assert_close(
-                module["adapter"](weights, tokens), trained.adapter(tokens), rtol=1e-4, atol=1e-5
-            )
+            torch.testing.assert_close(module["adapter"](weights, tokens), adapter(tokens), rtol=1e-4, atol=1e-5)
 
 
 def _encoder(trained: Trained, folder: Path) -> dict[str, Any]:

@@ -32,6 +32,12 @@ def export(trained: Trained, to: Path) -> list[str]:
     Raises UserError where LLaVA has no room for what was trained, and for a folder with files already. What is written
     has given the logits that ours gives.
     """
+    if trained.hints:
+        raise UserError(
+            f"finetune.recipes.{trained.recipe_name}.hints is {trained.hints}",
+            "names that are found for each picture stand in its prompt, which LLaVA has no room for",
+            "leave out --format llava, export another recipe (--recipe), or train this one with hints: 0",
+        )
     steps, count = trained.preprocess, trained.shape[0]
     vision = trained.params.vision
     tower = tower_of(trained.parts, f"vision.encoder {vision.encoder} {vision.model or ''}".rstrip())

@@ -21,6 +21,8 @@ from pipeline.errors import UserError
 from pipeline.llms.load import load_tokenizer
 from pipeline.llms.text import Texts
 from pipeline.media.preprocess import Preprocess, in_parts, normalise
+from pipeline.naming.namer import Namer
+from pipeline.origin import check_start
 from pipeline.runs import Run
 from pipeline.store.reader import usable_rows
 from pipeline.tasks.base import Task
@@ -51,15 +53,9 @@ class Trained:
 
     @classmethod
     def of(cls, params: Params, folder: Path, task: str, parts: Parts) -> Trained:
-        """Raises UserError for what cannot leave: a recipe with hints, an encoder of a class of the user's own."""
+        """Raises UserError for what cannot leave: an encoder of a class of the user's own."""
         sets = params.finetune_for(*_names(folder)).data
         found = cls(params, folder, next(data for data in sets if params.data[data].task == task), parts)
-        if found.recipe.hints:
-            raise UserError(
-                f"finetune.recipes.{found.recipe_name}.hints is {found.recipe.hints}",
-                "its prompt holds names that stage `name` finds for each picture, which an export has not",
-                "export another recipe (--recipe), or train this one with hints: 0",
-            )
         if components.is_foreign(params.vision.encoder):
             why = "is a class of your own, which an export cannot build without TerraAlign"
             known = ", ".join(components.known("encoder"))
@@ -77,6 +73,19 @@ class Trained:
     @property
     def recipe(self) -> Recipe:
         return self.params.finetune_for(*_names(self.folder))
+
+    @property
+    def hints(self) -> int:
+        """How many names, found without the LLM, stand in the prompt about a picture at most."""
+        return self.recipe.hints if self.params.data[self.data].task == "classify" else 0
+
+    @cached_property
+    def namer(self) -> Namer:
+        """What finds them. Raises UserError where stage `name` has not run, or not since pre-training."""
+        folder = self.run.named(self.adapter_name) / self.data
+        namer = Namer.load(folder, self.params.runtime.emd_threads)
+        check_start(folder, self.run.pretrained(self.adapter_name))
+        return namer
 
     @property
     def task(self) -> Task:
@@ -123,10 +132,13 @@ class Trained:
         return int(count), int(width)
 
     @cached_property
+    def texts(self) -> Texts:
+        return Texts(load_tokenizer(self.params.llm))
+
+    @cached_property
     def asked(self) -> Asked:
         """As `terraalign caption` and `classify --llm` ask it."""
-        tokenizer = load_tokenizer(self.params.llm)
-        texts, task = Texts(tokenizer), self.task
+        texts, task, tokenizer = self.texts, self.task, self.texts.tokenizer
         before, after = texts.prompt(task.prompt, self.params.llm.system_prompt)
         # A task decodes by the words of its data set alone, so that nobody has to load the LLM for them.
         decoding = task.decoding(cast(Any, SimpleNamespace(texts=texts)), usable_rows(self.run, self.data))

@@ -10,6 +10,7 @@ from lmms_eval.api.model import lmms
 from PIL import Image
 from torch import Tensor
 
+from pipeline.answers.names import hints_at_work
 from pipeline.config import Params, load_params
 from pipeline.encoders.vision import load_vision_encoder
 from pipeline.media.decoding import padded
@@ -18,19 +19,20 @@ from pipeline.runs import Run
 from pipeline.vlm import VLM, load_vlm
 
 Ask = Callable[[list[Image.Image]], Tensor]
+Hints = Callable[[Tensor], list[str] | None]
 
 
 class TerraAlign(lmms):  # type: ignore[misc]
     """`--model_args adapter=mlp,recipe=captions`, in a project folder, whose params.yaml names the run.
 
-    A question is about one picture; its prompt is the task's, in the LLM's chat format. Answers are greedy, or of a
-    beam where the task asks for one.
+    A question is about one picture; its prompt is the task's, in the LLM's chat format, with the hints that the recipe
+    has. Answers are greedy, or of a beam where the task asks for one.
     """
 
     def __init__(self, adapter: str, recipe: str, batch_size: int | str = 8, device: str | None = None, **_: Any):
         super().__init__()
         self.batch = int(batch_size)
-        self.encode, self.vlm = loaded(load_params(), adapter, recipe, device or "auto")
+        self.encode, self.vlm, self.hints = loaded(load_params(), adapter, recipe, device or "auto")
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """A text for each request: (context, arguments of generation, doc_to_visual, doc_id, task, split)."""
@@ -40,7 +42,7 @@ class TerraAlign(lmms):  # type: ignore[misc]
                 raise ValueError("terraalign answers greedily or by a beam; set do_sample: false and temperature: 0")
             limit, beams = int(options.get("max_new_tokens", 128)), int(options.get("num_beams") or 1)
             tokens = self.encode([self._picture(requests[i].args) for i in part])
-            answers = self.vlm.generate(tokens, _words(context), limit, beams=beams)
+            answers = self.vlm.generate(tokens, _words(context), limit, hints=self.hints(tokens), beams=beams)
             until = options.get("until") or []
             for i, answer in zip(part, answers, strict=True):
                 for stop in [until] if isinstance(until, str) else until:
@@ -64,9 +66,10 @@ class TerraAlign(lmms):  # type: ignore[misc]
             args = requests[numbers[0]].args
             tokens = self.encode([self._picture(args)])
             names = [self._continuation(requests[i].args) for i in numbers]
-            scores = self.vlm.rank(tokens, _words(context), names)[0].tolist()
+            hints = self.hints(tokens)
+            scores = self.vlm.rank(tokens, _words(context), names, hints)[0].tolist()
             longest = max(map(len, self.vlm.answer_ids(names)))
-            [greedy] = self.vlm.generate(tokens, _words(context), longest)
+            [greedy] = self.vlm.generate(tokens, _words(context), longest, hints=hints)
             found |= {i: (-score, greedy == name) for i, score, name in zip(numbers, scores, names, strict=True)}
         return [found[i] for i in range(len(requests))]
 
@@ -99,8 +102,11 @@ class TerraAlign(lmms):  # type: ignore[misc]
         return str(text).strip()  # the chat format has the space before an answer
 
 
-def loaded(params: Params, adapter: str, recipe: str, device: str) -> tuple[Ask, VLM]:
-    """What makes image tokens of pictures, and the model that is asked about them. Raises UserError."""
+def loaded(params: Params, adapter: str, recipe: str, device: str) -> tuple[Ask, VLM, Hints]:
+    """What makes image tokens of pictures, the model that is asked about them, and what hints it of them.
+
+    Raises UserError.
+    """
     folder = Run.of(params).finetuned(adapter, recipe)
     encoder = load_vision_encoder(params.vision, device)
     check_encoder(folder, encoder.identity)
@@ -109,7 +115,7 @@ def loaded(params: Params, adapter: str, recipe: str, device: str) -> tuple[Ask,
     def encode(images: list[Image.Image]) -> Tensor:
         return encoder.encode(padded([encoder.preprocess(image) for image in images], len(images)))
 
-    return encode, load_vlm(params.llm, folder, "adapter", device)
+    return encode, load_vlm(params.llm, folder, "adapter", device), hints_at_work(params, adapter, recipe)
 
 
 def _words(context: str) -> str:
