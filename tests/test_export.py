@@ -234,6 +234,8 @@ def test_the_example_answers_as_we_do_where_there_is_no_terraalign(
         [sys.executable, "-c", script, photo, *folders], capture_output=True, text=True, check=False, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
+    alone = subprocess.run([sys.executable, folders[0] / "example.py"], capture_output=True, text=True, check=False)
+    assert alone.returncode == 1 and "python example.py PHOTO" in alone.stderr and "Traceback" not in alone.stderr
     names = expected[3].names
     assert names and 0.3 < max(names.values()) < 0.9, "a hint of several"
     said = [own.text for own in expected.values()]
