@@ -1,6 +1,10 @@
 """Whether a picture is like those that were trained on, on tokens made up; and whose parameters a run has."""
 
+import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -9,8 +13,10 @@ import torch
 from sklearn.neighbors import NearestNeighbors
 
 from pipeline.answers import familiar
+from pipeline.answers.best import check_trained, finetuned
 from pipeline.answers.familiar import Familiar
 from pipeline.answers.model import Answer, Model
+from pipeline.config import Params, load_params
 from pipeline.errors import UserError, UserErrors
 from pipeline.runs import Run
 from pipeline.store.reader import ImageTokens
@@ -71,3 +77,72 @@ def test_a_run_is_read_with_its_own_parameters(project: Path, capsys: pytest.Cap
         Model.load("data/demo")
     with pytest.raises(UserError, match="not the results of a run"):
         Model.load("data/nowhere")
+
+
+@pytest.fixture
+def demo(project: Path) -> Params:
+    """The demo's parameters in an empty project, the current folder."""
+    shutil.copy(Path(__file__).parents[1] / "profiles/demo.yaml", "params.yaml")
+    return load_params()
+
+
+ASKED_WITHOUT_TORCH = """
+import json, sys
+sys.modules["torch"] = None
+from typer.testing import CliRunner
+from stages.cli import app
+for arguments in json.loads(sys.argv[1]):
+    result = CliRunner().invoke(app, arguments)
+    print(result.exit_code, *result.output.split())
+"""
+
+
+def asked_without_torch(*commands: list[str]) -> list[str]:
+    """What commands print, with their exit codes, where torch cannot be imported; each on a line."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    script = [sys.executable, "-c", ASKED_WITHOUT_TORCH, json.dumps(commands)]
+    return subprocess.run(script, check=True, capture_output=True, env=environment, text=True).stdout.splitlines()
+
+
+def test_what_is_not_trained_is_said_at_once(demo: Params) -> None:
+    Path("a.jpg").write_bytes(b"")
+    commands = [["caption", "a.jpg"], ["ask", "a.jpg", "What?"], ["classify", "--llm", "a.jpg"], ["classify", "a.jpg"]]
+    said = asked_without_torch(*commands)
+    missing = ["the task caption", "the task caption", "the task classify", "no adapter is trained"]
+    for line, what in zip(said, missing, strict=True):
+        assert line.startswith("2 error: data/demo/") and what in line
+        assert "`terraalign try FOLDER`" in line and "`terraalign run` runs the profile demo" in line
+
+
+@pytest.mark.parametrize(("data", "words"), [("classes", ("names", "captions")), ("captions", ("captions", "names"))])
+def test_what_a_run_does_not_learn_is_said_in_words(demo: Params, data: str, words: tuple[str, str]) -> None:
+    run = demo.run.model_copy(update={"data": [data], "recipes": [data]})
+    params = demo.model_copy(update={"run": run})
+    own, other = ("classify", "caption") if data == "classes" else ("caption", "classify")
+    for llm in (True, False)[: 1 if other == "caption" else 2]:
+        with pytest.raises(
+            UserError, match=f"profile demo.* learns {words[0]}, not {words[1]}; `terraalign {own}`, or"
+        ):
+            check_trained(params, other, llm=llm)
+    for tasks in ([own], ["caption", "classify"]):  # a question is for whatever there is
+        with pytest.raises(UserError, match=f"nothing is fine-tuned for the task {own} yet"):
+            check_trained(params, *tasks)
+    folder = Run.of(params).finetuned("mlp", data)
+    folder.mkdir(parents=True)
+    (folder / "metrics.json").write_text('{"val_loss": 1}')
+    check_trained(params, own)
+    check_trained(params, "caption", "classify")
+    assert finetuned(params, own) == {folder: 1}
+
+
+def test_names_that_lead_nowhere_are_one_line_each(demo: Params) -> None:
+    weights = Run.of(demo).pretrained("mlp") / "last.safetensors"
+    weights.parent.mkdir(parents=True)
+    weights.write_bytes(b"")
+    Path("empty").mkdir()
+    [one, both, empty] = asked_without_torch(
+        ["classify", "https://x.org/a.jpg"], ["classify", "", "b.jpg"], ["classify", "empty"]
+    )
+    assert one == "2 error: https://x.org/a.jpg: no such file or folder; download it first"
+    assert both.count("error:") == 2 and "empty name" in both and "b.jpg: no such" in both
+    assert empty.startswith("2 error: empty: no picture in it; give JPEG")

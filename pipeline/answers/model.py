@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline.answers.best import best_adapter, classes, finetuned, namers, pretrained
+from pipeline.answers.best import best_adapter, classes, finetuned, learned, namers, pretrained
 from pipeline.answers.familiar import STRANGE, Familiar
 from pipeline.answers.names import emd_at_work, likeliest, namer_at_work
 from pipeline.answers.pictures import Picture, content_of
@@ -265,7 +265,7 @@ class Model:
 
     def _best_finetuned(self, *tasks: str) -> Path:
         """The best adapter of the first of some tasks that anything is fine-tuned for."""
-        *first, last = tasks
+        *first, last = learned(self.params, *tasks)
         with self._in_project():
             for task in first:
                 with contextlib.suppress(UserError):
