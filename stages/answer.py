@@ -119,10 +119,9 @@ def _source(found: Answer) -> str:
 
 
 def _strange(found: Answer) -> str:
-    return (
-        f"unlike the pictures that {found.adapter} was trained on (further from them than {found.strangeness:.1%} of "
-        "those held out): expect nothing of the answer"
-    )
+    held_out = f"{'any' if found.strangeness == 1 else f'{found.strangeness:.1%}'} of those held out"
+    known = f"the pictures that {found.adapter} was trained on (further from them than {held_out})"
+    return f"unlike {known}: expect nothing of the answer"
 
 
 def row_of(file: Path, found: Answer) -> Row:

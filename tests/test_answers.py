@@ -22,6 +22,13 @@ from pipeline.runs import Run
 from pipeline.store.reader import ImageTokens
 
 
+@pytest.fixture
+def demo(project: Path) -> Params:
+    """The demo's parameters in an empty project, the current folder."""
+    shutil.copy(Path(__file__).parents[1] / "profiles/demo.yaml", "params.yaml")
+    return load_params()
+
+
 def images(counts: dict[str, int], around: torch.Tensor) -> ImageTokens:
     """Pictures of three tokens of width 16, scattered around a direction."""
     splits = [split for split, count in counts.items() for _ in range(count)]
@@ -35,7 +42,6 @@ def test_a_picture_unlike_the_training_pictures_is_told(monkeypatch: pytest.Monk
     sets = {"a": images({"train": 300, "val": 60, "test": 60}, here)}
     monkeypatch.setattr(ImageTokens, "open", lambda run, data: sets[data])
     known = Familiar.of(Run("any"), ["a"])
-    assert known is not None
     like, unlike = images({"test": 200}, here), images({"test": 50}, elsewhere)
     usual = known.strangeness(like.tokens(list(range(200))))
     assert 0.4 < sum(usual) / 200 < 0.6  # as strange as those held out: half of them are nearer
@@ -47,12 +53,37 @@ def test_a_picture_unlike_the_training_pictures_is_told(monkeypatch: pytest.Monk
     torch.testing.assert_close(known.usual.double(), expected.double().sort().values, atol=1e-5, rtol=0)
 
 
-def test_too_few_pictures_tell_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("count", [20, 48, 98, 99, 300])
+def test_none_of_few_held_out_pictures_is_strange(count: int) -> None:
+    """Strangeness is one less the p-value of conformal prediction; of few pictures what lies well beyond them is 1."""
+    usual = torch.linspace(0.1, 0.3, count)
+    known = Familiar(torch.eye(2)[:1], usual)
+
+    def of(distance: torch.Tensor) -> float:
+        cosine = 1 - distance.double()
+        return known.of_means(torch.stack([cosine, (1 - cosine**2).sqrt()])[None].float())[0]
+
+    for at in range(0, count - 1, 7):
+        between = (usual[at] + usual[at + 1]) / 2
+        assert 1 - of(between) == pytest.approx((1 + int((usual >= between).sum())) / (count + 1))
+    furthest = of(usual[-1] + 1e-4)  # decoded by another decoder than that of extraction
+    assert furthest == pytest.approx(count / (count + 1)) and (furthest >= familiar.STRANGE) == (count >= 99)
+    assert of(usual[-1] * (1 + 2.2 / count)) == 1
+
+
+def test_too_few_pictures_tell_nothing(
+    demo: Params, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(ImageTokens, "open", lambda run, data: images({"train": 300, "val": 19}, torch.eye(16)[0]))
-    assert Familiar.of(Run("any"), ["a"]) is None
+    with pytest.raises(UserError, match="19 pictures are held out, fewer than the 20 that tell"):
+        Familiar.of(Run("any"), ["a"])
+    model = Model(demo)
+    for _ in range(2):  # said once
+        assert model._familiar_with(["classes"])(torch.zeros(3, 3, 16)) == [None] * 3
+    assert capsys.readouterr().err.count("whether pictures are like those trained on is not told: 19") == 1
     monkeypatch.setattr(ImageTokens, "open", lambda run, data: images({"train": 5000, "val": 900}, torch.eye(16)[0]))
     known = Familiar.of(Run("any"), ["a"])
-    assert known is not None and len(known.known) <= familiar.KNOWN and len(known.usual) <= familiar.HELD_OUT
+    assert len(known.known) <= familiar.KNOWN and len(known.usual) <= familiar.HELD_OUT
 
 
 def test_an_answer_says_when_it_is_worth_little() -> None:
@@ -77,13 +108,6 @@ def test_a_run_is_read_with_its_own_parameters(project: Path, capsys: pytest.Cap
         Model.load("data/demo")
     with pytest.raises(UserError, match="not the results of a run"):
         Model.load("data/nowhere")
-
-
-@pytest.fixture
-def demo(project: Path) -> Params:
-    """The demo's parameters in an empty project, the current folder."""
-    shutil.copy(Path(__file__).parents[1] / "profiles/demo.yaml", "params.yaml")
-    return load_params()
 
 
 ASKED_WITHOUT_TORCH = """

@@ -53,7 +53,7 @@ class Answer:
     names: dict[str, float] = field(default_factory=dict)
     """The likeliest names with their probabilities, the likeliest first; of classification alone."""
     strangeness: float | None = None
-    """The share of held-out pictures that are more like a training picture; None where too few are there to tell."""
+    """How unlike the training pictures it is, by Familiar, 0 to 1; None where too few are held out to tell."""
 
     def __str__(self) -> str:
         return self.text
@@ -382,7 +382,7 @@ def _familiar(run: Run, sets: list[str]) -> Familiar | None:
     try:
         return Familiar.of(run, sets)
     except UserError as fault:
-        print(f"not looked at whether pictures are like those for training: {fault}", file=sys.stderr)
+        print(f"whether pictures are like those trained on is not told: {fault}", file=sys.stderr)
         return None
 
 
