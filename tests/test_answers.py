@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -16,8 +17,10 @@ from pipeline.answers import familiar
 from pipeline.answers.best import check_trained, finetuned
 from pipeline.answers.familiar import Familiar
 from pipeline.answers.model import Answer, Model
+from pipeline.answers.pictures import content_of
 from pipeline.config import Params, load_params
 from pipeline.errors import UserError, UserErrors
+from pipeline.media.pictures import decode
 from pipeline.runs import Run
 from pipeline.store.reader import ImageTokens
 
@@ -170,3 +173,29 @@ def test_names_that_lead_nowhere_are_one_line_each(demo: Params) -> None:
     assert one == "2 error: https://x.org/a.jpg: no such file or folder; download it first"
     assert both.count("error:") == 2 and "empty name" in both and "b.jpg: no such" in both
     assert empty.startswith("2 error: empty: no picture in it; give JPEG")
+
+
+def test_what_is_no_picture_is_named(demo: Params, tmp_path: Path) -> None:
+    model = Model(demo)
+    Path("text.jpg").write_text("no picture")
+    for name, reason in (("nowhere.jpg", "no such file"), ("text.jpg", "not a picture"), ("x" * 300, "too long")):
+        for picture in (name, Path(name)):
+            with pytest.raises(ValueError, match=f"^{name}: .*{reason}"):
+                model.encode([picture])
+    with pytest.raises(ValueError, match=r"^not a picture"):
+        model.encode([b"no picture"])
+    for wrong in (None, ["a.jpg"], torch.zeros(3, 4, 4)):
+        with pytest.raises(TypeError, match=r"^picture: a file's name, its bytes"):
+            model.encode([wrong])  # type: ignore[list-item]
+    for array in (np.zeros((4, 4, 3)), np.zeros((4, 4), np.uint8), np.zeros((3, 4, 4), np.uint8)):
+        with pytest.raises(TypeError, match=r"^picture: an array has to be uint8 \[H, W, 3\], not "):
+            model.encode([array])
+    with pytest.raises(ValueError, match=r"^top: at least 1, not 0"):
+        model.classify("a.jpg", top=0)
+    with pytest.raises(ValueError, match=r"^batch: at least 1, not 0"):
+        list(model.each(["a.jpg"], lambda tokens: [], batch=0))
+
+
+def test_an_array_is_the_picture_that_it_holds() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    assert (np.asarray(decode(content_of(pixels))) == pixels).all()

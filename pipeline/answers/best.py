@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -130,6 +131,15 @@ def _read_loss(file: Path, key: str, made: Path) -> float | None:
         print(f"left out: {file}: not of this recipe ({error!r}); {remedy(made)}", file=sys.stderr)
         return None
     return loss if math.isfinite(loss) else math.inf
+
+
+def best_finetuned(params: Params, identity: dict[str, str], *tasks: str) -> Path:
+    """The best adapter of the first of some tasks that the run has one for."""
+    *first, last = learned(params, *tasks)
+    for task in first:
+        with contextlib.suppress(UserError):
+            return best_adapter(params, finetuned(params, task), identity)
+    return best_adapter(params, finetuned(params, last), identity)
 
 
 def best_adapter(params: Params, losses: Mapping[Path, float], identity: dict[str, str]) -> Path:

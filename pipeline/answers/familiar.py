@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -64,6 +65,15 @@ class Familiar:
         shares = torch.searchsorted(self.usual, found).double() / (len(self.usual) + 1)
         told: list[float] = shares.where(found <= (1 + MARGIN / len(self.usual)) * self.usual[-1], 1.0).tolist()
         return told
+
+
+def familiar_with(run: Run, sets: list[str]) -> Familiar | None:
+    """The same, or None where it cannot be told, and why on stderr."""
+    try:
+        return Familiar.of(run, sets)
+    except UserError as fault:
+        print(f"whether pictures are like those trained on is not told: {fault}", file=sys.stderr)
+        return None
 
 
 def means(images: ImageTokens, parts: tuple[str, ...], most: int) -> Tensor:
