@@ -28,7 +28,11 @@ Photos = Annotated[
 ]
 AsJSON = Annotated[
     bool,
-    typer.Option("--json", help="One JSON object a line: photo, answer, adapter, rule, recipe, strangeness, names."),
+    typer.Option(
+        "--json",
+        help="One JSON object a line: photo, answer, adapter, rule; of the fine-tuned language model also recipe, of "
+        "classify probability and names; strangeness where enough pictures are held out to tell.",
+    ),
 ]
 Batch = Annotated[int | None, typer.Option(min=1, help="Pictures at a time; default: evaluate.batch.")]
 FORMATS = "give JPEG, PNG, WebP, GIF, BMP or TIFF files, or folders of them"

@@ -22,6 +22,7 @@ from pipeline.config import Params, load_params
 from pipeline.errors import UserError, UserErrors
 from pipeline.media.pictures import decode
 from pipeline.runs import Run
+from pipeline.sources.folders import pictures_below
 from pipeline.store.reader import ImageTokens
 
 
@@ -177,8 +178,15 @@ def test_names_that_lead_nowhere_are_one_line_each(demo: Params) -> None:
 
 def test_what_is_no_picture_is_named(demo: Params, tmp_path: Path) -> None:
     model = Model(demo)
-    Path("text.jpg").write_text("no picture")
-    for name, reason in (("nowhere.jpg", "no such file"), ("text.jpg", "not a picture"), ("x" * 300, "too long")):
+    Path("a.txt").write_text("no picture")
+    Path("photo.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(40))
+    names = {
+        "nowhere.jpg": "no such file", "a.txt": "no picture by its content", "x" * 300: "too long",
+        "photo.heic": "of a format that is not read here; save it as JPEG or PNG",
+    }  # fmt: skip
+    left_out = {one.name: one.reason for one in pictures_below(Path()).left_out}
+    assert left_out.items() >= {name: names[name] for name in ("photo.heic", "a.txt")}.items()  # said of a folder's
+    for name, reason in names.items():
         for picture in (name, Path(name)):
             with pytest.raises(ValueError, match=f"^{name}: .*{reason}"):
                 model.encode([picture])

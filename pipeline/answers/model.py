@@ -22,7 +22,7 @@ from torch import Tensor
 from pipeline.answers.best import best_adapter, best_finetuned, classes, namers, pretrained
 from pipeline.answers.familiar import STRANGE, Familiar, familiar_with
 from pipeline.answers.names import emd_at_work, likeliest, namer_at_work
-from pipeline.answers.pictures import Picture, content_of, naming
+from pipeline.answers.pictures import Picture, content_of, explained, naming
 from pipeline.config import Params, load_params
 from pipeline.devices import pick_device
 from pipeline.encoders.base import Encoder
@@ -336,11 +336,8 @@ class Model:
         """A picture, decoded as far as a thread has to. Raises ValueError with the reason where it does not decode."""
         with self._in_project() if "_decoder" not in self.__dict__ else contextlib.nullcontext():
             decoder = self._decoder
-        try:
-            content = content_of(picture)
-        except OSError as error:
-            raise ValueError(error.strerror or str(error)) from None
-        return decoder.load(content)
+        with explained(picture):
+            return decoder.load(content_of(picture))
 
     def _tokens(self, loaded: Sequence[Loaded]) -> Tensor:
         """Part by part, in batches of the shape of extraction. Raises Broken with the place among all."""

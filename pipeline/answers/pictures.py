@@ -13,6 +13,7 @@ from PIL import Image
 
 from pipeline.errors import readable
 from pipeline.media.pictures import read
+from pipeline.sources.folders import no_picture
 
 Picture = str | Path | bytes | Image.Image | np.ndarray
 """A picture: a file by its name, the bytes of one, one that is open, or an array of uint8 [H, W, 3], RGB."""
@@ -37,6 +38,18 @@ def content_of(picture: Picture) -> bytes:
     file = io.BytesIO()
     picture.save(file, "TIFF" if picture.mode in ("CMYK", "YCbCr", "LAB", "HSV", "F") else "PNG")
     return file.getvalue()
+
+
+@contextlib.contextmanager
+def explained(picture: Picture) -> Iterator[None]:
+    """What fails is a ValueError, of a file with the reason for which one in a folder is left out."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(error.strerror or str(error)) from None
+    except ValueError as error:
+        reason = no_picture(Path(picture)) if isinstance(picture, str | os.PathLike) else None
+        raise ValueError(reason or str(error)) from None
 
 
 @contextlib.contextmanager
