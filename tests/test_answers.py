@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from sklearn.neighbors import NearestNeighbors
+from typer.main import get_command
 
 from pipeline.answers import familiar
 from pipeline.answers.best import check_trained, finetuned
@@ -24,6 +26,8 @@ from pipeline.media.pictures import decode
 from pipeline.runs import Run
 from pipeline.sources.folders import pictures_below
 from pipeline.store.reader import ImageTokens
+from stages.answer import row_of
+from stages.cli import app
 
 
 @pytest.fixture
@@ -207,3 +211,14 @@ def test_what_is_no_picture_is_named(demo: Params, tmp_path: Path) -> None:
 def test_an_array_is_the_picture_that_it_holds() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     assert (np.asarray(decode(content_of(pixels))) == pixels).all()
+
+
+def test_the_help_lists_what_json_has() -> None:
+    always = {"photo", "answer", "adapter", "rule"}
+    named = Answer("a pear", "mlp", None, "namer", {"a pear": 0.9, "a fig": 0.1}, 0.5)
+    assert row_of(Path("a.jpg"), Answer("a pear", "mlp")).keys() == always
+    assert row_of(Path("a.jpg"), named).keys() == always | {"probability", "names", "strangeness"}
+    ranked = row_of(Path("a.jpg"), replace(named, rule="llm", recipe="classes", strangeness=None))
+    assert ranked.keys() == always | {"recipe", "probability", "names"}
+    [option] = [one for one in get_command(app).commands["classify"].params if "--json" in one.opts]  # type: ignore[attr-defined]
+    assert all(key in option.help for key in always | ranked.keys() | {"strangeness"})
