@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import json
+import os
+import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -11,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.config import load_params
-from pipeline.errors import UserError, readable
+from pipeline.answers.best import check_trained
+from pipeline.config import Params, load_params
+from pipeline.errors import UserError, UserErrors, readable
 
 if TYPE_CHECKING:
     from pipeline.answers.model import Answer, Ask, Model
@@ -20,11 +24,19 @@ if TYPE_CHECKING:
 Row = dict[str, Any]  # what is said of a picture
 Photos = Annotated[
     list[str],
-    typer.Argument(help="Pictures, folders of them, globs, or - for names on standard input.", show_default=False),
+    typer.Argument(
+        metavar="PHOTO...",
+        help="Pictures, folders of them, globs, or - for names on standard input.",
+        show_default=False,
+    ),
 ]
 AsJSON = Annotated[
     bool,
-    typer.Option("--json", help="One JSON object a line: photo, answer, adapter, rule, recipe, strangeness, names."),
+    typer.Option(
+        "--json",
+        help="One JSON object a line: photo, answer, adapter, rule; of the fine-tuned language model also recipe, of "
+        "classify probability and names; strangeness where enough pictures are held out to tell.",
+    ),
 ]
 Batch = Annotated[int | None, typer.Option(min=1, help="Pictures at a time; default: evaluate.batch.")]
 FORMATS = "give JPEG, PNG, WebP, GIF, BMP or TIFF files, or folders of them"
@@ -33,7 +45,9 @@ TOP = 5  # names in JSON
 
 def caption(photos: Photos, as_json: AsJSON = False, batch: Batch = None) -> None:
     """Caption any pictures with the best fine-tuned adapter of the active profile's run."""
-    answer(photos, lambda model: model.captions(), as_json, batch)
+    params = load_params()
+    check_trained(params, "caption")
+    answer(params, photos, lambda model: model.captions(), as_json, batch)
 
 
 def classify(
@@ -49,7 +63,9 @@ def classify(
     language model; before stage `name` has run, by EMD alone. --llm asks the best fine-tuned adapter, whose names are
     ranked by their likelihood.
     """
-    answer(photos, lambda model: model.names(llm, top or TOP), as_json, batch, top or 1)
+    params = load_params()
+    check_trained(params, "classify", llm=llm)
+    answer(params, photos, lambda model: model.names(llm, top or TOP), as_json, batch, top or 1)
 
 
 def ask(
@@ -65,23 +81,27 @@ def ask(
     is worth.
     """
     *photos, question = words
-    if not photos or Path(question).exists():
+    if not photos or _is_there(Path(question)):
         raise UserError("ask", "no question", 'put it last, in quotes: terraalign ask PHOTO... "What is this?"')
-    answer(photos, lambda model: model.question(question), as_json, batch)
-
-
-def answer(photos: list[str], how: Callable[[Model], Ask], as_json: bool, batch: int | None, top: int = 1) -> None:
-    """Print an answer per picture, in order; one that cannot be read is named on stderr and makes the exit code 1."""
-    names = listed(photos)
     params = load_params()
-    files, missing = pictures_named(names)
+    check_trained(params, "caption", "classify")
+    answer(params, photos, lambda model: model.question(question), as_json, batch)
+
+
+def answer(
+    params: Params, photos: list[str], how: Callable[[Model], Ask], as_json: bool, batch: int | None, top: int = 1
+) -> None:
+    """Print an answer per picture, in order; one that cannot be read is named on stderr and makes the exit code 1."""
+    files, faults = pictures_named(photos)
     if not files:
-        raise UserError(photos[0], ("no such file or folder" if missing else "no picture in it"), FORMATS)
+        raise UserErrors(faults) if faults else UserError(photos[0], "no picture in it", FORMATS)
+    for fault in faults:
+        print(f"error: {fault}", file=sys.stderr)
     from pipeline.answers.model import Model
 
     model = Model(params)
     asked: Ask = how(model)
-    failed, first = missing, True
+    failed, first = len(faults), True
     for file, found in model.each(files, asked, batch):
         if isinstance(found, ValueError):
             failed += 1
@@ -94,7 +114,7 @@ def answer(photos: list[str], how: Callable[[Model], Ask], as_json: bool, batch:
         if found.is_strange:
             print(f"warning: {readable(file)}: {_strange(found)}", file=sys.stderr)
     if failed:
-        print(f"{failed} of {len(files) + missing} without an answer", file=sys.stderr)
+        print(f"{failed} of {len(files) + len(faults)} without an answer", file=sys.stderr)
         raise typer.Exit(1)
 
 
@@ -107,10 +127,9 @@ def _source(found: Answer) -> str:
 
 
 def _strange(found: Answer) -> str:
-    return (
-        f"unlike the pictures that {found.adapter} was trained on (further from them than {found.strangeness:.1%} of "
-        "those held out): expect nothing of the answer"
-    )
+    held_out = f"{'any' if found.strangeness == 1 else f'{found.strangeness:.1%}'} of those held out"
+    known = f"the pictures that {found.adapter} was trained on (further from them than {held_out})"
+    return f"unlike {known}: expect nothing of the answer"
 
 
 def row_of(file: Path, found: Answer) -> Row:
@@ -148,41 +167,69 @@ def _told(row: Row, top: int) -> str:
     return ", ".join(shares) if "recipe" not in row else f"{said}; ranked: {', '.join(shares)}"
 
 
-def listed(photos: Iterable[str]) -> list[Path]:
-    """Names as they were given; those of globs and of standard input in their place. Raises UserError on an empty one.
-
-    A name with * or ? that is a file's is that file.
-    """
-    found: list[Path] = []
-    for name in photos:
-        if not name.strip():
-            raise UserError("", "an empty name of a picture", FORMATS)
-        if name == "-":
-            found += [Path(line) for line in sys.stdin.read().splitlines() if line.strip()]
-        elif any(sign in name for sign in "*?[") and not Path(name).exists():
-            matches = sorted(glob.glob(name, recursive=True))  # noqa: PTH207 - Path.glob takes no absolute pattern
-            found += [Path(match) for match in matches] or [Path(name)]
-        else:
-            found.append(Path(name))
-    return found
-
-
-def pictures_named(photos: list[Path]) -> tuple[list[Path], int]:
-    """The pictures named and those below the folders named, and how many names lead nowhere; these are said."""
+def pictures_named(photos: Iterable[str]) -> tuple[list[Path], list[UserError]]:
+    """The pictures named and those below the folders named, and a fault for each name that leads nowhere."""
     from pipeline.sources.folders import pictures_below
     from pipeline.sources.texts import by_reason
 
     files: list[Path] = []
-    missing = 0
-    for photo in photos:
-        if photo.is_dir():
+    names, faults = listed(photos)
+    for name in names:
+        photo = Path(name)
+        if not _is_there(photo):
+            is_url = re.match(r"[A-Za-z][\w+.-]+://", name)
+            faults.append(UserError(name, "no such file or folder", "download it first" if is_url else ""))
+        elif photo.is_dir():
             tree = pictures_below(photo, any_name=True)
             files += tree.files.values()
             if left_out := [(str(one), one.reason) for one in tree.left_out if not one.hidden]:
                 print(f"warning: {len(left_out)} not used: {by_reason(left_out)}", file=sys.stderr)
-        elif photo.exists():
-            files.append(photo)
         else:
-            missing += 1
-            print(f"error: {readable(photo)}: no such file or folder", file=sys.stderr)
-    return files, missing
+            files.append(photo)
+    return files, faults
+
+
+def listed(photos: Iterable[str]) -> tuple[list[str], list[UserError]]:
+    """Names as they were given, those of globs and of standard input in their place, and a fault for what holds none.
+
+    A name with * or ? that is a file's is that file.
+    """
+    found: list[str] = []
+    faults: list[UserError] = []
+    for name in photos:
+        if not name.strip():
+            faults.append(UserError("", "an empty name of a picture", FORMATS))
+        elif name == "-":
+            try:
+                found += _piped()
+            except UserError as fault:
+                faults.append(fault)
+        elif any(sign in name for sign in "*?[") and not _is_there(Path(name)):
+            found += sorted(glob.glob(name, recursive=True)) or [name]  # noqa: PTH207 - Path.glob: no absolute pattern
+        else:
+            found.append(name)
+    return found, faults
+
+
+def _piped() -> list[str]:
+    """The names on standard input, a line each. Raises UserError where it holds none."""
+    from pipeline.sources.folders import begins_as_picture
+
+    content = sys.stdin.buffer.read()
+    if begins_as_picture(content[:32]):
+        raise UserError("-", "standard input holds a picture, not names", "give the picture's name instead")
+    if b"\0" in content:
+        raise UserError("-", "standard input holds no text", "give names of pictures there, one a line")
+    if not content.strip():
+        raise UserError("-", "no names on standard input", "give names of pictures there, one a line")
+    return [os.fsdecode(line) for line in content.splitlines() if line.strip()]
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is a file or folder of this name, which may be longer than any: a question, for one."""
+    try:
+        return path.exists()
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        return False

@@ -1,19 +1,40 @@
 """Whether a picture is like those that were trained on, on tokens made up; and whose parameters a run has."""
 
+import json
+import os
 import shutil
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from sklearn.neighbors import NearestNeighbors
+from typer.main import get_command
 
 from pipeline.answers import familiar
+from pipeline.answers.best import check_trained, finetuned
 from pipeline.answers.familiar import Familiar
 from pipeline.answers.model import Answer, Model
+from pipeline.answers.pictures import content_of
+from pipeline.config import Params, load_params
 from pipeline.errors import UserError, UserErrors
+from pipeline.media.pictures import decode
 from pipeline.runs import Run
+from pipeline.sources.folders import pictures_below
 from pipeline.store.reader import ImageTokens
+from stages.answer import row_of
+from stages.cli import app
+
+
+@pytest.fixture
+def demo(project: Path) -> Params:
+    """The demo's parameters in an empty project, the current folder."""
+    shutil.copy(Path(__file__).parents[1] / "profiles/demo.yaml", "params.yaml")
+    return load_params()
 
 
 def images(counts: dict[str, int], around: torch.Tensor) -> ImageTokens:
@@ -29,7 +50,6 @@ def test_a_picture_unlike_the_training_pictures_is_told(monkeypatch: pytest.Monk
     sets = {"a": images({"train": 300, "val": 60, "test": 60}, here)}
     monkeypatch.setattr(ImageTokens, "open", lambda run, data: sets[data])
     known = Familiar.of(Run("any"), ["a"])
-    assert known is not None
     like, unlike = images({"test": 200}, here), images({"test": 50}, elsewhere)
     usual = known.strangeness(like.tokens(list(range(200))))
     assert 0.4 < sum(usual) / 200 < 0.6  # as strange as those held out: half of them are nearer
@@ -41,12 +61,37 @@ def test_a_picture_unlike_the_training_pictures_is_told(monkeypatch: pytest.Monk
     torch.testing.assert_close(known.usual.double(), expected.double().sort().values, atol=1e-5, rtol=0)
 
 
-def test_too_few_pictures_tell_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("count", [20, 48, 98, 99, 300])
+def test_none_of_few_held_out_pictures_is_strange(count: int) -> None:
+    """Strangeness is one less the p-value of conformal prediction; of few pictures what lies well beyond them is 1."""
+    usual = torch.linspace(0.1, 0.3, count)
+    known = Familiar(torch.eye(2)[:1], usual)
+
+    def of(distance: torch.Tensor) -> float:
+        cosine = 1 - distance.double()
+        return known.of_means(torch.stack([cosine, (1 - cosine**2).sqrt()])[None].float())[0]
+
+    for at in range(0, count - 1, 7):
+        between = (usual[at] + usual[at + 1]) / 2
+        assert 1 - of(between) == pytest.approx((1 + int((usual >= between).sum())) / (count + 1))
+    furthest = of(usual[-1] + 1e-4)  # decoded by another decoder than that of extraction
+    assert furthest == pytest.approx(count / (count + 1)) and (furthest >= familiar.STRANGE) == (count >= 99)
+    assert of(usual[-1] * (1 + 2.2 / count)) == 1
+
+
+def test_too_few_pictures_tell_nothing(
+    demo: Params, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(ImageTokens, "open", lambda run, data: images({"train": 300, "val": 19}, torch.eye(16)[0]))
-    assert Familiar.of(Run("any"), ["a"]) is None
+    with pytest.raises(UserError, match="19 pictures are held out, fewer than the 20 that tell"):
+        Familiar.of(Run("any"), ["a"])
+    model = Model(demo)
+    for _ in range(2):  # said once
+        assert model._familiar_with(["classes"])(torch.zeros(3, 3, 16)) == [None] * 3
+    assert capsys.readouterr().err.count("whether pictures are like those trained on is not told: 19") == 1
     monkeypatch.setattr(ImageTokens, "open", lambda run, data: images({"train": 5000, "val": 900}, torch.eye(16)[0]))
     known = Familiar.of(Run("any"), ["a"])
-    assert known is not None and len(known.known) <= familiar.KNOWN and len(known.usual) <= familiar.HELD_OUT
+    assert len(known.known) <= familiar.KNOWN and len(known.usual) <= familiar.HELD_OUT
 
 
 def test_an_answer_says_when_it_is_worth_little() -> None:
@@ -71,3 +116,109 @@ def test_a_run_is_read_with_its_own_parameters(project: Path, capsys: pytest.Cap
         Model.load("data/demo")
     with pytest.raises(UserError, match="not the results of a run"):
         Model.load("data/nowhere")
+
+
+ASKED_WITHOUT_TORCH = """
+import json, sys
+sys.modules["torch"] = None
+from typer.testing import CliRunner
+from stages.cli import app
+for arguments in json.loads(sys.argv[1]):
+    result = CliRunner().invoke(app, arguments)
+    print(result.exit_code, *result.output.split())
+"""
+
+
+def asked_without_torch(*commands: list[str]) -> list[str]:
+    """What commands print, with their exit codes, where torch cannot be imported; each on a line."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    script = [sys.executable, "-c", ASKED_WITHOUT_TORCH, json.dumps(commands)]
+    return subprocess.run(script, check=True, capture_output=True, env=environment, text=True).stdout.splitlines()
+
+
+def test_what_is_not_trained_is_said_at_once(demo: Params) -> None:
+    Path("a.jpg").write_bytes(b"")
+    commands = [["caption", "a.jpg"], ["ask", "a.jpg", "What?"], ["classify", "--llm", "a.jpg"], ["classify", "a.jpg"]]
+    said = asked_without_torch(*commands)
+    missing = ["the task caption", "the task caption", "the task classify", "no adapter is trained"]
+    for line, what in zip(said, missing, strict=True):
+        assert line.startswith("2 error: data/demo/") and what in line
+        assert "`terraalign try FOLDER`" in line and "`terraalign run` runs the profile demo" in line
+
+
+@pytest.mark.parametrize(("data", "words"), [("classes", ("names", "captions")), ("captions", ("captions", "names"))])
+def test_what_a_run_does_not_learn_is_said_in_words(demo: Params, data: str, words: tuple[str, str]) -> None:
+    run = demo.run.model_copy(update={"data": [data], "recipes": [data]})
+    params = demo.model_copy(update={"run": run})
+    own, other = ("classify", "caption") if data == "classes" else ("caption", "classify")
+    for llm in (True, False)[: 1 if other == "caption" else 2]:
+        with pytest.raises(
+            UserError, match=f"profile demo.* learns {words[0]}, not {words[1]}; `terraalign {own}`, or"
+        ):
+            check_trained(params, other, llm=llm)
+    for tasks in ([own], ["caption", "classify"]):  # a question is for whatever there is
+        with pytest.raises(UserError, match=f"nothing is fine-tuned for the task {own} yet"):
+            check_trained(params, *tasks)
+    folder = Run.of(params).finetuned("mlp", data)
+    folder.mkdir(parents=True)
+    (folder / "metrics.json").write_text('{"val_loss": 1}')
+    check_trained(params, own)
+    check_trained(params, "caption", "classify")
+    assert finetuned(params, own) == {folder: 1}
+
+
+def test_names_that_lead_nowhere_are_one_line_each(demo: Params) -> None:
+    weights = Run.of(demo).pretrained("mlp") / "last.safetensors"
+    weights.parent.mkdir(parents=True)
+    weights.write_bytes(b"")
+    Path("empty").mkdir()
+    [one, both, empty] = asked_without_torch(
+        ["classify", "https://x.org/a.jpg"], ["classify", "", "b.jpg"], ["classify", "empty"]
+    )
+    assert one == "2 error: https://x.org/a.jpg: no such file or folder; download it first"
+    assert both.count("error:") == 2 and "empty name" in both and "b.jpg: no such" in both
+    assert empty.startswith("2 error: empty: no picture in it; give JPEG")
+
+
+def test_what_is_no_picture_is_named(demo: Params, tmp_path: Path) -> None:
+    model = Model(demo)
+    Path("a.txt").write_text("no picture")
+    Path("photo.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(40))
+    names = {
+        "nowhere.jpg": "no such file", "a.txt": "no picture by its content", "x" * 300: "too long",
+        "photo.heic": "of a format that is not read here; save it as JPEG or PNG",
+    }  # fmt: skip
+    left_out = {one.name: one.reason for one in pictures_below(Path()).left_out}
+    assert left_out.items() >= {name: names[name] for name in ("photo.heic", "a.txt")}.items()  # said of a folder's
+    for name, reason in names.items():
+        for picture in (name, Path(name)):
+            with pytest.raises(ValueError, match=f"^{name}: .*{reason}"):
+                model.encode([picture])
+    with pytest.raises(ValueError, match=r"^not a picture"):
+        model.encode([b"no picture"])
+    for wrong in (None, ["a.jpg"], torch.zeros(3, 4, 4)):
+        with pytest.raises(TypeError, match=r"^picture: a file's name, its bytes"):
+            model.encode([wrong])  # type: ignore[list-item]
+    for array in (np.zeros((4, 4, 3)), np.zeros((4, 4), np.uint8), np.zeros((3, 4, 4), np.uint8)):
+        with pytest.raises(TypeError, match=r"^picture: an array has to be uint8 \[H, W, 3\], not "):
+            model.encode([array])
+    with pytest.raises(ValueError, match=r"^top: at least 1, not 0"):
+        model.classify("a.jpg", top=0)
+    with pytest.raises(ValueError, match=r"^batch: at least 1, not 0"):
+        list(model.each(["a.jpg"], lambda tokens: [], batch=0))
+
+
+def test_an_array_is_the_picture_that_it_holds() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    assert (np.asarray(decode(content_of(pixels))) == pixels).all()
+
+
+def test_the_help_lists_what_json_has() -> None:
+    always = {"photo", "answer", "adapter", "rule"}
+    named = Answer("a pear", "mlp", None, "namer", {"a pear": 0.9, "a fig": 0.1}, 0.5)
+    assert row_of(Path("a.jpg"), Answer("a pear", "mlp")).keys() == always
+    assert row_of(Path("a.jpg"), named).keys() == always | {"probability", "names", "strangeness"}
+    ranked = row_of(Path("a.jpg"), replace(named, rule="llm", recipe="classes", strangeness=None))
+    assert ranked.keys() == always | {"recipe", "probability", "names"}
+    [option] = [one for one in get_command(app).commands["classify"].params if "--json" in one.opts]  # type: ignore[attr-defined]
+    assert all(key in option.help for key in always | ranked.keys() | {"strangeness"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import sys
@@ -332,29 +333,43 @@ def test_caption_takes_the_pictures_of_a_folder(capsys: pytest.CaptureFixture[st
     picture("album/.hidden/d.jpg")
     Path("album/sub.jpg").mkdir()
     Path("album/notes.txt").write_text("a note")
-    files, missing = answer.pictures_named([Path("album"), Path("nowhere.jpg"), Path("album/b.jpg")])
+    files, faults = answer.pictures_named(["album", "nowhere.jpg", "https://x.org/a.jpg", "album/b.jpg"])
     names = [os.fsencode(file) for file in files]
     assert names == [b"album/a", b"album/b.jpg", b"album/deep/c.jfif", b"album/\xe9t\xe9.jpg", b"album/b.jpg"]
-    assert missing == 1
-    said = capsys.readouterr().err
-    assert "1 not used: no picture by its content (1: album/notes.txt)" in said and "nowhere.jpg: no such file" in said
+    assert [str(fault) for fault in faults] == [
+        "nowhere.jpg: no such file or folder", "https://x.org/a.jpg: no such file or folder; download it first",
+    ]  # fmt: skip
+    assert "1 not used: no picture by its content (1: album/notes.txt)" in capsys.readouterr().err
 
 
 def test_pictures_are_named_by_globs_and_on_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
-    import io
-
     for name in ("album/b.jpg", "album/deep/c.jpg", "odd[1].jpg"):
         picture(name)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("x y.jpg\n\nz.jpg\n"))
-    found = answer.listed(["album/*.jpg", "album/**/c.jpg", "odd[1].jpg", "-", "none*.jpg"])
-    assert [str(path) for path in found] == [
-        "album/b.jpg", "album/deep/c.jpg", "odd[1].jpg", "x y.jpg", "z.jpg", "none*.jpg",
-    ]  # fmt: skip
-    for command in ("caption", "classify"):
-        result = CliRunner().invoke(cli.app, [command, ""])  # not the current folder
-        assert result.exit_code == 2 and "empty name" in result.output, result.output
+    piped(monkeypatch, b"x y.jpg\n\nz.jpg\n")
+    found, faults = answer.listed(["album/*.jpg", "", "album/**/c.jpg", "odd[1].jpg", "-", "none*.jpg", "x" * 300])
+    assert found == ["album/b.jpg", "album/deep/c.jpg", "odd[1].jpg", "x y.jpg", "z.jpg", "none*.jpg", "x" * 300]
+    assert len(faults) == 1 and "empty name" in str(faults[0])  # not the current folder
+    assert "x: no such file" in str(answer.pictures_named(["x" * 300])[1][0])
     result = CliRunner().invoke(cli.app, ["ask", "album/b.jpg"])
     assert result.exit_code == 2 and "put it last" in result.output
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"\x89PNG\r\n\x1a\n\0\0\n\n", "holds a picture, not names"),
+        (b"\0\n\n", "holds no text"),
+        (b" \n", "no names on standard input"),
+    ],
+)
+def test_standard_input_without_names(monkeypatch: pytest.MonkeyPatch, content: bytes, reason: str) -> None:
+    piped(monkeypatch, content)
+    files, faults = answer.pictures_named(["-"])
+    assert not files and len(faults) == 1 and reason in str(faults[0])
+
+
+def piped(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -11,6 +12,9 @@ from pathlib import Path
 from pipeline.config import Params
 from pipeline.errors import UserError
 from pipeline.runs import Run, remedy
+
+METRICS = "metrics.json"  # of a fine-tuned adapter
+LEARNED = {"classify": "names", "caption": "captions"}  # by task
 
 
 def namers(params: Params) -> dict[Path, float]:
@@ -35,16 +39,13 @@ def pretrained(params: Params) -> dict[Path, float]:
     folders = [Run.of(params).pretrained(adapter) for adapter in params.run.adapters]
     found = {folder: float(place) for place, folder in enumerate(folders) if (folder / "last.safetensors").exists()}
     if not found:
-        raise UserError(folders[0], "no adapter is trained yet", remedy(folders[0]))
+        raise _not_yet(params, folders[0].parent, "no adapter is trained yet")
     return found
 
 
 def classes(params: Params) -> list[str]:
     """The data sets that have classes; UserError where none has."""
-    found = [data for data in params.run.data if params.data[data].task == "classify"]
-    if not found:
-        raise UserError("run.data", "none has the task classify", "add one to params.yaml")
-    return found
+    return _of_task(params, "classify")
 
 
 def finetuned(params: Params, task: str) -> dict[Path, float]:
@@ -52,22 +53,73 @@ def finetuned(params: Params, task: str) -> dict[Path, float]:
 
     That is the first of the task in run.data for which there are any: losses of different data sets do not compare.
     """
-    run, recipes = Run.of(params), {name: params.finetune.recipes[name].data for name in params.run.recipes}
-    asked = [data for data in params.run.data if params.data[data].task == task]
-    if not any(data in sets for data in asked for sets in recipes.values()):
-        raise UserError("run.recipes", f"none is on a data set with the task {task}", "add one to params.yaml")
-    for data in asked:
-        pairs = [(adapter, name) for name, sets in recipes.items() if data in sets for adapter in params.run.adapters]
-        folders = [(run.finetuned(adapter, name), len(recipes[name]) > 1) for adapter, name in pairs]
-        losses = {folder: _loss(folder, data if several else None) for folder, several in folders}
+    for folders in _candidates(params, task):
+        losses = {folder: _read_loss(folder / METRICS, key, folder) for folder, key in folders.items()}
         if found := {folder: loss for folder, loss in losses.items() if loss is not None}:
             return found
-    raise UserError(run.base / "finetune", f"nothing is fine-tuned for the task {task} yet", "run `dvc repro`")
+    raise _not_finetuned(params, task)
 
 
-def _loss(folder: Path, data: str | None) -> float | None:
-    """The validation loss of a fine-tuned adapter, on one of several data sets; None where it is of another recipe."""
-    return _read_loss(folder / "metrics.json", f"val_loss/{data}" if data else "val_loss", folder)
+def check_trained(params: Params, *tasks: str, llm: bool = True) -> None:
+    """Raises UserError where files tell, without torch, that nothing is trained which answers for any of some tasks.
+
+    Not `llm`: for names by what is pre-trained alone.
+    """
+    if not llm:
+        classes(params)
+        pretrained(params)
+        return
+    asked = learned(params, *tasks)
+    if not any((folder / METRICS).exists() for task in asked for some in _candidates(params, task) for folder in some):
+        raise _not_finetuned(params, asked[0])
+
+
+def learned(params: Params, *tasks: str) -> list[str]:
+    """Those of some tasks that the run has data sets of; the first where there are none."""
+    known = {params.data[data].task for data in params.run.data}
+    return [task for task in tasks if task in known] or list(tasks[:1])
+
+
+def _candidates(params: Params, task: str) -> list[dict[Path, str]]:
+    """For each data set of a task: where its fine-tuned adapters are or will be, and the keys of their losses on it.
+
+    Raises UserError where the run has no such data set, or no recipe for one.
+    """
+    run, recipes = Run.of(params), {name: params.finetune.recipes[name].data for name in params.run.recipes}
+    found = [
+        {
+            run.finetuned(adapter, name): f"val_loss/{data}" if len(sets) > 1 else "val_loss"
+            for name, sets in recipes.items()
+            if data in sets
+            for adapter in params.run.adapters
+        }
+        for data in _of_task(params, task)
+    ]
+    if not any(found):
+        raise UserError("run.recipes", f"none is on a data set with the task {task}", "add one to params.yaml")
+    return found
+
+
+def _of_task(params: Params, task: str) -> list[str]:
+    """The data sets of a task; UserError where the run has none, with what it learns instead."""
+    found = [data for data in params.run.data if params.data[data].task == task]
+    if not found:
+        others = sorted({params.data[data].task for data in params.run.data})
+        known, wanted = (" and ".join(LEARNED.get(one, one) for one in some) for some in (others, [task]))
+        commands = " or ".join(f"`terraalign {other}`" for other in others if other in LEARNED)
+        files = "a folder per class" if task == "classify" else "a captions file beside the pictures"
+        remedy = f"{commands or 'take another profile'}, or `terraalign try` with {files} and another --name"
+        raise UserError("", f"this run (profile {params.profile}) learns {known}, not {wanted}", remedy)
+    return found
+
+
+def _not_finetuned(params: Params, task: str) -> UserError:
+    return _not_yet(params, Run.of(params).base / "finetune", f"nothing is fine-tuned for the task {task} yet")
+
+
+def _not_yet(params: Params, where: Path, what: str) -> UserError:
+    run = f"`terraalign run` runs the profile {params.profile}, and `terraalign plan` says what that takes"
+    return UserError(where, what, f"`terraalign try FOLDER` learns from pictures of your own; {run}")
 
 
 def _read_loss(file: Path, key: str, made: Path) -> float | None:
@@ -79,6 +131,15 @@ def _read_loss(file: Path, key: str, made: Path) -> float | None:
         print(f"left out: {file}: not of this recipe ({error!r}); {remedy(made)}", file=sys.stderr)
         return None
     return loss if math.isfinite(loss) else math.inf
+
+
+def best_finetuned(params: Params, identity: dict[str, str], *tasks: str) -> Path:
+    """The best adapter of the first of some tasks that the run has one for."""
+    *first, last = learned(params, *tasks)
+    for task in first:
+        with contextlib.suppress(UserError):
+            return best_adapter(params, finetuned(params, task), identity)
+    return best_adapter(params, finetuned(params, last), identity)
 
 
 def best_adapter(params: Params, losses: Mapping[Path, float], identity: dict[str, str]) -> Path:

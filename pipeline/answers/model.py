@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -13,14 +14,15 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline.answers.best import best_adapter, classes, finetuned, namers, pretrained
-from pipeline.answers.familiar import STRANGE, Familiar
+from pipeline.answers.best import best_adapter, best_finetuned, classes, namers, pretrained
+from pipeline.answers.familiar import STRANGE, Familiar, familiar_with
 from pipeline.answers.names import NamedBy, emd_at_work, hints_at_work, likeliest, namer_at_work
-from pipeline.answers.pictures import Picture, content_of
+from pipeline.answers.pictures import Picture, content_of, explained, naming
 from pipeline.config import Params, load_params
 from pipeline.devices import pick_device
 from pipeline.encoders.base import Encoder
@@ -34,10 +36,12 @@ if TYPE_CHECKING:
     from pipeline.llms.load import LanguageModel
     from pipeline.vlm import VLM
 
-P = TypeVar("P", str, Path, bytes, Image.Image)
+P = TypeVar("P", str, Path, bytes, Image.Image, np.ndarray)
 Rule = Literal["llm", "namer", "emd", "discriminant"]
 ANSWER_TOKENS, NO_REPEAT = 40, 4  # of an answer to a question of one's own; and a run of tokens that stands there once
 TOP = 5
+# What libraries warn of that is meant so (VLM.generate), or that is between them (PEFT asks transformers).
+MEANT = "Passing `(repetition_penalty|no_repeat_ngram_size)`|`is_gradient_checkpointing` is deprecated"
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class Answer:
     names: dict[str, float] = field(default_factory=dict)
     """The likeliest names with their probabilities, the likeliest first; of classification alone."""
     strangeness: float | None = None
-    """The share of held-out pictures that are more like a training picture; None where too few are there to tell."""
+    """How unlike the training pictures it is, by Familiar, 0 to 1; None where too few are held out to tell."""
 
     def __str__(self) -> str:
         return self.text
@@ -117,6 +121,8 @@ class Model:
 
         Threads decode the next `batch` (default: evaluate.batch) while the models are at work.
         """
+        if batch is not None and batch < 1:
+            raise ValueError(f"batch: at least 1, not {batch}")
         size, rest = batch or self.params.evaluate.batch, iter(pictures)
         with ThreadPoolExecutor(self.params.runtime.decode_threads) as pool:
 
@@ -131,9 +137,13 @@ class Model:
     def encode(self, pictures: Sequence[Picture]) -> Tensor:
         """Image tokens of pictures, float32 [B, N, D_img] on the CPU: those of extraction, but for its decoder.
 
-        Raises ValueError with the reason where one is no readable picture.
+        Raises ValueError, with the name of a file, where one is no readable picture.
         """
-        return self._tokens([self._load(picture) for picture in pictures])
+        loaded = []
+        for picture in pictures:
+            with naming(picture):
+                loaded.append(self._load(picture))
+        return self._tokens(loaded)
 
     def seen(self, picture: Picture) -> Image.Image | None:
         """What the encoder is shown of a picture: its middle where the rest is cut off, resized; None where the
@@ -177,6 +187,8 @@ class Model:
 
         Before stage `name` has run it is EMD alone, whatever the rule.
         """
+        if top < 1:
+            raise ValueError(f"top: at least 1, not {top}")
         if llm:
             return self._names_by_llm(top)
         with self._in_project():
@@ -251,18 +263,14 @@ class Model:
         key = tuple(sets)
         with self._in_project():
             if key not in self._familiar:
-                self._familiar[key] = _familiar(self.run, list(key))
+                self._familiar[key] = familiar_with(self.run, list(key))
         known = self._familiar[key]
         return lambda tokens: [None] * len(tokens) if known is None else known.strangeness(tokens)
 
     def _best_finetuned(self, *tasks: str) -> Path:
         """The best adapter of the first of some tasks that anything is fine-tuned for."""
-        *first, last = tasks
         with self._in_project():
-            for task in first:
-                with contextlib.suppress(UserError):
-                    return best_adapter(self.params, finetuned(self.params, task), self._encoder.identity)
-            return best_adapter(self.params, finetuned(self.params, last), self._encoder.identity)
+            return best_finetuned(self.params, self._encoder.identity, *tasks)
 
     def _made_by(self, folder: Path) -> tuple[str, str, list[str]]:
         """Adapter, recipe and data sets of a fine-tuned adapter."""
@@ -300,7 +308,8 @@ class Model:
         """The LLM with an adapter and its LoRA inserted, which stay until others are asked for."""
         from pipeline.vlm import tuned
 
-        with self._lock:
+        with self._lock, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=MEANT)
             if self._vlm is None or self._vlm[0] != folder:
                 self._inserted.close()
                 self._vlm = None
@@ -319,11 +328,8 @@ class Model:
         """A picture, decoded as far as a thread has to. Raises ValueError with the reason where it does not decode."""
         with self._in_project() if "_decoder" not in self.__dict__ else contextlib.nullcontext():
             decoder = self._decoder
-        try:
-            content = content_of(picture)
-        except OSError as error:
-            raise ValueError(error.strerror or str(error)) from None
-        return decoder.load(content)
+        with explained(picture):
+            return decoder.load(content_of(picture))
 
     def _tokens(self, loaded: Sequence[Loaded]) -> Tensor:
         """Part by part, in batches of the shape of extraction. Raises Broken with the place among all."""
@@ -368,14 +374,6 @@ def _told(
     best = [dict(islice(some.items(), top)) for some in names] if names else [dict[str, float]()] * len(texts)
     told = zip(texts, best, strangeness, strict=True)
     return [Answer(text, adapter, recipe, rule, names, strange) for text, names, strange in told]
-
-
-def _familiar(run: Run, sets: list[str]) -> Familiar | None:
-    try:
-        return Familiar.of(run, sets)
-    except UserError as fault:
-        print(f"not looked at whether pictures are like those for training: {fault}", file=sys.stderr)
-        return None
 
 
 def _params_of(profile: str) -> Params:
