@@ -6,7 +6,10 @@ import contextlib
 import io
 import json
 import shutil
+import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -269,6 +272,25 @@ def test_a_run_that_is_not_trained_says_what_to_do(tiny_params):
 def test_a_port_that_is_taken_is_one_line(tiny_params):
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match=r"in use.*--port"):
         app.serve(tiny_params, "127.0.0.1", taken.getsockname()[1], print)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGINT to send to one process alone")
+@pytest.mark.parametrize("state", ["starting", "answering"])
+def test_ctrl_c_ends_it_at_once(served, photos, state):
+    """While models load in a thread, and in the middle of an answer, with an adapter in the LLM."""
+    command = [sys.executable, "-m", "stages.cli", "serve", "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        address = process.stdout.readline().split()[0]
+        with contextlib.ExitStack() as stack:
+            if state == "answering":
+                asked = f"{address}/api/ask?question=Why%3F"
+                answer = stack.enter_context(urllib.request.urlopen(asked, photos[0].read_bytes(), timeout=60))
+                answer.readline()
+            process.send_signal(signal.SIGINT)
+            began = time.monotonic()
+            said, faults = process.communicate(timeout=60)
+        assert time.monotonic() - began < 5 and process.returncode == 0
+    assert said.endswith("stopped\n") and "ERROR" not in faults and "terminate called" not in faults
 
 
 # In a browser.

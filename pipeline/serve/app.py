@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import socket
@@ -92,7 +91,7 @@ def application(place: Place, hosts: tuple[str, ...] = LOOPBACK) -> Starlette:
 
 
 def serve(params: Params, host: str, port: int, ready: Callable[[str], None]) -> None:
-    """Answer until interrupted; `ready` is given the page's address. Raises UserError when the port is taken."""
+    """Answer until the process ends; `ready` is given the page's address. Raises UserError when the port is taken."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -104,10 +103,17 @@ def serve(params: Params, host: str, port: int, ready: Callable[[str], None]) ->
         raise UserError(f"{host}:{port}", error.strerror or error, remedy) from None
     place = Place.of(params)
     app = application(place, LOOPBACK if host in LOOPBACK else ("*",))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1))
+    server = _Server(uvicorn.Config(app, log_level="warning", access_log=False))
     ready(f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}")
     threading.Thread(target=place.desk.warm, daemon=True).start()
     server.run([listener])
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to the command, which ends the process: uvicorn would wait for answers under way."""
+
+    def capture_signals(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
 
 class OwnPageOnly:
@@ -132,8 +138,7 @@ class OwnPageOnly:
         app = self.app
         if headers.get(b"sec-fetch-site", b"none") not in (b"same-origin", b"none"):
             app = JSONResponse({"error": "asked by another site"}, 403)
-        with contextlib.suppress(asyncio.CancelledError):  # the server ends
-            await app(scope, receive, with_headers)
+        await app(scope, receive, with_headers)
 
 
 def about(place: Place) -> dict[str, Any]:
