@@ -29,11 +29,12 @@ def serve(
     params = load_params()
 
     def ready(address: str) -> None:
-        print(f"{address}  (Ctrl-C ends it)", flush=True)
+        print(f"{address}  (Ctrl-C ends it)\nanswers: {offered(params)}", flush=True)
         if browse:
             webbrowser.open(address)
 
     from pipeline.serve import app  # torch: not needed for --help
+    from pipeline.serve.desk import offered
 
     app.serve(params, host, port, ready)
 

@@ -36,6 +36,7 @@ from pipeline.errors import UserError
 from pipeline.naming.table import Named
 from pipeline.runs import Run, stages
 from pipeline.serve import app
+from pipeline.serve.desk import offered
 from pipeline.serve.ledger import command_of
 from pipeline.store.reader import CaptionTokens, ImageTokens
 from pipeline.vlm import VLM
@@ -265,8 +266,30 @@ def test_who_leaves_frees_the_model(served, photos, monkeypatch):
 
 def test_a_run_that_is_not_trained_says_what_to_do(tiny_params):
     told = app.about(app.Place.of(tiny_params))
+    assert told["offered"].startswith("nothing yet; no names: no adapter is trained yet; no captions: ")
     assert all("dvc repro" in line for line in told["missing"]) and len(told["missing"]) == 2
     assert not told["states"] and not told["tables"] and not told["samples"]
+
+
+def test_what_a_run_can_answer_is_said_in_words(tiny_params):
+    alone = tiny_params.run.model_copy(update={"data": ["classes"], "recipes": ["classes"], "adapters": ["mlp"]})
+    params = tiny_params.model_copy(update={"run": alone})
+    untaught = "; no captions: it was trained on pictures without captions"
+    untuned = "; no questions: no adapter is fine-tuned yet"
+    files = {"pretrain/mlp/last.safetensors": "", "name/mlp/classes/namer.json": '{"val_loss": 1}'}
+    files["finetune/mlp-classes/metrics.json"] = '{"val_loss": 1}'
+    said = []
+    for name, content in files.items():
+        path = Run.of(params).base / name
+        path.parent.mkdir(parents=True)
+        path.write_text(content)
+        said.append(offered(params))
+    assert said == [
+        f"names (by EMD){untaught}{untuned}",
+        f"names (by EMD, discriminant analysis){untaught}{untuned}",
+        f"names (by EMD, discriminant analysis, the language model), questions{untaught}",
+    ]
+    assert app.about(app.Place.of(params))["ways"] == ["names", "emd", "classes"]
 
 
 def test_a_port_that_is_taken_is_one_line(tiny_params):
@@ -379,6 +402,18 @@ def test_a_photo_is_taken(page):
     page.get_by_role("button", name="Take the photo").click()
     expect(page.locator("#bars li")).to_have_count(5, timeout=30_000)
     expect(page.locator("#shot")).to_be_hidden()
+
+
+def test_there_is_no_place_for_captions_where_a_run_has_none(browser, served):
+    context = browser.new_context()
+    about = get(f"{served}/api/about") | {"ways": ["names", "emd", "classes"], "offered": "names alone"}
+    context.route("**/api/about", lambda route: route.fulfill(json=about))
+    page = opened(context, served)
+    expect(page.locator("#before")).to_contain_text("It answers: names alone.")
+    page.get_by_label("Test picture 1 of").click()
+    expect(page.get_by_role("heading", name="Most likely")).to_be_visible()
+    expect(page.get_by_role("heading", name="Caption")).to_be_hidden()
+    context.close()
 
 
 def test_two_at_once(browser, served, photos, monkeypatch):

@@ -28,7 +28,7 @@ from pipeline.config import Params
 from pipeline.errors import UserError
 from pipeline.serve import ledger, mistakes
 from pipeline.serve.album import Album
-from pipeline.serve.desk import MOST_PIXELS, Desk, checked, data_uri
+from pipeline.serve.desk import MOST_PIXELS, Desk, checked, data_uri, offered
 from pipeline.serve.inside import Inside
 
 PAGE = Path(__file__).parent / "page"
@@ -155,6 +155,8 @@ def about(place: Place) -> dict[str, Any]:
         "encoder": params.vision.model or params.vision.encoder,
         "llm": params.llm.model,
         "data": {data: params.data[data].task for data in params.run.data},
+        "ways": place.desk.ways,
+        "offered": offered(params),
         "samples": samples,
         "missing": missing,
         "states": place.inside.states(),
