@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import shutil
 import signal
 import socket
@@ -153,7 +154,7 @@ def test_what_is_no_picture_or_too_large_is_refused(served, body, status, reason
 
 
 def test_other_sites_and_other_names_are_refused(served):
-    assert request(f"{served}/api/about")[0] == 200
+    assert request(f"{served}/api/about")[0] == 200 == request(f"{served}/favicon.ico")[0]
     assert request(f"{served}/api/about", Sec_Fetch_Site="cross-site")[0] == 403
     assert request(f"{served}/api/about", Host="evil.example")[0] == 400
 
@@ -407,7 +408,7 @@ def test_a_photo_is_taken(page):
 def test_there_is_no_place_for_captions_where_a_run_has_none(browser, served):
     context = browser.new_context()
     about = get(f"{served}/api/about") | {"ways": ["names", "emd", "classes"], "offered": "names alone"}
-    context.route("**/api/about", lambda route: route.fulfill(json=about))
+    context.route("**/api/about*", lambda route: route.fulfill(json=about))
     page = opened(context, served)
     expect(page.locator("#before")).to_contain_text("It answers: names alone.")
     page.get_by_label("Test picture 1 of").click()
@@ -466,6 +467,48 @@ def test_look_inside_mistakes_and_runs(page):
     page.keyboard.press("Escape")
     page.get_by_role("tab", name="Runs").click()
     expect(page.locator("#curves figure")).to_have_count(2)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_each_curve_has_a_look_of_its_own(browser, served, scheme):
+    """Of eight profiles with three each in one chart; and all stand out from what is behind them (WCAG 1.4.11)."""
+    context = browser.new_context(viewport={"width": 390, "height": 800}, color_scheme=scheme)
+    profiles = [f"p{number}" for number in range(8)]
+    lines = {
+        profile: {key: [[0, max(i, 1) + j], [1, max(i, 1)]] for j, key in enumerate(("val", "shuffled", "const_set"))}
+        for i, profile in enumerate(profiles)  # the first two are the same
+    }
+    curves = [
+        {"profile": profile, "stage": "pretrain", "of": "mlp", "x": "epoch", "command": "", "lines": lines[profile]}
+        for profile in profiles
+    ]
+    found = {"profiles": profiles, "figures": {}, "curves": curves}
+    context.route("**/api/runs*", lambda route: route.fulfill(json=found))
+    page = opened(context, served)
+    page.get_by_role("tab", name="Runs").click()
+    expect(page.locator("#curves figure")).to_have_count(1)
+    for place in ("figure > svg g", ".legend g"):
+        looks = page.locator(f"#curves {place}").evaluate_all(
+            """all => all.map(one => [getComputedStyle(one.querySelector("polyline")).stroke,
+            getComputedStyle(one.querySelector("polyline")).strokeDasharray, one.querySelector("text")?.textContent])"""
+        )
+        assert len(looks) == 24 == len({tuple(look) for look in looks})
+    behind = page.locator("#curves figure").evaluate("one => getComputedStyle(one).backgroundColor")
+    assert min(contrast(colour, behind) for colour, *_ in looks) >= 3
+    expect(page.get_by_role("button", name="p0: own caption")).to_contain_text("the same as p1")
+    page.get_by_role("button", name="p2: own caption").focus()
+    faint = "all => all.map(one => Number(getComputedStyle(one).opacity) < 1)"
+    assert page.locator("#curves figure > svg g").evaluate_all(faint).count(False) == 1
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    context.close()
+
+
+def contrast(*colours: str) -> float:
+    """Of two colours as a browser writes them, by WCAG 2.2."""
+    shares = [[int(part) / 255 for part in re.findall(r"\d+", colour)] for colour in colours]
+    lights = [[c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in own] for own in shares]
+    dark, light = sorted(float(np.dot(own, (0.2126, 0.7152, 0.0722))) for own in lights)
+    return (light + 0.05) / (dark + 0.05)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -82,6 +82,7 @@ def application(place: Place, hosts: tuple[str, ...] = LOOPBACK) -> Starlette:
         "/api/inside": _inside,
     }
     routes: list[Any] = [Route("/", lambda _: FileResponse(PAGE / "index.html"))]
+    routes.append(Route("/favicon.ico", lambda _: FileResponse(PAGE / "icon.svg")))  # where browsers look by themselves
     routes += [Route(path, _answering(place, answer)) for path, answer in answers.items()]
     routes += [Route(path, _looking(place, answer), methods=["GET", "POST"]) for path, answer in asked.items()]
     routes.append(Mount("/page", StaticFiles(directory=PAGE)))
