@@ -469,6 +469,32 @@ def test_look_inside_mistakes_and_runs(page):
     expect(page.locator("#curves figure")).to_have_count(2)
 
 
+@pytest.mark.parametrize("classes", [12, 81])
+def test_the_confusion_matrix_has_names(browser, served, classes):
+    """On its axes or, where there are too many for these, of what is pointed at; and lists say how long they are."""
+    context = browser.new_context(viewport={"width": 390, "height": 1400})
+    names = [f"a name as long as that of class {number}" for number in range(classes)]
+    rows = [[0, number, number, ""] for number in range(classes)] + [[0, 2, None, "what?"]]
+    by_class = [[number, 1, 1, 1.0] for number in range(classes)]
+    found = {"data": "classes", "names": names, "rows": rows, "classes": by_class, "command": "", "accuracy": 0.9}
+    context.route("**/api/mistakes*", lambda route: route.fulfill(json=found))
+    page = opened(context, served)
+    page.get_by_role("tab", name="Mistakes").click()
+    expect(page.locator("#matrix .axis")).to_have_text(["what was said", "what it is"])
+    said = page.locator("#matrix text:not(.axis) title").all_text_contents()
+    assert said == ([*names, *names, "no name"] if classes == 12 else [])
+    square, behind = page.locator("#matrix rect.off").bounding_box(), page.locator("#matrix .behind").bounding_box()
+    page.mouse.move(square["x"] + square["width"] / 2, square["y"] + square["height"] / 2)
+    expect(page.locator("#matrix-at")).to_have_text(f"It is {names[2]}, and no name was said: 1 picture.")
+    assert behind["x"] + behind["width"] == pytest.approx(square["x"] + square["width"], abs=1)
+    more = "one => getComputedStyle(one, '::after').content"
+    shown, hidden = page.locator("#classes"), re.compile(r"▾ \d+ more")
+    assert hidden.search(shown.evaluate(more)) and page.locator("#confusions").evaluate(more) == "none"
+    shown.evaluate("one => one.scrollTo(0, one.scrollHeight)")
+    expect(shown).not_to_have_class(re.compile("more"))
+    context.close()
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_each_curve_has_a_look_of_its_own(browser, served, scheme):
     """Of eight profiles with three each in one chart; and all stand out from what is behind them (WCAG 1.4.11)."""

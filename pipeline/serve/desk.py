@@ -33,7 +33,10 @@ WAYS: dict[str, Callable[[Model], Ask]] = {
 WITHOUT_LLM = ("names", "emd")
 # The task whose data sets each is learned from, and what a run without such is told.
 TASKS = {"names": "classify", "emd": "classify", "caption": "caption", "before": "caption", "classes": "classify"}
-UNTAUGHT = {"classify": "it was trained on pictures without classes", "caption": "it was trained on pictures without captions"}
+UNTAUGHT = {
+    "classify": "it was trained on pictures without classes",
+    "caption": "it was trained on pictures without captions",
+}
 MOST_PIXELS = 50_000_000
 LONGEST_QUESTION = 1000  # characters
 SHOWN = 900  # pixels of the longer side of what is sent back

@@ -1,5 +1,5 @@
 // Runs: curves and figures of all profiles, and of `dvc exp`, side by side, each with its command.
-import { ask, by, el, onTab, tell } from "./common.js";
+import { ask, by, el, onTab, saysMore, tell } from "./common.js";
 
 // A profile has the same colour in all charts, and what is measured the same dashes; beyond so many profiles, marks.
 const COLOURS = 6; // --curve-0 and so on: the least alike there are, also to the colour-blind
@@ -12,6 +12,7 @@ const STAGES = { pretrain: "pre-training", finetune: "fine-tuning", finetune_scr
 let found = null;
 
 export function startRuns() {
+  saysMore(by("figures").parentElement, "tbody tr");
   onTab("runs", load);
   by("filter").addEventListener("input", table);
   by("experiments").addEventListener("click", experiments);
