@@ -50,7 +50,7 @@ class NamedThings(Metric):
         own = [things.repeats(text) for texts in references for text in texts]
         repeats = {column: [things.repeats(text) for text in rows[column]] for column in ("finetuned", "pretrained")}
         told = sum(bool(things.of(texts)) for texts in references)
-        few = f"test pictures with things in their references (F1 of things takes {FEWEST})"
+        few = f"test pictures with things in their references, too few for F1 (it takes {FEWEST})"
         measured, new = [Figure("things", told, few, kind="count", baseline=True)], list[Figure]()
         if told >= FEWEST:
             measured, new = _named(things, rows, references), unseen(things, train, references, rows["finetuned"])

@@ -113,8 +113,9 @@ def serve(params: Params, host: str, port: int, ready: Callable[[str], None]) ->
 class _Server(uvicorn.Server):
     """Leaves signals to the command, which ends the process: uvicorn would wait for answers under way."""
 
-    def capture_signals(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
 
 
 class OwnPageOnly:
