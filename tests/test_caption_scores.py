@@ -18,7 +18,7 @@ from pipeline.metrics import base as metrics
 from pipeline.metrics import caption_scores, ptb
 from pipeline.metrics.base import Figure, mean_of
 from pipeline.metrics.caption_scores import CaptionScores, best_constant, mean_cider, most_typical, nearest
-from pipeline.metrics.things import Things, unseen
+from pipeline.metrics.things import FEWEST, NamedThings, Things, unseen
 from pipeline.runs import Run
 from pipeline.store.reader import ImageTokens
 
@@ -241,3 +241,17 @@ def test_things_never_captioned_in_training_are_measured_apart() -> None:
     assert found["f1_unseen"].value == pytest.approx(2 * right / (2 * right + wrong + missed)) and wrong == 1
     assert unseen(things, [*train, *test], test, said) == []
     assert unseen(things, train, test[2:3], said[2:3]) == []
+
+
+def test_things_of_too_few_pictures_are_one_line(project: object) -> None:
+    """Not rows of 0 %: as many as are needed have a thing, all named; then one less."""
+    things = [f"{letter * 3}" for letter in "bcdefghijk"]
+    test, said = [[f"a {thing} on grass"] for thing in things], [f"the {thing}" for thing in things]
+    enough = pictures({"train": [["a dog on grass"], ["a cat on grass"]], "test": test})
+    assert len(things) == FEWEST
+    found = {figure.key: figure for figure in NamedThings(None).figures(answered(enough, said))}
+    assert found["f1"].value == found["recall_unseen"].value == 1 and "things" not in found
+    few = pictures({"train": [["a dog on grass"]] * 9, "test": [*test[1:], ["grass"]]})
+    found = {figure.key: figure for figure in NamedThings(None).figures(answered(few, [*said[1:], "grass"]))}
+    assert found["things"].value == FEWEST - 1 and found["things"].kind == "count" and found["things"].baseline
+    assert {*found} == {"things", "repeats", "repeats_pretrained", "repeats_references", "captioned"}

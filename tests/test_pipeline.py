@@ -111,7 +111,7 @@ def test_every_stage_of_the_graph(tiny_params, tiny_mistral):
     assert "<html" in (base / "report/index.html").read_text()
     figures = json.loads((base / "metrics.json").read_text())
     assert {"emd/mlp/val", "retrieval/query/r1_debiased", "classes/mlp/classes/acc", "classes/probe", "classes/chance",
-            "classes/mlp/classes/acc_strict", "captions/mlp/captions/f1", "captions/mlp/captions/f1_shuffled",
+            "classes/mlp/classes/acc_strict", "captions/things", "captions/mlp/captions/repeats",
             "captions/mlp/captions/judge", "captions/judge_auc",
             "captions/mlp/captions/bleu_4", "captions/mlp/captions/cider_over_nearest", "captions/cider_constant",
             "classes/discriminant", "classes/mlp/acc/emd", "classes/mlp/ece/namer", "classes/mlp/classes/acc/combined",

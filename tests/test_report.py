@@ -205,7 +205,7 @@ def test_page_needs_nothing_else(params: Params) -> None:
     assert "script" not in shown.tags and "@import" not in text and "url(" not in text
     assert report(params) == text
     assert len(shown.loaded) > 40 and all(uri.startswith("data:image/") for uri in shown.loaded)
-    for uri in set(shown.loaded):
+    for uri in (uri for uri in set(shown.loaded) if ";base64," in uri):  # all but the icon
         with Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))) as picture:
             assert max(picture.size) <= sections.THUMBNAIL or picture.format == "PNG"
     assert text.count('<figure class="card shot">') == sections.GALLERY
@@ -227,9 +227,33 @@ def test_head_of_the_page(params: Params) -> None:
     tiles = page.tiles(results, convergence.collect(params))
     assert [tile.value.replace("\u00a0", " ") for tile in tiles] == ["90 %", "25 %", "20 of 30", "40 %"]
     assert tiles[0].label == "of unseen pictures named, out of 4 names"
-    note = "classes: query; 83 % to 94 % with 95 % confidence, the namer, no LLM 78.0 %"
+    note = "classes: query; 83 % to 94 % with 95 % confidence, without the language model 78.0 %"
     note += ", chance 25.0 %, linear probe 90.0 %, discriminant analysis 73.0 %"
     assert tiles[0].note.replace("\u00a0", " ") == note
+    assert tiles[1].label == "of pictures find their own caption or class name among 100, with no language model"
+    text = report(params)
+    assert "<h1>demo</h1>" in text and "Data: captions from openmoji_scenes and classes from openmoji_food<" in text
+
+
+def test_a_run_of_classes_alone_is_not_told_of_captions(params: Params) -> None:
+    """Names stand for captions in its pre-training: to find one's own among those of all says nothing."""
+    values = params.model_dump()
+    values["run"] |= {"data": ["classes"], "recipes": ["classes"], "scratch": [], "scratch_recipes": []}
+    values["data"]["classes"] |= {"source": "imagefolder", "root": "/somewhere/birds"}
+    values["pretrain"]["data"] = ["classes"]
+    values["pca"] |= {"data": "classes", "recipe": "classes"}
+    alone = Params.model_validate(values)
+    text, results = report(alone), read_results(alone)
+    assert "Data: classes from the folder birds<" in text and "/somewhere/birds" not in text.partition("<main>")[0]
+    assert (
+        "among the words of the class names" in text and "(of a picture that has none, the name of its\nclass)" in text
+    )
+    assert [tile.label for tile in page.tiles(results, convergence.collect(alone))] == [
+        "of unseen pictures named, out of 4 names"
+    ]
+    assert not {"finds its caption\nraw / debiased", "chance"} & {*tables.pretraining_table(results).head}
+    assert figures.terminal_table(results).caption == "image gain: " + figures.gain_of(alone)
+    assert figures.gain_of(alone).startswith("by how much a class name is nearer to its own picture than to another")
 
 
 def test_every_way_of_naming_is_beside_what_it_is_compared_with(params: Params) -> None:

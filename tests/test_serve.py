@@ -5,8 +5,12 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import shutil
+import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -33,6 +37,7 @@ from pipeline.errors import UserError
 from pipeline.naming.table import Named
 from pipeline.runs import Run, stages
 from pipeline.serve import app
+from pipeline.serve.desk import offered
 from pipeline.serve.ledger import command_of
 from pipeline.store.reader import CaptionTokens, ImageTokens
 from pipeline.vlm import VLM
@@ -149,7 +154,7 @@ def test_what_is_no_picture_or_too_large_is_refused(served, body, status, reason
 
 
 def test_other_sites_and_other_names_are_refused(served):
-    assert request(f"{served}/api/about")[0] == 200
+    assert request(f"{served}/api/about")[0] == 200 == request(f"{served}/favicon.ico")[0]
     assert request(f"{served}/api/about", Sec_Fetch_Site="cross-site")[0] == 403
     assert request(f"{served}/api/about", Host="evil.example")[0] == 400
 
@@ -262,13 +267,54 @@ def test_who_leaves_frees_the_model(served, photos, monkeypatch):
 
 def test_a_run_that_is_not_trained_says_what_to_do(tiny_params):
     told = app.about(app.Place.of(tiny_params))
+    assert told["offered"].startswith("nothing yet; no names: no adapter is trained yet; no captions: ")
     assert all("dvc repro" in line for line in told["missing"]) and len(told["missing"]) == 2
     assert not told["states"] and not told["tables"] and not told["samples"]
+
+
+def test_what_a_run_can_answer_is_said_in_words(tiny_params):
+    alone = tiny_params.run.model_copy(update={"data": ["classes"], "recipes": ["classes"], "adapters": ["mlp"]})
+    params = tiny_params.model_copy(update={"run": alone})
+    untaught = "; no captions: it was trained on pictures without captions"
+    untuned = "; no questions: no adapter is fine-tuned yet"
+    files = {"pretrain/mlp/last.safetensors": "", "name/mlp/classes/namer.json": '{"val_loss": 1}'}
+    files["finetune/mlp-classes/metrics.json"] = '{"val_loss": 1}'
+    said = []
+    for name, content in files.items():
+        path = Run.of(params).base / name
+        path.parent.mkdir(parents=True)
+        path.write_text(content)
+        said.append(offered(params))
+    assert said == [
+        f"names (by EMD){untaught}{untuned}",
+        f"names (by EMD, discriminant analysis){untaught}{untuned}",
+        f"names (by EMD, discriminant analysis, the language model), questions{untaught}",
+    ]
+    assert app.about(app.Place.of(params))["ways"] == ["names", "emd", "classes"]
 
 
 def test_a_port_that_is_taken_is_one_line(tiny_params):
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match=r"in use.*--port"):
         app.serve(tiny_params, "127.0.0.1", taken.getsockname()[1], print)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGINT to send to one process alone")
+@pytest.mark.parametrize("state", ["starting", "answering"])
+def test_ctrl_c_ends_it_at_once(served, photos, state):
+    """While models load in a thread, and in the middle of an answer, with an adapter in the LLM."""
+    command = [sys.executable, "-m", "stages.cli", "serve", "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        address = process.stdout.readline().split()[0]
+        with contextlib.ExitStack() as stack:
+            if state == "answering":
+                asked = f"{address}/api/ask?question=Why%3F"
+                answer = stack.enter_context(urllib.request.urlopen(asked, photos[0].read_bytes(), timeout=60))
+                answer.readline()
+            process.send_signal(signal.SIGINT)
+            began = time.monotonic()
+            said, faults = process.communicate(timeout=60)
+        assert time.monotonic() - began < 5 and process.returncode == 0
+    assert said.endswith("stopped\n") and "ERROR" not in faults and "terminate called" not in faults
 
 
 # In a browser.
@@ -359,6 +405,18 @@ def test_a_photo_is_taken(page):
     expect(page.locator("#shot")).to_be_hidden()
 
 
+def test_there_is_no_place_for_captions_where_a_run_has_none(browser, served):
+    context = browser.new_context()
+    about = get(f"{served}/api/about") | {"ways": ["names", "emd", "classes"], "offered": "names alone"}
+    context.route("**/api/about*", lambda route: route.fulfill(json=about))
+    page = opened(context, served)
+    expect(page.locator("#before")).to_contain_text("It answers: names alone.")
+    page.get_by_label("Test picture 1 of").click()
+    expect(page.get_by_role("heading", name="Most likely")).to_be_visible()
+    expect(page.get_by_role("heading", name="Caption")).to_be_hidden()
+    context.close()
+
+
 def test_two_at_once(browser, served, photos, monkeypatch):
     """While the LLM is at work for one, another gets names, and the caption after it."""
     gate, generate = threading.Event(), VLM.generate
@@ -409,6 +467,74 @@ def test_look_inside_mistakes_and_runs(page):
     page.keyboard.press("Escape")
     page.get_by_role("tab", name="Runs").click()
     expect(page.locator("#curves figure")).to_have_count(2)
+
+
+@pytest.mark.parametrize("classes", [12, 81])
+def test_the_confusion_matrix_has_names(browser, served, classes):
+    """On its axes or, where there are too many for these, of what is pointed at; and lists say how long they are."""
+    context = browser.new_context(viewport={"width": 390, "height": 1400})
+    names = [f"a name as long as that of class {number}" for number in range(classes)]
+    rows = [[0, number, number, ""] for number in range(classes)] + [[0, 2, None, "what?"]]
+    by_class = [[number, 1, 1, 1.0] for number in range(classes)]
+    found = {"data": "classes", "names": names, "rows": rows, "classes": by_class, "command": "", "accuracy": 0.9}
+    context.route("**/api/mistakes*", lambda route: route.fulfill(json=found))
+    page = opened(context, served)
+    page.get_by_role("tab", name="Mistakes").click()
+    expect(page.locator("#matrix .axis")).to_have_text(["what was said", "what it is"])
+    said = page.locator("#matrix text:not(.axis) title").all_text_contents()
+    assert said == ([*names, *names, "no name"] if classes == 12 else [])
+    square, behind = page.locator("#matrix rect.off").bounding_box(), page.locator("#matrix .behind").bounding_box()
+    page.mouse.move(square["x"] + square["width"] / 2, square["y"] + square["height"] / 2)
+    expect(page.locator("#matrix-at")).to_have_text(f"It is {names[2]}, and no name was said: 1 picture.")
+    assert behind["x"] + behind["width"] == pytest.approx(square["x"] + square["width"], abs=1)
+    more = "one => getComputedStyle(one, '::after').content"
+    shown, hidden = page.locator("#classes"), re.compile(r"▾ \d+ more")
+    assert hidden.search(shown.evaluate(more)) and page.locator("#confusions").evaluate(more) == "none"
+    shown.evaluate("one => one.scrollTo(0, one.scrollHeight)")
+    expect(shown).not_to_have_class(re.compile("more"))
+    context.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_each_curve_has_a_look_of_its_own(browser, served, scheme):
+    """Of eight profiles with three each in one chart; and all stand out from what is behind them (WCAG 1.4.11)."""
+    context = browser.new_context(viewport={"width": 390, "height": 800}, color_scheme=scheme)
+    profiles = [f"p{number}" for number in range(8)]
+    lines = {
+        profile: {key: [[0, max(i, 1) + j], [1, max(i, 1)]] for j, key in enumerate(("val", "shuffled", "const_set"))}
+        for i, profile in enumerate(profiles)  # the first two are the same
+    }
+    curves = [
+        {"profile": profile, "stage": "pretrain", "of": "mlp", "x": "epoch", "command": "", "lines": lines[profile]}
+        for profile in profiles
+    ]
+    found = {"profiles": profiles, "figures": {}, "curves": curves}
+    context.route("**/api/runs*", lambda route: route.fulfill(json=found))
+    page = opened(context, served)
+    page.get_by_role("tab", name="Runs").click()
+    expect(page.locator("#curves figure")).to_have_count(1)
+    for place in ("figure > svg g", ".legend g"):
+        looks = page.locator(f"#curves {place}").evaluate_all(
+            """all => all.map(one => [getComputedStyle(one.querySelector("polyline")).stroke,
+            getComputedStyle(one.querySelector("polyline")).strokeDasharray, one.querySelector("text")?.textContent])"""
+        )
+        assert len(looks) == 24 == len({tuple(look) for look in looks})
+    behind = page.locator("#curves figure").evaluate("one => getComputedStyle(one).backgroundColor")
+    assert min(contrast(colour, behind) for colour, *_ in looks) >= 3
+    expect(page.get_by_role("button", name="p0: own caption")).to_contain_text("the same as p1")
+    page.get_by_role("button", name="p2: own caption").focus()
+    faint = "all => all.map(one => Number(getComputedStyle(one).opacity) < 1)"
+    assert page.locator("#curves figure > svg g").evaluate_all(faint).count(False) == 1
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    context.close()
+
+
+def contrast(*colours: str) -> float:
+    """Of two colours as a browser writes them, by WCAG 2.2."""
+    shares = [[int(part) / 255 for part in re.findall(r"\d+", colour)] for colour in colours]
+    lights = [[c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in own] for own in shares]
+    dark, light = sorted(float(np.dot(own, (0.2126, 0.7152, 0.0722))) for own in lights)
+    return (light + 0.05) / (dark + 0.05)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

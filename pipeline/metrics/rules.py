@@ -11,7 +11,7 @@ from pipeline.metrics.base import Figure, share_of
 LABELS = {
     "emd": "nearest name by EMD, no LLM",
     "discriminant": "discriminant analysis, no LLM",
-    "namer": "the better of these, or their sum, no LLM",
+    "namer": "the better of EMD and discriminant analysis, or both, no LLM",
     "ranked": "likeliest name to the LLM",
     "calibrated": "the same, less what a name gets on average",
     "combined": "LLM and namer together",

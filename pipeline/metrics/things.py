@@ -5,12 +5,18 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.metrics.base import Figure, Metric, Tested, redrawn, share_of
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 COMMON = 0.1
 """A word in the captions of more than this share of pictures (a, on, background) is no thing of a picture."""
+
+FEWEST = 10
+"""Fewer pictures with things say nothing: none named of so many, and the share may still be 30 % (3 of n)."""
 
 RUN = 4
 """So many words said twice are a repetition. Three are none: "is at the top and ... is at the bottom"."""
@@ -27,7 +33,8 @@ class Judged(NamedTuple):
 
 class NamedThings(Metric):
     """f1, precision and recall of the things that captions name; repeats: the share that say something twice; and
-    *_unseen, of the pictures with a thing that stands in no training caption, where there are any.
+    *_unseen, of the pictures with a thing that stands in no training caption, where there are any. Where fewer than
+    FEWEST pictures have a thing in their references, how many do is all that is said of things.
 
     All pictures' things are counted together (micro): each thing weighs alike, and a caption that names none has its
     place. Intervals are those of drawing the pictures anew (Efron's bootstrap, 1979).
@@ -40,26 +47,39 @@ class NamedThings(Metric):
         references = list(rows["references"])
         things = Things([list(texts) for texts in tested.images.rows["captions"]])
         train = tested.images.rows["captions"].iloc[tested.images.split("train")]
-
-        def judged(column: str, of: Sequence[Sequence[str]]) -> list[Judged]:
-            return [things.judge(text, texts) for text, texts in zip(rows[column], of, strict=True)]
-
-        after, before = judged("finetuned", references), judged("pretrained", references)
-        others = judged("finetuned", [*references[1:], references[0]])
         own = [things.repeats(text) for texts in references for text in texts]
+        repeats = {column: [things.repeats(text) for text in rows[column]] for column in ("finetuned", "pretrained")}
+        told = sum(bool(things.of(texts)) for texts in references)
+        few = f"test pictures with things in their references, too few for F1 (it takes {FEWEST})"
+        measured, new = [Figure("things", told, few, kind="count", baseline=True)], list[Figure]()
+        if told >= FEWEST:
+            measured, new = _named(things, rows, references), unseen(things, train, references, rows["finetuned"])
         return [
-            f_score("f1", after, 1, 1, "things named, F1"),
-            f_score("precision", after, 1, 0, "named things that are there"),
-            f_score("recall", after, 0, 1, "things there that are named"),
-            f_score("f1_pretrained", before, 1, 1, "F1 before fine-tuning"),
-            # The same captions held against the next picture's references: what saying likely things would get.
-            f_score("f1_shuffled", others, 1, 1, "F1 against another picture's things"),
-            share_of("repeats", [row.repeats for row in after], "captions that repeat themselves"),
-            share_of("repeats_pretrained", [row.repeats for row in before], "the same before fine-tuning"),
+            *measured,
+            share_of("repeats", repeats["finetuned"], "captions that repeat themselves"),
+            share_of("repeats_pretrained", repeats["pretrained"], "the same before fine-tuning"),
             share_of("repeats_references", own, "references that repeat themselves", baseline=True),
             Figure("captioned", len(rows), "captioned test pictures", kind="count"),
-            *unseen(things, train, references, rows["finetuned"]),
+            *new,
         ]
+
+
+def _named(things: Things, rows: pd.DataFrame, references: list[Sequence[str]]) -> list[Figure]:
+    """How far captions name the things of their own picture, and of another."""
+
+    def judged(column: str, of: Sequence[Sequence[str]]) -> list[Judged]:
+        return [things.judge(text, texts) for text, texts in zip(rows[column], of, strict=True)]
+
+    after, before = judged("finetuned", references), judged("pretrained", references)
+    others = judged("finetuned", [*references[1:], references[0]])
+    return [
+        f_score("f1", after, 1, 1, "things named, F1"),
+        f_score("precision", after, 1, 0, "named things that are there"),
+        f_score("recall", after, 0, 1, "things there that are named"),
+        f_score("f1_pretrained", before, 1, 1, "F1 before fine-tuning"),
+        # The same captions held against the next picture's references: what saying likely things would get.
+        f_score("f1_shuffled", others, 1, 1, "F1 against another picture's things"),
+    ]
 
 
 def unseen(

@@ -56,6 +56,9 @@ def terminal_table(results: Results) -> Table:
     table = Table("figure", "data set", "of", "value", title=f"profile {params.profile}", title_justify="left")
     for row in main_figures(results):
         table.add_row(*row)
+    if any("image_gain" in found for found in results.pretrain.values()):
+        table.caption = f"image gain: {gain_of(params)}"
+        table.caption_justify = "left"
     return table
 
 
@@ -113,6 +116,18 @@ def measure(params: Params, adapter: str) -> str:
 def measures(params: Params) -> list[str]:
     """Those of all adapters: figures compare across them only where they are plain EMD, or shares."""
     return list(dict.fromkeys(measure(params, name) for name in params.run.adapters))
+
+
+def learned_from(params: Params) -> list[str]:
+    """What the texts of pre-training are: captions, class names, or both."""
+    tasks = [params.data[data].task for data in params.pretrain.data]
+    return list(dict.fromkeys("class names" if task == "classify" else "captions" for task in tasks))
+
+
+def gain_of(params: Params) -> str:
+    """What the image gain is, for people."""
+    text = " or ".join(kind.removesuffix("s") for kind in learned_from(params))
+    return f"by how much a {text} is nearer to its own picture than to another; above 0 something was seen"
 
 
 def total_time(results: Results) -> str:

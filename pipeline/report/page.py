@@ -15,9 +15,21 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pipeline.config import components
+from pipeline.config.schema import DataSettings
 from pipeline.metrics.base import Figure
 from pipeline.report import convergence
-from pipeline.report.figures import compared, duration, flat_metrics, interval, measures, percent, total_time, written
+from pipeline.report.figures import (
+    compared,
+    duration,
+    flat_metrics,
+    gain_of,
+    interval,
+    learned_from,
+    measures,
+    percent,
+    total_time,
+    written,
+)
 from pipeline.report.results import Results
 from pipeline.report.sections import sections
 from pipeline.report.tables import candidates_of, finetuning_table, pretraining_table, setup_table
@@ -84,6 +96,9 @@ def _context(results: Results, table: pd.DataFrame) -> dict[str, Any]:
         "adapters": params.run.adapters,
         "measure": listed(measures(params)),
         "several": len(measures(params)) > 1,
+        "origins": listed([f"{data} from {_origin(params.data[data])}" for data in params.run.data]),
+        "texts": listed(learned_from(params)),
+        "gain": gain_of(params),
         "tiles": tiles(results, table),
         "sections": sections(results),
         "recipes": listed(list(dict.fromkeys(table["recipe"]))),
@@ -107,6 +122,12 @@ def _context(results: Results, table: pd.DataFrame) -> dict[str, Any]:
         "openmoji": any(source.startswith("openmoji") for source in sources.values()),
         "others": listed([name for name in dict.fromkeys(sources.values()) if not name.startswith("openmoji")]),
     }
+
+
+def _origin(settings: DataSettings) -> str:
+    """A data set's folder by its name, not where on a disk it lies; its source where it has none."""
+    name = Path(getattr(settings, "root", "")).name
+    return f"the folder {name}" if name else settings.source
 
 
 def listed(texts: list[str]) -> str:
@@ -135,10 +156,10 @@ def _naming_tile(results: Results, data: str) -> Tile | None:
 
 
 def _unaided(results: Results, data: str) -> list[Figure]:
-    """The accuracy of the namer without the LLM that answers."""
+    """The accuracy of the namer that answers without the LLM."""
     best = results.best_without_llm(data)
     found = best.figures if best else []
-    return [replace(figure, label="the namer, no LLM") for figure in found if figure.key == "acc/namer"]
+    return [replace(figure, label="without the language model") for figure in found if figure.key == "acc/namer"]
 
 
 def _rough(figure: Figure) -> list[str]:
@@ -161,14 +182,16 @@ def _caption_tile(results: Results, data: str) -> Tile | None:
 
 def _retrieval_tile(results: Results) -> Tile | None:
     shares = {name: found["r1_debiased"] for name, found in results.pretrain.items() if "r1_debiased" in found}
-    if not shares:
+    texts = learned_from(results.params)
+    if not shares or texts == ["class names"]:  # which many pictures share: none of them is one's own
         return None
     name = max(shares, key=lambda adapter: float(shares[adapter]))
     candidates, raw = candidates_of(results, name), results.pretrain[name].get("r1_raw")
     note = f"{name} after pre-training, debiased; chance {percent(1 / candidates)}"
     note += "" if raw is None else f", raw {percent(raw, 0)}"
     asks = components.find("objective", results.params.pretrain_for(name).objective.name).needs_llm
-    label = f"of pictures find their own caption among {candidates}, with {'the' if asks else 'no'} language model"
+    own = " or ".join(kind.removesuffix("s") for kind in texts)
+    label = f"of pictures find their own {own} among {candidates}, with {'the' if asks else 'no'} language model"
     return Tile(percent(shares[name], 0), label, note)
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 
 from pipeline.metrics.base import Figure
 from pipeline.report import convergence
-from pipeline.report.figures import interval, labels, measure, measures, percent, written
+from pipeline.report.figures import interval, labels, learned_from, measure, measures, percent, written
 from pipeline.report.results import Results
 from pipeline.report.ways import MEASURES, SPEED, is_of_rule, ways
 
@@ -149,7 +149,7 @@ def _pretrained(results: Results, adapter: str) -> dict[str, Cell]:
     below = below_blind(found)
     if below is not None:
         cells["below"] = Cell(percent(below), mood="yes" if below > 0 else "no")
-    if {"r1_raw", "r1_debiased"} <= found.keys():
+    if {"r1_raw", "r1_debiased"} <= found.keys() and learned_from(results.params) != ["class names"]:
         cells["retrieval"] = Cell(f"{percent(found['r1_raw'])} / {percent(found['r1_debiased'])}")
         cells["chance"] = Cell(percent(1 / candidates_of(results, adapter)))
     return cells

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import socket
@@ -29,7 +28,7 @@ from pipeline.config import Params
 from pipeline.errors import UserError
 from pipeline.serve import ledger, mistakes
 from pipeline.serve.album import Album
-from pipeline.serve.desk import MOST_PIXELS, Desk, checked, data_uri
+from pipeline.serve.desk import MOST_PIXELS, Desk, checked, data_uri, offered
 from pipeline.serve.inside import Inside
 
 PAGE = Path(__file__).parent / "page"
@@ -83,6 +82,7 @@ def application(place: Place, hosts: tuple[str, ...] = LOOPBACK) -> Starlette:
         "/api/inside": _inside,
     }
     routes: list[Any] = [Route("/", lambda _: FileResponse(PAGE / "index.html"))]
+    routes.append(Route("/favicon.ico", lambda _: FileResponse(PAGE / "icon.svg")))  # where browsers look by themselves
     routes += [Route(path, _answering(place, answer)) for path, answer in answers.items()]
     routes += [Route(path, _looking(place, answer), methods=["GET", "POST"]) for path, answer in asked.items()]
     routes.append(Mount("/page", StaticFiles(directory=PAGE)))
@@ -92,7 +92,7 @@ def application(place: Place, hosts: tuple[str, ...] = LOOPBACK) -> Starlette:
 
 
 def serve(params: Params, host: str, port: int, ready: Callable[[str], None]) -> None:
-    """Answer until interrupted; `ready` is given the page's address. Raises UserError when the port is taken."""
+    """Answer until the process ends; `ready` is given the page's address. Raises UserError when the port is taken."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -104,10 +104,18 @@ def serve(params: Params, host: str, port: int, ready: Callable[[str], None]) ->
         raise UserError(f"{host}:{port}", error.strerror or error, remedy) from None
     place = Place.of(params)
     app = application(place, LOOPBACK if host in LOOPBACK else ("*",))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1))
+    server = _Server(uvicorn.Config(app, log_level="warning", access_log=False))
     ready(f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}")
     threading.Thread(target=place.desk.warm, daemon=True).start()
     server.run([listener])
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to the command, which ends the process: uvicorn would wait for answers under way."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
 
 
 class OwnPageOnly:
@@ -132,8 +140,7 @@ class OwnPageOnly:
         app = self.app
         if headers.get(b"sec-fetch-site", b"none") not in (b"same-origin", b"none"):
             app = JSONResponse({"error": "asked by another site"}, 403)
-        with contextlib.suppress(asyncio.CancelledError):  # the server ends
-            await app(scope, receive, with_headers)
+        await app(scope, receive, with_headers)
 
 
 def about(place: Place) -> dict[str, Any]:
@@ -150,6 +157,8 @@ def about(place: Place) -> dict[str, Any]:
         "encoder": params.vision.model or params.vision.encoder,
         "llm": params.llm.model,
         "data": {data: params.data[data].task for data in params.run.data},
+        "ways": place.desk.ways,
+        "offered": offered(params),
         "samples": samples,
         "missing": missing,
         "states": place.inside.states(),

@@ -14,7 +14,9 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from pipeline.answers.best import finetuned, namers, pretrained
 from pipeline.answers.model import Answer, Ask, Model
+from pipeline.config import Params
 from pipeline.errors import UserError
 from pipeline.media.pictures import FORMATS, decode
 
@@ -29,6 +31,12 @@ WAYS: dict[str, Callable[[Model], Ask]] = {
     "classes": lambda model: model.names(llm=True),
 }
 WITHOUT_LLM = ("names", "emd")
+# The task whose data sets each is learned from, and what a run without such is told.
+TASKS = {"names": "classify", "emd": "classify", "caption": "caption", "before": "caption", "classes": "classify"}
+UNTAUGHT = {
+    "classify": "it was trained on pictures without classes",
+    "caption": "it was trained on pictures without captions",
+}
 MOST_PIXELS = 50_000_000
 LONGEST_QUESTION = 1000  # characters
 SHOWN = 900  # pixels of the longer side of what is sent back
@@ -43,12 +51,15 @@ class Desk:
 
     def __init__(self, model: Model):
         self.model = model
+        tasks = tasks_of(model.params)
+        self.ways = [way for way, task in TASKS.items() if task in tasks]  # what the run was trained for, done or not
         self._asks: dict[str, Ask] = {}
         self._making, self._turn = threading.Lock(), threading.Lock()
 
     def warm(self) -> None:
-        """Load what the first answer needs; what cannot be is told when it is asked for."""
-        for way in WAYS:
+        """Load what the first answer needs; what is not there yet is told when it is asked for."""
+        missing = lacking(self.model.params)
+        for way in (way for way in self.ways if way not in missing):
             try:
                 ask = self._ask(way)
                 if way in WITHOUT_LLM:
@@ -74,7 +85,7 @@ class Desk:
 
     def _parts(self, picture: Image.Image, tokens: Tensor) -> Generator[Event, None, None]:
         yield {"event": "picture", "width": picture.width, "height": picture.height, "uri": data_uri(picture)}
-        for way in WAYS:
+        for way in self.ways:
             if way not in WITHOUT_LLM and self._turn.locked():
                 yield {"event": "waiting", "for": way}
             yield self._part(way, tokens)
@@ -132,6 +143,44 @@ class Desk:
                 yield event
         finally:
             gone.set()
+
+
+def tasks_of(params: Params) -> set[str]:
+    return {params.data[data].task for data in params.run.data}
+
+
+def lacking(params: Params) -> dict[str, str]:
+    """Which of WAYS a run cannot say anything by, as far as its files tell, and why."""
+    found, tasks = {}, tasks_of(params)
+    for way, task in TASKS.items():
+        try:
+            if task not in tasks:
+                found[way] = UNTAUGHT[task]
+            elif way in WITHOUT_LLM:
+                pretrained(params)
+            else:
+                finetuned(params, task)
+        except UserError:
+            found[way] = f"no adapter is {'trained' if way in WITHOUT_LLM else 'fine-tuned for them'} yet"
+    return found
+
+
+def offered(params: Params) -> str:
+    """What a run can answer and what it cannot, in words."""
+    missing = lacking(params)
+    untuned = {"caption", "classes"} <= missing.keys()
+    why = {
+        "names": missing.get("names"),
+        "captions": missing.get("caption"),
+        "questions": "no adapter is fine-tuned yet" if untuned else None,
+    }
+    rules = ["EMD"]
+    if not why["names"]:
+        rules += ["discriminant analysis"] if namers(params) else []
+        rules += [] if "classes" in missing else ["the language model"]
+    said = {"names": f"names (by {', '.join(rules)})"}
+    can = ", ".join(said.get(what, what) for what, reason in why.items() if not reason)
+    return "; ".join([can or "nothing yet", *(f"no {what}: {reason}" for what, reason in why.items() if reason)])
 
 
 def checked(content: bytes) -> Image.Image:

@@ -63,6 +63,19 @@ export function tell(id, error) {
   by(id).textContent = error ? error.message ?? error : "";
 }
 
+/** Have a box that scrolls say at its lower end how many of its rows are below that. */
+export function saysMore(box, rows) {
+  const count = () => {
+    const end = box.getBoundingClientRect().bottom;
+    const below = [...box.querySelectorAll(rows)].filter((row) => row.getBoundingClientRect().bottom > end + 2).length;
+    box.classList.toggle("more", below > 0);
+    box.dataset.more = `▾ ${below} more`;
+  };
+  box.addEventListener("scroll", count, { passive: true });
+  new ResizeObserver(count).observe(box);
+  new MutationObserver(count).observe(box, { childList: true, subtree: true });
+}
+
 export const percent = (share) => (share >= 0.995 || share < 0.0005 ? `${Math.round(share * 100)} %` : `${(share * 100).toFixed(1)} %`);
 
 /** Where a picture of the run is. */

@@ -1,13 +1,15 @@
 // Mistakes: accuracy by class, the confusion matrix, and the pictures behind both.
-import { ask, by, el, onTab, percent, tell, thumb } from "./common.js";
+import { ask, by, el, onTab, percent, saysMore, tell, thumb } from "./common.js";
 
 const MOST = 200; // pictures shown of a square
+const LINE = 12; // pixels of a line of text in the matrix
 let loaded = null, found = null;
 
 export function startMistakes(about) {
   const options = Object.entries(about.tables);
   by("table").replaceChildren(...options.map(([key, text]) => el("option", { value: key, text })));
   by("table").addEventListener("change", load);
+  for (const id of ["confusions", "classes"]) saysMore(by(id), "button");
   onTab("mistakes", load);
   if (!options.length) tell("mistakes-fault", "Nothing is evaluated on a data set of classes yet: run `dvc repro`.");
 }
@@ -58,20 +60,53 @@ function draw() {
 
 const said = ([, label, predicted]) => `${nameOf(label)}, ${predicted === null ? "called by no name of a class" : `taken for ${nameOf(predicted)}`}`;
 
+/** Squares of so many pixels, with names beside and above them where these are wide enough for a line of text. */
 function drawMatrix(cells) {
-  const size = found.names.length, most = Math.max(...cells.map((some) => some.length), 1);
+  const size = found.names.length, most = Math.max(...cells.map((some) => some.length), 1), box = by("matrix");
+  const width = box.clientWidth || 320, long = Math.min(130, width * 0.28), wide = (width - long) / (size + 1);
+  const named = wide >= LINE, left = named ? long : LINE * 1.5, side = Math.min((width - left) / (size + 1), 60);
+  const columns = [...found.names, "no name"];
   const squares = cells.map((some) => {
     const [, label, predicted] = some[0];
-    const square = el("svg:rect", {
-      x: predicted ?? size, y: label, width: 1, height: 1, class: label === predicted ? "right" : "off",
+    return el("svg:rect", {
+      x: left + (predicted ?? size) * side, y: left + label * side, width: side, height: side, class: label === predicted ? "right" : "off",
       "fill-opacity": 0.3 + 0.7 * (some.length / most), onclick: () => pictures(some, label === predicted ? `${nameOf(label)}, named rightly` : said(some[0])),
     });
-    square.append(el("svg:title", { text: `${label === predicted ? `${nameOf(label)}, right` : said(some[0])}: ${some.length}` }));
-    return square;
   });
-  by("matrix").replaceChildren(el("svg:svg", {
-    viewBox: `0 0 ${size + 1} ${size}`, role: "img", "aria-label": `Confusion matrix of ${size} classes; the lists have the same in words`,
-  }, ...squares));
+  const count = new Map(cells.map((some) => [`${some[0][1]} ${some[0][2] ?? size}`, some.length]));
+  const bands = ["row", "column"].map(() => el("svg:rect", { class: "band", visibility: "hidden" }));
+  const right = left + (size + 1) * side, bottom = left + size * side, titles = named ? LINE - 3 : LINE;
+  const svg = el("svg:svg", {
+    viewBox: `0 0 ${right} ${bottom}`, width: right, role: "img",
+    "aria-label": `Confusion matrix of ${size} classes${named ? `, in this order: ${found.names.join(", ")}` : ""}; the lists have the same in words`,
+  }, el("svg:rect", { class: "behind", x: left, y: left, width: right - left, height: bottom - left }), ...squares,
+  el("svg:text", { class: "axis", x: (left + right) / 2, y: titles, "text-anchor": "middle", text: "what was said" }),
+  el("svg:text", { class: "axis", transform: `translate(${titles} ${(left + bottom) / 2}) rotate(-90)`, "text-anchor": "middle", text: "what it is" }),
+  ...(named ? [
+    ...found.names.map((name, i) => label(name, long - LINE * 1.8, `translate(${left - 4} ${left + (i + 0.5) * side})`, "end")),
+    ...columns.map((name, i) => label(name, long - LINE * 1.8, `translate(${left + (i + 0.5) * side} ${left - 4}) rotate(-90)`, "start")),
+  ] : []), ...bands);
+  const at = by("matrix-at"), resting = at.textContent = "Point at a square for its names and number.";
+  svg.addEventListener("pointermove", (event) => {
+    const scale = right / svg.clientWidth, place = svg.getBoundingClientRect();
+    const column = Math.floor(((event.clientX - place.left) * scale - left) / side), row = Math.floor(((event.clientY - place.top) * scale - left) / side);
+    const inside = column >= 0 && column <= size && row >= 0 && row < size;
+    for (const band of bands) band.setAttribute("visibility", inside ? "visible" : "hidden");
+    if (!inside) { at.textContent = resting; return; }
+    const outline = [[left, left + row * side, right - left, side], [left + column * side, left, side, bottom - left]];
+    for (const [i, band] of bands.entries()) for (const [j, key] of ["x", "y", "width", "height"].entries()) band.setAttribute(key, outline[i][j]);
+    const number = count.get(`${row} ${column}`) ?? 0;
+    at.textContent = `It is ${nameOf(row)}, and ${column < size ? nameOf(column) : "no name"} was said: ${number} ${number === 1 ? "picture" : "pictures"}.`;
+  });
+  svg.addEventListener("pointerleave", () => { at.textContent = resting; bands.forEach((band) => band.setAttribute("visibility", "hidden")); });
+  box.replaceChildren(svg);
+}
+
+/** A name on an axis, cut to so many pixels; whole when it is pointed at. */
+function label(name, room, transform, anchor) {
+  const letters = Math.floor(room / (LINE * 0.5)), tail = Math.floor(letters / 3);
+  const short = name.length > letters ? `${name.slice(0, letters - tail - 1)}…${name.slice(-tail)}` : name; // names often begin alike
+  return el("svg:text", { transform, "text-anchor": anchor, "dominant-baseline": "central" }, short, el("svg:title", { text: name }));
 }
 
 function pictures(rows, title) {

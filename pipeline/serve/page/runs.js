@@ -1,7 +1,10 @@
 // Runs: curves and figures of all profiles, and of `dvc exp`, side by side, each with its command.
-import { ask, by, el, onTab, tell } from "./common.js";
+import { ask, by, el, onTab, saysMore, tell } from "./common.js";
 
-const COLOURS = ["var(--blue)", "var(--red)", "var(--green)", "#c06bb8", "#a08a00", "var(--grey)"];
+// A profile has the same colour in all charts, and what is measured the same dashes; beyond so many profiles, marks.
+const COLOURS = 6; // --curve-0 and so on: the least alike there are, also to the colour-blind
+const DASHES = { shuffled: "7 4", const_set: "1.5 3.5" };
+const MARKS = ["", "●", "■", "▲", "✚", "◆"];
 const NAMES = {
   val: "own caption", shuffled: "another picture's", const_set: "best constant set", val_loss: "validation loss",
 };
@@ -9,6 +12,7 @@ const STAGES = { pretrain: "pre-training", finetune: "fine-tuning", finetune_scr
 let found = null;
 
 export function startRuns() {
+  saysMore(by("figures").parentElement, "tbody tr");
   onTab("runs", load);
   by("filter").addEventListener("input", table);
   by("experiments").addEventListener("click", experiments);
@@ -66,8 +70,11 @@ function table() {
 
 /** Lines of all profiles in one picture, with the command behind them. */
 function chart(title, curves) {
-  const lines = curves.flatMap((curve) => Object.entries(curve.lines).filter(([, points]) => points.length)
-    .map(([name, points]) => ({ points, name: [found.profiles.length > 1 && curve.profile, NAMES[name] ?? name].filter(Boolean).join(": ") })));
+  const lines = curves.flatMap((curve) => Object.entries(curve.lines).filter(([, points]) => points.length).map(([key, points]) => {
+    const place = found.profiles.indexOf(curve.profile);
+    const name = [found.profiles.length > 1 && curve.profile, NAMES[key] ?? key].filter(Boolean).join(": ");
+    return { key, profile: curve.profile, points, name, colour: `var(--curve-${place % COLOURS})`, dash: DASHES[key] ?? null, mark: MARKS[Math.floor(place / COLOURS) % MARKS.length] };
+  }));
   const [width, height, left, bottom] = [340, 200, 38, 22];
   const all = lines.flatMap(({ points }) => points);
   const [xs, ys] = [0, 1].map((axis) => all.map((point) => point[axis]));
@@ -75,13 +82,35 @@ function chart(title, curves) {
   const place = ([x, y]) => [left + ((x - x0) / (x1 - x0 || 1)) * (width - left - 8), 8 + ((y1 - y) / (y1 - y0 || 1)) * (height - bottom - 8)];
   const marks = [y0, (y0 + y1) / 2, y1].map((y) => el("svg:text", { x: left - 5, y: place([x0, y])[1] + 4, "text-anchor": "end", text: y.toPrecision(2) }));
   marks.push(...[x0, x1].map((x, i) => el("svg:text", { x: place([x, y0])[0], y: height - 5, "text-anchor": i ? "end" : "start", text: `${i ? curves[0].x : ""} ${x}` })));
-  const drawn = lines.map(({ points }, i) => el("svg:polyline", {
-    points: points.map((one) => place(one).map((value) => value.toFixed(1)).join(",")).join(" "), fill: "none",
-    stroke: COLOURS[i % COLOURS.length], "stroke-width": 2,
-  }));
   const last = lines.map(({ name, points }) => `${name} from ${written(points[0][1])} to ${written(points.at(-1)[1])}`);
-  const legend = lines.map(({ name }, i) => el("li", {}, el("i", { "--c": COLOURS[i % COLOURS.length] }), name));
-  return el("figure", { class: "card" }, el("figcaption", { text: title }),
-    all.length ? el("svg:svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${title}: ${last.join("; ")}` }, ...marks, ...drawn) : "",
+  const drawn = lines.map((line) => stroke(line, line.points.map(place)));
+  const picture = el("svg:svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${title}: ${last.join("; ")}` }, ...marks, ...drawn);
+  const legend = lines.map((line, i) => el("li", {}, legendOf(line, picture, drawn[i], hiding(line, lines.slice(i + 1)))));
+  return el("figure", { class: "card" }, el("figcaption", { text: title }), all.length ? picture : "",
     el("ul", { class: "legend" }, ...legend), el("code", { text: curves[0].command }));
+}
+
+/** A curve as it looks in the chart and in the legend, through places [x, y] of the picture. */
+function stroke({ name, colour, dash, mark }, places) {
+  const points = places.map((one) => one.map((value) => value.toFixed(1)).join(",")).join(" ");
+  return el("svg:g", { "--c": colour }, el("svg:title", { text: name }),
+    el("svg:polyline", { points, fill: "none", "stroke-width": 2, "stroke-dasharray": dash }),
+    ...(mark ? places.map(([x, y]) => el("svg:text", { x, y, text: mark })) : []));
+}
+
+/** Whose curve is the same, and drawn over this one. */
+const hiding = (line, later) => later.find(({ key, points }) => key === line.key && String(points) === String(line.points))?.profile;
+
+/** An entry of the legend; while it is pointed at, the other curves fade. */
+function legendOf(line, picture, curve, over) {
+  const swatch = el("svg:svg", { viewBox: "0 0 30 10", "aria-hidden": "true" }, stroke(line, line.mark ? [[1, 5], [15, 5], [29, 5]] : [[1, 5], [29, 5]]));
+  const button = el("button", { type: "button" }, swatch, over ? `${line.name}, the same as ${over}` : line.name);
+  const alone = (on) => {
+    for (const other of picture.querySelectorAll(".chosen")) other.classList.remove("chosen");
+    picture.classList.toggle("one", on);
+    curve.classList.toggle("chosen", on);
+  };
+  for (const name of ["pointerenter", "focus", "click"]) button.addEventListener(name, () => alone(true));
+  for (const name of ["pointerleave", "blur"]) button.addEventListener(name, () => alone(false));
+  return button;
 }

@@ -30,6 +30,8 @@ export function startTry(about) {
   startCamera();
   by("samples").replaceChildren(...about.samples.map((one) => thumb(one, "", false, () => choose(one))));
   for (const [i, button] of [...by("samples").children].entries()) button.setAttribute("aria-label", `Test picture ${i + 1} of ${about.samples.length}`);
+  for (const way of ["caption", "names"]) by(`${way}-part`).hidden = !about.ways.includes(way);
+  by("offered").textContent = about.offered;
   by("samples-part").hidden = !about.samples.length;
   if (about.missing.length) tell("fault", about.missing.join("; "));
   by("ask").addEventListener("submit", (event) => { event.preventDefault(); question(by("question").value.trim()); });
