@@ -25,7 +25,7 @@ Row = dict[str, Any]  # what is said of a picture
 Photos = Annotated[
     list[str],
     typer.Argument(
-        metavar="PHOTO...",
+        metavar="PHOTO",
         help="Pictures, folders of them, globs, or - for names on standard input.",
         show_default=False,
     ),
