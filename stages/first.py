@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.config import Params, load_params, parse_params
-from pipeline.errors import UserError
+from pipeline.config import Params, check_project, load_params, parse_params
 from pipeline.files import atomically
 from pipeline.progress import new_progress
 from pipeline.runs import Run
@@ -81,8 +80,7 @@ def _asks(yes: bool) -> bool:
 
 def _begin(folder: Path, name: str | None, asks: bool, dry_run: bool, command: str) -> Params | None:
     """Recognise, say, write and take the profile, and plan; None where that was to be said only."""
-    if not Path("dvc.yaml").is_file():
-        raise UserError("dvc.yaml", "not in the current folder", "go to the project folder first")
+    check_project()
     from pipeline.first.layout import recognise
     from pipeline.first.profile import fitted, name_of, of_same
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from ruamel.yaml import YAML
 
-from pipeline.config import keys_of, load_params, parse_params, read_yaml, reads_text
+from pipeline.config import check_project, keys_of, load_params, parse_params, read_yaml, reads_text
 from pipeline.errors import UserError
 from pipeline.files import atomically
 
@@ -76,7 +76,8 @@ def show() -> None:
 def _profiles() -> list[Path]:
     found = sorted(PROFILES.glob("*.yaml"))
     if not found:
-        raise UserError("", "there is no profiles/*.yaml in the current folder", "go to the project folder first")
+        check_project()
+        raise UserError(PROFILES, "no profile in it", "restore the folder from the project")
     return found
 
 

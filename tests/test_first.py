@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -179,10 +180,13 @@ def test_the_command_says_only_what_it_would_do_in_a_dry_run(monkeypatch: pytest
     classes("birds")
     runner = CliRunner()
     said = runner.invoke(cli.app, ["try", "birds", "--dry-run"])
-    assert said.exit_code == 2 and "go to the project folder first" in said.output
+    project = Path(__file__).parent.parent
+    told = f"no project folder, as it has no dvc.yaml; `cd {shlex.quote(str(project))}` first"
+    assert said.exit_code == 2 and told in said.output
+    assert runner.invoke(cli.app, ["plan"]).output == runner.invoke(cli.app, ["profile", "list"]).output == said.output
     for file in ("dvc.yaml", "pipeline/config/defaults.yaml"):
         Path(file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(Path(__file__).parent.parent / file, file)
+        shutil.copy(project / file, file)
     planned: dict[str, Any] = {}
 
     def reckoned(params: Params, jobs: int, rows: Any, graph: dict[str, list[str]], *more: Any) -> dict[str, Any]:
