@@ -82,13 +82,13 @@ def _begin(folder: Path, name: str | None, asks: bool, dry_run: bool, command: s
     """Recognise, say, write and take the profile, and plan; None where that was to be said only."""
     check_project()
     from pipeline.first.layout import recognise
-    from pipeline.first.profile import fitted, name_of, of_same
+    from pipeline.first.profile import checked_name, fitted, name_of, of_same
 
     folder = folder.expanduser().resolve()
+    profile = checked_name(name) if name is not None else name_of(folder)
     layout = recognise(folder)
     typer.echo("\n".join([*(one.said for one in layout.sets.values()), *(f"not used: {one}" for one in layout.unused)]))
     layout = _asked(layout) if asks else layout
-    profile = name or name_of(folder)
     path = PROFILES / f"{profile}.yaml"
     with new_progress("pictures") as progress:
         if path.is_file():
@@ -96,7 +96,7 @@ def _begin(folder: Path, name: str | None, asks: bool, dry_run: bool, command: s
         else:
             text, looks = fitted(layout, profile, folder, command, progress)
     for data, look in looks.items():
-        typer.echo("\n".join(f"{data}: {what}: {said}" for what, said in look.lines()))
+        typer.echo("\n".join(f"{data}: {said if what == data else f'{what}: {said}'}" for what, said in look.lines()))
     params = load_params(path) if text is None else parse_params(text, str(path))
     typer.echo(f"profile {path}" + (", as it is there already" if text is None else ""))
     rows = {data: look.rows for data, look in looks.items()}

@@ -140,9 +140,35 @@ def test_numbered_names_are_split_in_blocks() -> None:
     assert split_for(["robin.jpg", "crow.jpg"])[0] == "hash"
 
 
-@pytest.mark.parametrize(("name", "expected"), [("My Birds (2)", "my-birds-2"), ("store", "store-pictures")])
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("My Birds (2)", "my-birds-2"),
+        ("store", "store-pictures"),
+        ("nc Übung Fotos", "nc-ubung-fotos"),
+        ("Straße e\u0301", "strasse-e"),
+        ("鳥 2024", "2024"),
+        ("鳥", "pictures"),
+    ],
+)
 def test_a_profile_is_called_after_its_folder(name: str, expected: str) -> None:
     assert name_of(Path(name)) == expected
+
+
+@pytest.mark.parametrize("name", ["my birds!", "", "store", "vögel"])
+def test_a_name_that_no_profile_may_have_is_told_in_words(name: str) -> None:
+    Path("dvc.yaml").touch()
+    said = CliRunner().invoke(cli.app, ["try", "gone", "--name", name])
+    assert said.exit_code == 2 and said.output.startswith(f"error: --name {name}: ") and "\n" not in said.output.strip()
+    assert "e.g. --name " in said.output and "^" not in said.output
+    rest = said.output.rstrip().rpartition(" ")[2]
+    assert "gone: no such folder" in CliRunner().invoke(cli.app, ["try", "gone", "--name", rest]).output
+
+
+def test_what_is_said_of_a_data_set_is_said_once() -> None:
+    classes("birds", 12)
+    _, looks = fitted(recognise(Path("birds").resolve()), "birds", Path("birds"), "try", SILENT)
+    assert dict(looks["classes"].lines())["classes"] == "2, with 12 pictures each"
 
 
 def test_the_profile_fits_the_data() -> None:
@@ -199,6 +225,7 @@ def test_the_command_says_only_what_it_would_do_in_a_dry_run(monkeypatch: pytest
     assert {"prepare@classes", "pretrain@mlp", "finetune@mlp-classes", "report"} <= planned.keys()
     assert planned["pretrain@mlp"] == ["inputs"]
     assert "2 class folders (ant, bee)" in said.output and "classes: pictures: 16" in said.output
+    assert "\nclasses: 2, with 8 pictures each\n" in said.output
     assert not Path("profiles").exists() and not Path("params.yaml").exists()
 
 
@@ -219,7 +246,8 @@ def test_a_profile_that_is_there_is_kept(monkeypatch: pytest.MonkeyPatch) -> Non
     assert load_params().pretrain.lr == 0.003
     classes("other")
     said = runner.invoke(cli.app, ["init", "other", "--name", "birds"])
-    assert said.exit_code == 2 and "a profile of other pictures; take another --name" in said.output
+    assert said.exit_code == 2 and "; take another --name" in said.output
+    assert f"profiles/birds.yaml: the profile of other pictures, {Path('birds').absolute()}" in said.output
 
 
 def reasons(table: str) -> tuple[dict[str, list[str]], dict[str, str]]:

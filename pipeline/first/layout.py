@@ -47,7 +47,8 @@ class Layout:
 def recognise(folder: Path) -> Layout:
     """What is in a folder. Raises UserError when there is nothing to learn from."""
     if not folder.is_dir():
-        raise UserError(folder, "no such folder" if not folder.exists() else "not a folder", "name one of pictures")
+        what = "not a folder" if folder.exists() else "no such folder"
+        raise UserError(folder, what, "give the path of the folder that your pictures are in")
     found = sorted(_files_of_captions(folder), key=lambda one: (-len(one.names), str(one.section)))
     captions = found[0] if found else None
     classes = _classes(folder, captions)

@@ -65,6 +65,7 @@ class Look:
         if self.classes:
             most, least = next(iter(self.classes)), list(self.classes)[-1]
             spread = f"{self.classes[least]} ({least}) to {self.classes[most]} ({most})"
+            spread = str(self.classes[most]) if self.classes[most] == self.classes[least] else spread
             uneven = self.classes[most] >= UNEVEN * self.classes[least]
             warned = "; uneven: rare classes will be named worse" if uneven else ""
             found.append(("classes", f"{len(self.classes)}, with {spread} pictures each{warned}"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,11 +16,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rich.progress import Progress
 
 from pipeline.config import Params, parse_params
+from pipeline.config.base import IN_WORDS, PROFILE
 from pipeline.errors import UserError
 from pipeline.first.layout import DataSet, Layout
 from pipeline.first.look import Look
 from pipeline.sources.manifest import EmptyPart, check_splits
 from pipeline.sources.prepare import prepare
+from pipeline.sources.texts import listed
 
 ENOUGH = 1000  # pictures of a data set for a first look
 SERIES = 0.5  # share of names that follow on one another by number, from which pictures are taken for series
@@ -57,9 +60,19 @@ class Size:
 
 
 def name_of(folder: Path) -> str:
-    """What a profile of a folder is called."""
-    name = re.sub(r"[^A-Za-z0-9_-]+", "-", folder.resolve().name).strip("-").lower()
+    """What a profile of a folder is called: after it, in plain letters, as far as Unicode takes its letters apart."""
+    apart = unicodedata.normalize("NFKD", folder.resolve().name.casefold())
+    plain = "".join(letter for letter in apart if not unicodedata.combining(letter))
+    name = re.sub(r"[^a-z0-9_-]+", "-", plain).strip("-")
     return f"{name}-pictures" if name in RESERVED else name or "pictures"
+
+
+def checked_name(name: str) -> str:
+    """A name that a profile may have; UserError, with one that it may, for any other."""
+    if re.fullmatch(PROFILE, name) and name not in RESERVED:
+        return name
+    why = "data/store, data/raw and data/models are shared by all profiles" if name in RESERVED else IN_WORDS[PROFILE]
+    raise UserError(f"--name {name}", why, f"e.g. --name {name_of(Path(name))}")
 
 
 def sections_of(
@@ -140,7 +153,8 @@ def of_same(params: Params, layout: Layout, path: Path, progress: Progress) -> d
     """What the data sets of a profile are like that is there already; UserError when it is not of this folder."""
     roots = {Path(str(getattr(one, "root", ""))).absolute() for one in params.data.values()}
     if not {Path(one.section["root"]) for one in layout.sets.values()} <= roots:
-        raise UserError(path, "a profile of other pictures", "take another --name, or remove it")
+        others = listed(sorted(map(str, roots)))
+        raise UserError(path, f"the profile of other pictures, {others}", "take another --name, or remove it")
     return {name: _looked_at(params, name, progress) for name in params.run.data}
 
 
