@@ -16,7 +16,7 @@ from pipeline.files import atomically
 from pipeline.progress import new_progress
 from pipeline.runs import Run
 from stages.plan import planned, reckoned, show
-from stages.profile import PARAMS, PROFILES, use
+from stages.profile import PARAMS, PROFILES, write_params
 from stages.run import stages_with
 
 if TYPE_CHECKING:
@@ -44,13 +44,17 @@ def try_(
     kept as it is, with what you changed in it. The same command again goes on where it was interrupted.
     """
     asks = _asks(yes)
-    params = _begin(folder, name, asks, dry_run, "try")
-    if params is None or (asks and not typer.confirm("run it?", default=True)):
+    begun = _begin(folder, name, asks, dry_run, "try")
+    if begun is None:
         return
-    from pipeline.plan.machine import cuda
-    from stages.run import run
+    params, is_stale = begun
+    if is_stale:
+        if asks and not typer.confirm("run it?", default=True):
+            return
+        from pipeline.plan.machine import cuda
+        from stages.run import run
 
-    run(jobs=1 if cuda(params.runtime.device)[0] else JOBS)
+        run(jobs=1 if cuda(params.runtime.device)[0] else JOBS)
     page = (Run.of(params).report / "index.html").resolve()
     tasks = sorted({one.task for one in params.data.values()})
     ways = [f"`terraalign {task} PHOTO`" for task in tasks if task in ("caption", "classify")]
@@ -70,7 +74,8 @@ def init(
     All that `terraalign try` does before the run: what it recognises, says and writes. The profile becomes params.yaml;
     `terraalign plan` says what running it will cost, `terraalign run` runs it.
     """
-    if _begin(folder, name, _asks(yes), dry_run, "init"):
+    begun = _begin(folder, name, _asks(yes), dry_run, "init")
+    if begun and begun[1]:
         typer.echo("next: `terraalign run`")
 
 
@@ -78,8 +83,11 @@ def _asks(yes: bool) -> bool:
     return sys.stdin.isatty() and sys.stdout.isatty() and not yes
 
 
-def _begin(folder: Path, name: str | None, asks: bool, dry_run: bool, command: str) -> Params | None:
-    """Recognise, say, write and take the profile, and plan; None where that was to be said only."""
+def _begin(folder: Path, name: str | None, asks: bool, dry_run: bool, command: str) -> tuple[Params, bool] | None:
+    """Recognise, say, write and take the profile, and plan: the parameters, and whether there is something to run.
+
+    None where that was to be said only.
+    """
     check_project()
     from pipeline.first.layout import recognise
     from pipeline.first.profile import checked_name, fitted, name_of, of_same
@@ -109,8 +117,9 @@ def _begin(folder: Path, name: str | None, asks: bool, dry_run: bool, command: s
         with atomically(path) as file:
             file.write(text.encode())
     _take(path)
-    show(planned(params, JOBS, rows))
-    return params
+    found = planned(params, JOBS, rows)
+    show(found)
+    return params, bool(found["stages"])
 
 
 def _asked(layout: Layout) -> Layout:
@@ -122,8 +131,13 @@ def _asked(layout: Layout) -> Layout:
 
 
 def _take(path: Path) -> None:
-    """Make a profile the active one; parameters that are no profile's are kept."""
-    if PARAMS.is_file() and PARAMS.read_bytes() not in [one.read_bytes() for one in PROFILES.glob("*.yaml")]:
-        KEPT.write_bytes(PARAMS.read_bytes())
+    """Make a profile the active one, and say how to go back; parameters that are no profile's are kept."""
+    before = PARAMS.read_bytes() if PARAMS.is_file() else None
+    same = next((one.stem for one in sorted(PROFILES.glob("*.yaml")) if one.read_bytes() == before), None)
+    if before is not None and same is None:
+        KEPT.write_bytes(before)
         typer.echo(f"params.yaml had changes of its own: they are kept in {KEPT}")
-    use(str(path))
+    write_params(path, [])
+    if same != path.stem:
+        back = f"; back: `terraalign profile use {same or KEPT}`" if before is not None else ""
+        typer.echo(f"the active profile is now {path.stem}: `run`, `plan`, `classify`, `serve` are about it{back}")

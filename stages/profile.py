@@ -33,6 +33,12 @@ def use(
 ) -> None:
     """Write params.yaml from a profile. The old file stays as it is when anything is wrong with the new one."""
     source = _find(name)
+    write_params(source, settings or [])
+    typer.echo(f"params.yaml is now {source}{' with ' + ', '.join(settings) if settings else ''}; next: dvc repro")
+
+
+def write_params(source: Path, settings: list[str]) -> None:
+    """Write params.yaml as `use` has it; UserError when anything is wrong with the file or a setting."""
     text = _read(source)
     title = f"{source} with --set" if settings else str(source)
     wanted = read_yaml(text, str(source))
@@ -45,7 +51,6 @@ def use(
         if read_yaml(written, title) != wanted:
             raise UserError(title, "a value would read back as another", "edit params.yaml instead")
         parse_params(written, title)
-    typer.echo(f"params.yaml is now {source}{' with ' + ', '.join(settings) if settings else ''}; next: dvc repro")
 
 
 @app.command("list")

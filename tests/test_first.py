@@ -239,15 +239,33 @@ def test_a_profile_that_is_there_is_kept(monkeypatch: pytest.MonkeyPatch) -> Non
     said = runner.invoke(cli.app, ["init", "birds"])
     assert said.exit_code == 0, said.output
     assert Path("params-before.yaml").read_text() == "my: own\n"
+    assert "the active profile is now birds: " in said.output and "next:" not in said.output
+    assert "back: `terraalign profile use params-before.yaml`" in said.output
     assert load_params().profile == "birds"
     path = Path("profiles/birds.yaml")
     path.write_text(path.read_text().replace("lr: 0.001", "lr: 0.003"))
     assert "as it is there already" in runner.invoke(cli.app, ["init", "birds"]).output
     assert load_params().pretrain.lr == 0.003
+    assert "the active profile" not in runner.invoke(cli.app, ["init", "birds"]).output
+    assert "profile use birds`" in runner.invoke(cli.app, ["init", "birds", "--name", "again"]).output
     classes("other")
     said = runner.invoke(cli.app, ["init", "other", "--name", "birds"])
     assert said.exit_code == 2 and "; take another --name" in said.output
     assert f"profiles/birds.yaml: the profile of other pictures, {Path('birds').absolute()}" in said.output
+
+
+@pytest.mark.parametrize("stale", [True, False])
+def test_what_is_up_to_date_is_not_run_again(stale: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    classes("birds")
+    Path("dvc.yaml").touch()
+    ran: list[int] = []
+    found = {"profile": "birds", "stages": {"report": {}} if stale else {}}
+    monkeypatch.setattr("stages.first.planned", lambda params, jobs, counted: found)
+    monkeypatch.setattr("stages.first.show", lambda found: None)
+    monkeypatch.setattr("stages.run.run", lambda jobs: ran.append(jobs))
+    said = CliRunner().invoke(cli.app, ["try", "birds"])
+    assert said.exit_code == 0 and len(ran) == stale
+    assert "data/birds/report/index.html\nnext: `terraalign classify PHOTO`, `terraalign serve`" in said.output
 
 
 def reasons(table: str) -> tuple[dict[str, list[str]], dict[str, str]]:
