@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.config import Params, check_project, load_params, parse_params
+from pipeline.config import Params, check_project, load_params, parse_params, read_yaml
 from pipeline.files import atomically
 from pipeline.progress import new_progress
 from pipeline.runs import Run
 from stages.plan import planned, reckoned, show
-from stages.profile import PARAMS, PROFILES, write_params
+from stages.profile import PARAMS, PROFILES, changed, write_params
 from stages.run import stages_with
 
 if TYPE_CHECKING:
@@ -99,24 +99,25 @@ def _begin(folder: Path, name: str | None, asks: bool, dry_run: bool, command: s
     layout = _asked(layout) if asks else layout
     path = PROFILES / f"{profile}.yaml"
     with new_progress("pictures") as progress:
-        if path.is_file():
-            text, looks = None, of_same(load_params(path), layout, path, progress)
+        is_there = path.is_file()
+        if is_there:
+            text, looks = path.read_text(encoding="utf-8"), of_same(load_params(path), layout, path, progress)
         else:
             text, looks = fitted(layout, profile, folder, command, progress)
+    seen = [f"data.{data}.seen" for data, look in looks.items() if is_there and look.news]
+    if seen:
+        text, _ = changed(text, read_yaml(text, str(path)), [f"{key}={layout.seen}" for key in seen])
     for data, look in looks.items():
         typer.echo("\n".join(f"{data}: {said if what == data else f'{what}: {said}'}" for what, said in look.lines()))
-    params = load_params(path) if text is None else parse_params(text, str(path))
-    typer.echo(f"profile {path}" + (", as it is there already" if text is None else ""))
+    params = parse_params(text, str(path))
+    kept = f", as it is there already{', but for ' if seen else ''}{', '.join(seen)}" if is_there else ""
+    typer.echo(f"profile {path}{kept}")
     rows = {data: look.rows for data, look in looks.items()}
     if dry_run:
-        began, graph = time.monotonic(), stages_with(path.read_text(encoding="utf-8") if text is None else text)
+        began, graph = time.monotonic(), stages_with(text)
         show(reckoned(params, JOBS, rows, graph, set(graph), time.monotonic() - began))
         return None
-    if text is not None:
-        PROFILES.mkdir(exist_ok=True)
-        with atomically(path) as file:
-            file.write(text.encode())
-    _take(path)
+    _take(path, text)
     found = planned(params, JOBS, rows)
     show(found)
     return params, bool(found["stages"])
@@ -130,13 +131,15 @@ def _asked(layout: Layout) -> Layout:
     return replace(layout, sets={"captions": layout.sets["captions"]})
 
 
-def _take(path: Path) -> None:
-    """Make a profile the active one, and say how to go back; parameters that are no profile's are kept."""
+def _take(path: Path, text: str) -> None:
+    """Write a profile and make it the active one, and say how to go back; parameters that are no profile's are kept."""
     before = PARAMS.read_bytes() if PARAMS.is_file() else None
     same = next((one.stem for one in sorted(PROFILES.glob("*.yaml")) if one.read_bytes() == before), None)
     if before is not None and same is None:
         KEPT.write_bytes(before)
         typer.echo(f"params.yaml had changes of its own: they are kept in {KEPT}")
+    with atomically(path) as file:
+        file.write(text.encode())
     write_params(path, [])
     if same != path.stem:
         back = f"; back: `terraalign profile use {same or KEPT}`" if before is not None else ""

@@ -43,7 +43,7 @@ def write_params(source: Path, settings: list[str]) -> None:
     title = f"{source} with --set" if settings else str(source)
     wanted = read_yaml(text, str(source))
     if settings:
-        text, wanted = _changed(text, wanted, settings)
+        text, wanted = changed(text, wanted, settings)
     with atomically(PARAMS) as file:
         file.write(text.encode())
         file.flush()
@@ -102,7 +102,7 @@ def _read(path: Path) -> str:
         raise UserError(path, f"cannot be read as text: {error}") from None
 
 
-def _changed(text: str, values: dict[str, Any], settings: list[str]) -> tuple[str, dict[str, Any]]:
+def changed(text: str, values: dict[str, Any], settings: list[str]) -> tuple[str, dict[str, Any]]:
     """A file's text and its values with every KEY=VALUE applied; comments and order of the text stay."""
     editor = YAML()
     editor.preserve_quotes = True

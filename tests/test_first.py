@@ -17,6 +17,7 @@ from pipeline.config import Params, load_params, parse_params
 from pipeline.errors import UserError
 from pipeline.first.layout import Layout, recognise
 from pipeline.first.profile import fitted, name_of, split_for
+from pipeline.sources import manifest
 from pipeline.sources.prepare import prepare
 from pipeline.sources.table import read
 from stages import cli
@@ -252,6 +253,42 @@ def test_a_profile_that_is_there_is_kept(monkeypatch: pytest.MonkeyPatch) -> Non
     said = runner.invoke(cli.app, ["init", "other", "--name", "birds"])
     assert said.exit_code == 2 and "; take another --name" in said.output
     assert f"profiles/birds.yaml: the profile of other pictures, {Path('birds').absolute()}" in said.output
+
+
+def test_added_pictures_are_said_and_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    classes("birds", by="{}x.png")
+    Path("dvc.yaml").touch()
+    monkeypatch.setattr("stages.first.planned", lambda params, jobs, counted: {"profile": "birds", "stages": {}})
+
+    def init() -> tuple[str, str | None]:
+        """What is said, and what DVC watches."""
+        said = CliRunner().invoke(cli.app, ["init", "birds"])
+        assert said.exit_code == 0, said.output
+        return said.output, load_params().data["classes"].seen
+
+    _, first = init()
+    manifest.write(prepare(load_params(), "classes"), Path("data/birds/prepare/classes.parquet"))
+    path = Path("profiles/birds.yaml")
+    path.write_text(path.read_text().replace("lr: 0.001", "lr: 0.003"))
+    said, again = init()
+    assert again == first and "since the last run" not in said
+    Path("params-before.yaml").unlink()
+    for at in range(3):
+        picture(f"birds/bee/new{at}.png", 200 + at)
+    said, again = init()
+    assert "classes: since the last run: 3 pictures are new, 0 gone or changed\n" in said
+    assert "as it is there already, but for data.classes.seen" in said
+    assert first != again and load_params().pretrain.lr == 0.003 and path.read_text() == Path("params.yaml").read_text()
+    assert not Path("params-before.yaml").exists()
+    manifest.write(prepare(load_params(), "classes"), Path("data/birds/prepare/classes.parquet"))
+    assert init()[1] == again
+    Path("birds/bee/new0.png").unlink()
+    picture("birds/ant/1x.png", 999)
+    text("birds/ant/2x.png", "no picture")
+    said, last = init()
+    assert "0 pictures are new, 1 gone, 2 changed\n" in said and last != again
+    path.unlink()
+    assert init()[1] not in (first, again, last)  # a profile written anew is never one that DVC knows the result of
 
 
 @pytest.mark.parametrize("stale", [True, False])

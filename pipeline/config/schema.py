@@ -117,6 +117,8 @@ class DataSettings(Part):
     split: Literal["hash", "blocks"] = default("data.split")
     # A CSV file of the columns id and group, for blocks; `terraalign series` writes one.
     groups: Folder | None = default("data.groups")
+    # Any text, for DVC, which does not watch pictures: with another one `prepare` reads them again.
+    seen: str | None = default("data.seen")
 
     @field_validator("task")
     @classmethod

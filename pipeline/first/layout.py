@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ class Layout:
 
     sets: dict[str, DataSet]
     unused: list[str] = field(default_factory=list)
+    seen: str = field(default_factory=lambda: datetime.now().isoformat(" ", "milliseconds"))
 
 
 def recognise(folder: Path) -> Layout:

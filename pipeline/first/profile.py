@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import pyarrow.parquet as pq
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rich.progress import Progress
 
@@ -20,6 +21,7 @@ from pipeline.config.base import IN_WORDS, PROFILE
 from pipeline.errors import UserError
 from pipeline.first.layout import DataSet, Layout
 from pipeline.first.look import Look
+from pipeline.runs import Run
 from pipeline.sources.manifest import EmptyPart, check_splits
 from pipeline.sources.prepare import prepare
 from pipeline.sources.texts import listed
@@ -86,8 +88,9 @@ def sections_of(
         how, why = (split, "the other way left a part empty") if split and not found.has_parts else (how, why)
         count, said = _count_for(found, name)
         sections[name] = {**found.section, "root": str(found.section["root"]), "count": count}
-        sections[name] |= {"split": how, "max_broken": BROKEN}
+        sections[name] |= {"split": how, "max_broken": BROKEN, "seen": layout.seen}
         notes[name] = {"count": said, "split": why, "max_broken": "each broken one is named, and left out"}
+        notes[name]["seen"] = "when `try` or `init` found other pictures; with another text `prepare` reads them again"
     return sections, notes
 
 
@@ -161,4 +164,5 @@ def of_same(params: Params, layout: Layout, path: Path, progress: Progress) -> d
 def _looked_at(params: Params, name: str, progress: Progress) -> Look:
     manifest = prepare(params, name, progress)
     check_splits(manifest, name)
-    return Look.of(manifest)
+    earlier = Run.of(params).manifest(name)
+    return Look.of(manifest, pq.read_table(earlier) if earlier.is_file() else None)
