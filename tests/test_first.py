@@ -73,7 +73,52 @@ def test_class_folders_are_recognised_wherever_they_lie() -> None:
     assert not recognise(Path("parts").resolve()).sets["classes"].has_parts  # val is carved
     classes("parts/valid", 2)
     assert recognise(Path("parts").resolve()).sets["classes"].has_parts
-    assert of("one") == {"classes": imagefolder("one")}
+
+
+def test_one_class_is_nothing_to_tell_apart() -> None:
+    classes("one", names=("robin",))
+    classes("parts/train", names=("robin",))
+    classes("parts/test", 2, names=("robin",))
+    for folder in ("one", "parts"):
+        with pytest.raises(UserError, match=r"robin: the only class folder, .*; put the pictures of other kinds into"):
+            recognise(Path(folder).resolve())
+    text("one/captions.csv", "file,text\nrobin/1.png,a robin\nrobin/2.png,another\n")
+    found = recognise(Path("one").resolve())
+    assert list(found.sets) == ["captions"]
+    assert found.unused == [f"{Path('one/robin').resolve()}: the only class folder, and so nothing to tell apart"]
+    classes("broken")
+    for at in range(8):
+        text(f"broken/bee/{at}.png", "no picture")
+    Path("broken/ant").rename("broken/wasp")
+    classes("broken", 72, names=("ant",))
+    shutil.rmtree("broken/wasp")
+    with pytest.raises(UserError, match="usable pictures of ant alone: the only class"):
+        fitted(recognise(Path("broken").resolve()), "broken", Path("broken"), "try", SILENT)
+
+
+def test_a_folder_of_captioned_pictures_is_no_class_beside_others(capsys: pytest.CaptureFixture[str]) -> None:
+    classes("mixed", 10, ("ant", "bee", "scenes"))
+    picture("mixed/alone.png", 999)
+    text("mixed/ant/notes.txt", "of no interest")
+    text("mixed/captions.csv", "file,text\n" + "".join(f"scenes/{at}.png,scene {at}\n" for at in range(10)))
+    layout = recognise(Path("mixed").resolve())
+    assert layout.sets["classes"].section["without"] == ["scenes"]
+    assert "2 class folders (ant, bee), without scenes, where the captions are" in layout.sets["classes"].said
+    _, looks = fitted(layout, "mixed", Path("mixed"), "try", SILENT)
+    assert looks["classes"].classes == {"ant": 10, "bee": 10} and looks["captions"].pictures == 10
+    said = capsys.readouterr().err
+    assert "data.captions: 20 files beside its own are of data.classes\n" in said
+    assert "data.classes: 1 files beside its own are of data.captions\n" in said  # captions.csv
+    assert "1 not used: named by no line of captions.csv (1: " in said and said.count("alone.png") == 2
+    assert "notes.txt" in said and "scenes/" not in said and "ant/1.png" not in said
+    text("mixed/captions.csv", "file,text\nscenes/1.png,scene\nant/1.png,ant\n")  # of pictures of several kinds
+    assert len(recognise(Path("mixed").resolve()).sets["classes"].classes) == 3
+    names = [f"scenes/{at}.png" for at in range(10)]
+    coco("mixed/captions.json", names)
+    Path("mixed/captions.csv").unlink()
+    _, looks = fitted(recognise(Path("mixed").resolve()), "mixed", Path("mixed"), "try", SILENT)
+    assert looks["classes"].classes == {"ant": 10, "bee": 10}
+    assert "data.captions: 20 files beside its own are of data.classes\n" in capsys.readouterr().err
 
 
 def test_files_of_captions_are_recognised_with_the_folder_of_their_pictures() -> None:
@@ -175,7 +220,8 @@ def test_what_is_said_of_a_data_set_is_said_once() -> None:
 def test_the_profile_fits_the_data() -> None:
     classes("birds", 12, ("ant", "bee", "wasp"))
     text("birds/captions.jsonl", "".join(
-        json.dumps({"file": f"ant/{at}.png", "text": f"an ant by the number of {at}"}) + "\n" for at in range(12)
+        json.dumps({"file": f"{kind}/{at}.png", "text": f"an insect by the number of {at}"}) + "\n"
+        for kind in ("ant", "bee") for at in range(6)
     ))  # fmt: skip
     shutil.copy("birds/ant/0.png", "birds/wasp/copy.png")
     text("birds/bee/broken.png", "no picture")

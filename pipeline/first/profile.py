@@ -19,7 +19,7 @@ from rich.progress import Progress
 from pipeline.config import Params, parse_params
 from pipeline.config.base import IN_WORDS, PROFILE
 from pipeline.errors import UserError
-from pipeline.first.layout import DataSet, Layout
+from pipeline.first.layout import ALONE, OTHERS, DataSet, Layout
 from pipeline.first.look import Look
 from pipeline.runs import Run
 from pipeline.sources.manifest import EmptyPart, check_splits
@@ -165,4 +165,7 @@ def _looked_at(params: Params, name: str, progress: Progress) -> Look:
     manifest = prepare(params, name, progress)
     check_splits(manifest, name)
     earlier = Run.of(params).manifest(name)
-    return Look.of(manifest, pq.read_table(earlier) if earlier.is_file() else None)
+    look = Look.of(manifest, pq.read_table(earlier) if earlier.is_file() else None)
+    if len(look.classes) == 1:
+        raise UserError(f"data.{name}", f"usable pictures of {next(iter(look.classes))} alone: {ALONE}", OTHERS)
+    return look
