@@ -112,6 +112,9 @@ def _begin(folder: Path, name: str | None, asks: bool, dry_run: bool, command: s
     params = parse_params(text, str(path))
     kept = f", as it is there already{', but for ' if seen else ''}{', '.join(seen)}" if is_there else ""
     typer.echo(f"profile {path}{kept}")
+    tasks = {one.task for one in params.data.values()}
+    for name in (name for name, one in layout.sets.items() if one.section["task"] not in tasks):
+        typer.echo(f"not in it, as it was not there: {name}; to have it, take another --name, or remove {path}")
     rows = {data: look.rows for data, look in looks.items()}
     if dry_run:
         began, graph = time.monotonic(), stages_with(text)

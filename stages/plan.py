@@ -114,8 +114,8 @@ def show(found: Mapping[str, Any]) -> None:
             typer.echo(f"{data}: image tokens of {count:,} pictures are in the store")
     rough = "" if found["counted"] else "; pictures were not counted yet, so roughly"
     typer.echo(f"in all {_time(found['sum'])} of stages, {_time(found['wall'])} on the clock{rough}")
-    measured = f"the {found['measured']:.0f} s of measuring that it is from"
-    typer.echo(f"that is for the stages alone: {measured} and a look at the pictures, as `try` takes, are not in it")
+    measured = f"the {found['measured']:.0f} s of measuring for this plan"
+    typer.echo(f"of stages alone; not in it: {measured}, and the first look at the pictures that `try` takes")
     typer.echo("at most, as what comes out the same stops the rest; but other work on this machine delays it")
 
 

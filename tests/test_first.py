@@ -295,6 +295,8 @@ def test_a_profile_that_is_there_is_kept(monkeypatch: pytest.MonkeyPatch) -> Non
     assert load_params().pretrain.lr == 0.003
     assert "the active profile" not in runner.invoke(cli.app, ["init", "birds"]).output
     assert "profile use birds`" in runner.invoke(cli.app, ["init", "birds", "--name", "again"]).output
+    text("birds/captions.csv", "file,text\nant/1.png,an ant\nbee/2.png,a bee\n")
+    assert "not in it, as it was not there: captions; to have it, " in runner.invoke(cli.app, ["init", "birds"]).output
     classes("other")
     said = runner.invoke(cli.app, ["init", "other", "--name", "birds"])
     assert said.exit_code == 2 and "; take another --name" in said.output

@@ -131,7 +131,7 @@ def test_a_plan_is_shown_kept_and_held_against_what_came(tiny_params: Params, mo
     assert "no plan yet" in run("--check", code=2)
     said = run()
     assert "pretrain@mlp" in said and "prepare@classes" not in said and "on the clock" in said
-    assert "that is for the stages alone: the 0 s of measuring" in said
+    assert "of stages alone; not in it: the 0 s of measuring" in said
     kept = json.loads(Path("data/tiny/plan.json").read_text())
     assert kept["sum"] == pytest.approx(sum(one["seconds"] for one in kept["stages"].values()))
     assert "none of its stages ran since" in run("--check", code=2)
