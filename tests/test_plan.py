@@ -78,6 +78,8 @@ def test_estimates_follow_what_there_is_to_do(machine: Machine) -> None:
     assert machine.estimate("extract_images@classes").work == pytest.approx(200 * 0.03)
     stored = replace(machine, vision=replace(VISION, stored={"classes": 150}))
     assert stored.estimate("extract_images@classes").rows == 50
+    more = replace(machine, vision=replace(VISION, stored={"classes": 203}))  # of which three were removed
+    assert more.estimate("extract_images@classes").rows == 0
 
 
 def test_rows_are_counted_where_they_are_prepared(tiny_params: Params) -> None:
