@@ -191,7 +191,7 @@ class VLM(nn.Module):
             said = None if hints is None else hints[part]
             return self.generate(tokens, prompt, max_new_tokens, hints=said, **decoding)
 
-        return self._asked(images, positions, prompt, batch, ask)
+        return self._asked("answers", images, positions, batch, ask)
 
     def ranks(
         self, images: ImageTokens, positions: list[int], prompt: str,
@@ -209,7 +209,7 @@ class VLM(nn.Module):
             )
             return list(F.pad(scores, (0, widest - scores.shape[1]), value=-torch.inf).cpu())
 
-        found = self._asked(images, positions, prompt, batch, ask)
+        found = self._asked("names ranked", images, positions, batch, ask)
         return torch.stack(found) if found else torch.empty(0, widest)
 
     @torch.no_grad()
@@ -222,7 +222,7 @@ class VLM(nn.Module):
         def ask(tokens: Tensor, part: slice) -> list[Tensor]:
             return list(self._state(tokens, prompt, None if hints is None else hints[part]).cpu())
 
-        found = self._asked(images, positions, prompt, batch, ask)
+        found = self._asked("first words", images, positions, batch, ask)
         return torch.stack(found) if found else torch.empty(0, self.network.get_input_embeddings().weight.shape[1])
 
     def _state(self, tokens: Tensor, prompt: str, hints: Sequence[str] | None) -> Tensor:
@@ -242,12 +242,12 @@ class VLM(nn.Module):
         return read[0][:, -1].float()
 
     def _asked(
-        self, images: ImageTokens, positions: list[int], prompt: str, batch: int,
+        self, title: str, images: ImageTokens, positions: list[int], batch: int,
         ask: Callable[[Tensor, slice], list[T]],
     ) -> list[T]:  # fmt: skip
-        """What `ask` gives for the tokens of many images, in parts of at most `batch`."""
+        """What `ask` gives for the tokens of many images, in parts of at most `batch`; `title` is the bar's."""
         found: list[T] = []
-        with progress_bar(prompt.strip()[:32], len(positions), "images") as advance:
+        with progress_bar(title, len(positions), "images") as advance:
             while part := positions[len(found) : len(found) + batch]:
                 try:
                     found += ask(images.tokens(part, self.device), slice(len(found), len(found) + len(part)))

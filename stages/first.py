@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.config import Params, load_params, parse_params
-from pipeline.errors import UserError
+from pipeline.config import Params, check_project, load_params, parse_params, read_yaml
 from pipeline.files import atomically
 from pipeline.progress import new_progress
 from pipeline.runs import Run
 from stages.plan import planned, reckoned, show
-from stages.profile import PARAMS, PROFILES, use
+from stages.profile import PARAMS, PROFILES, changed, write_params
 from stages.run import stages_with
 
 if TYPE_CHECKING:
@@ -45,13 +44,17 @@ def try_(
     kept as it is, with what you changed in it. The same command again goes on where it was interrupted.
     """
     asks = _asks(yes)
-    params = _begin(folder, name, asks, dry_run, "try")
-    if params is None or (asks and not typer.confirm("run it?", default=True)):
+    begun = _begin(folder, name, asks, dry_run, "try")
+    if begun is None:
         return
-    from pipeline.plan.machine import cuda
-    from stages.run import run
+    params, is_stale = begun
+    if is_stale:
+        if asks and not typer.confirm("run it?", default=True):
+            return
+        from pipeline.plan.machine import cuda
+        from stages.run import run
 
-    run(jobs=1 if cuda(params.runtime.device)[0] else JOBS)
+        run(jobs=1 if cuda(params.runtime.device)[0] else JOBS)
     page = (Run.of(params).report / "index.html").resolve()
     tasks = sorted({one.task for one in params.data.values()})
     ways = [f"`terraalign {task} PHOTO`" for task in tasks if task in ("caption", "classify")]
@@ -71,7 +74,8 @@ def init(
     All that `terraalign try` does before the run: what it recognises, says and writes. The profile becomes params.yaml;
     `terraalign plan` says what running it will cost, `terraalign run` runs it.
     """
-    if _begin(folder, name, _asks(yes), dry_run, "init"):
+    begun = _begin(folder, name, _asks(yes), dry_run, "init")
+    if begun and begun[1]:
         typer.echo("next: `terraalign run`")
 
 
@@ -79,40 +83,47 @@ def _asks(yes: bool) -> bool:
     return sys.stdin.isatty() and sys.stdout.isatty() and not yes
 
 
-def _begin(folder: Path, name: str | None, asks: bool, dry_run: bool, command: str) -> Params | None:
-    """Recognise, say, write and take the profile, and plan; None where that was to be said only."""
-    if not Path("dvc.yaml").is_file():
-        raise UserError("dvc.yaml", "not in the current folder", "go to the project folder first")
+def _begin(folder: Path, name: str | None, asks: bool, dry_run: bool, command: str) -> tuple[Params, bool] | None:
+    """Recognise, say, write and take the profile, and plan: the parameters, and whether there is something to run.
+
+    None where that was to be said only.
+    """
+    check_project()
     from pipeline.first.layout import recognise
-    from pipeline.first.profile import fitted, name_of, of_same
+    from pipeline.first.profile import checked_name, fitted, name_of, of_same
 
     folder = folder.expanduser().resolve()
+    profile = checked_name(name) if name is not None else name_of(folder)
     layout = recognise(folder)
     typer.echo("\n".join([*(one.said for one in layout.sets.values()), *(f"not used: {one}" for one in layout.unused)]))
     layout = _asked(layout) if asks else layout
-    profile = name or name_of(folder)
     path = PROFILES / f"{profile}.yaml"
     with new_progress("pictures") as progress:
-        if path.is_file():
-            text, looks = None, of_same(load_params(path), layout, path, progress)
+        is_there = path.is_file()
+        if is_there:
+            text, looks = path.read_text(encoding="utf-8"), of_same(load_params(path), layout, path, progress)
         else:
             text, looks = fitted(layout, profile, folder, command, progress)
+    seen = [f"data.{data}.seen" for data, look in looks.items() if is_there and look.news]
+    if seen:
+        text, _ = changed(text, read_yaml(text, str(path)), [f"{key}={layout.seen}" for key in seen])
     for data, look in looks.items():
-        typer.echo("\n".join(f"{data}: {what}: {said}" for what, said in look.lines()))
-    params = load_params(path) if text is None else parse_params(text, str(path))
-    typer.echo(f"profile {path}" + (", as it is there already" if text is None else ""))
+        typer.echo("\n".join(f"{data}: {said if what == data else f'{what}: {said}'}" for what, said in look.lines()))
+    params = parse_params(text, str(path))
+    kept = f", as it is there already{', but for ' if seen else ''}{', '.join(seen)}" if is_there else ""
+    typer.echo(f"profile {path}{kept}")
+    tasks = {one.task for one in params.data.values()}
+    for name in (name for name, one in layout.sets.items() if one.section["task"] not in tasks):
+        typer.echo(f"not in it, as it was not there: {name}; to have it, take another --name, or remove {path}")
     rows = {data: look.rows for data, look in looks.items()}
     if dry_run:
-        began, graph = time.monotonic(), stages_with(path.read_text(encoding="utf-8") if text is None else text)
+        began, graph = time.monotonic(), stages_with(text)
         show(reckoned(params, JOBS, rows, graph, set(graph), time.monotonic() - began))
         return None
-    if text is not None:
-        PROFILES.mkdir(exist_ok=True)
-        with atomically(path) as file:
-            file.write(text.encode())
-    _take(path)
-    show(planned(params, JOBS, rows))
-    return params
+    _take(path, text)
+    found = planned(params, JOBS, rows)
+    show(found)
+    return params, bool(found["stages"])
 
 
 def _asked(layout: Layout) -> Layout:
@@ -123,9 +134,16 @@ def _asked(layout: Layout) -> Layout:
     return replace(layout, sets={"captions": layout.sets["captions"]})
 
 
-def _take(path: Path) -> None:
-    """Make a profile the active one; parameters that are no profile's are kept."""
-    if PARAMS.is_file() and PARAMS.read_bytes() not in [one.read_bytes() for one in PROFILES.glob("*.yaml")]:
-        KEPT.write_bytes(PARAMS.read_bytes())
+def _take(path: Path, text: str) -> None:
+    """Write a profile and make it the active one, and say how to go back; parameters that are no profile's are kept."""
+    before = PARAMS.read_bytes() if PARAMS.is_file() else None
+    same = next((one.stem for one in sorted(PROFILES.glob("*.yaml")) if one.read_bytes() == before), None)
+    if before is not None and same is None:
+        KEPT.write_bytes(before)
         typer.echo(f"params.yaml had changes of its own: they are kept in {KEPT}")
-    use(str(path))
+    with atomically(path) as file:
+        file.write(text.encode())
+    write_params(path, [])
+    if same != path.stem:
+        back = f"; back: `terraalign profile use {same or KEPT}`" if before is not None else ""
+        typer.echo(f"the active profile is now {path.stem}: `run`, `plan`, `classify`, `serve` are about it{back}")

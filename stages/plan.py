@@ -114,9 +114,9 @@ def show(found: Mapping[str, Any]) -> None:
             typer.echo(f"{data}: image tokens of {count:,} pictures are in the store")
     rough = "" if found["counted"] else "; pictures were not counted yet, so roughly"
     typer.echo(f"in all {_time(found['sum'])} of stages, {_time(found['wall'])} on the clock{rough}")
-    typer.echo(
-        f"from {found['measured']:.0f} s of measurements here; at most, as what comes out the same stops the rest"
-    )
+    measured = f"the {found['measured']:.0f} s of measuring for this plan"
+    typer.echo(f"of stages alone; not in it: {measured}, and the first look at the pictures that `try` takes")
+    typer.echo("at most, as what comes out the same stops the rest; but other work on this machine delays it")
 
 
 def _path(run: Run) -> Path:

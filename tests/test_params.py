@@ -113,7 +113,7 @@ BAD = {
     ),
     "width": ("width: 192, blocks", "width: 190, blocks", "self_attention.architecture.width is 190", "multiple of"),
     "rendered without count": ("    count: 4000\n", "", "data.captions.count", "how many"),
-    "profile name": ("profile: demo", "profile: ../up", "profile is ../up", "pattern"),
+    "profile name": ("profile: demo", "profile: ../up", "profile is ../up", "letters A to Z"),
 }
 
 

@@ -78,6 +78,8 @@ def test_estimates_follow_what_there_is_to_do(machine: Machine) -> None:
     assert machine.estimate("extract_images@classes").work == pytest.approx(200 * 0.03)
     stored = replace(machine, vision=replace(VISION, stored={"classes": 150}))
     assert stored.estimate("extract_images@classes").rows == 50
+    more = replace(machine, vision=replace(VISION, stored={"classes": 203}))  # of which three were removed
+    assert more.estimate("extract_images@classes").rows == 0
 
 
 def test_rows_are_counted_where_they_are_prepared(tiny_params: Params) -> None:
@@ -131,6 +133,7 @@ def test_a_plan_is_shown_kept_and_held_against_what_came(tiny_params: Params, mo
     assert "no plan yet" in run("--check", code=2)
     said = run()
     assert "pretrain@mlp" in said and "prepare@classes" not in said and "on the clock" in said
+    assert "of stages alone; not in it: the 0 s of measuring" in said
     kept = json.loads(Path("data/tiny/plan.json").read_text())
     assert kept["sum"] == pytest.approx(sum(one["seconds"] for one in kept["stages"].values()))
     assert "none of its stages ran since" in run("--check", code=2)

@@ -30,8 +30,17 @@ NotNegative = Annotated[Number, Field(ge=0)]
 AboveZero = Annotated[Number, Field(gt=0)]
 Rate = Annotated[Number, Field(gt=0, le=1)]
 Share = Annotated[Number, Field(ge=0, lt=1)]
-Name = Annotated[str, StringConstraints(min_length=1, pattern=r"\S")]
+# What texts have to match, and the same in words.
+NOT_BLANK = r"\S"
+PROFILE, KEY, DEVICE = r"^[A-Za-z0-9_-]+$", r"^[A-Za-z][A-Za-z0-9_]*$", r"^(auto|cpu|mps|cuda(:\d+)?)$"
+IN_WORDS = {
+    NOT_BLANK: "should not be empty",
+    PROFILE: "should be of the letters A to Z, digits, _ and - alone",
+    KEY: "should be of the letters A to Z, digits and _ alone, and begin with a letter",
+    DEVICE: "should be auto, cpu, mps, cuda or, of several, cuda:1",
+}
 Folder = Annotated[Path, BeforeValidator(_not_empty)]
+Name = Annotated[str, StringConstraints(min_length=1, pattern=NOT_BLANK)]
 Prompt = Annotated[str, StringConstraints(min_length=1)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,20 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(path, "no such file", "run `terraalign profile use demo` in the project folder") from None
+        check_project()
+        raise UserError(path, "no such file", "run `terraalign try FOLDER` or `terraalign profile use demo`") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(path, f"cannot be read as text: {error}") from None
     return parse_params(text, str(path))
+
+
+def check_project() -> None:
+    """Raises UserError when the current folder is no copy of the project; it names the one that this code lies in."""
+    if Path("dvc.yaml").is_file():
+        return
+    own = Path(__file__).resolve().parents[2]
+    where = f"`cd {shlex.quote(str(own))}`" if (own / "dvc.yaml").is_file() else "`cd` to your copy of the project"
+    raise UserError(Path.cwd(), "no project folder, as it has no dvc.yaml", f"{where} first")
 
 
 def parse_params(text: str, name: str) -> Params:

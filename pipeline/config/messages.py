@@ -11,7 +11,7 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pipeline.config import components
-from pipeline.config.base import Section
+from pipeline.config.base import IN_WORDS, Section
 from pipeline.config.schema import Part, Pretrain, Recipe, evaluate_model
 
 
@@ -26,6 +26,8 @@ def message_of(fault: Mapping[str, Any], model: type[Section], values: Mapping[s
     if fault["type"] in ("int_type", "float_type") and isinstance(fault["input"], str):
         kind = "integer" if fault["type"] == "int_type" else "number"
         return f"should be a valid {kind}, without quotes"
+    if fault["type"] == "string_pattern_mismatch" and (words := IN_WORDS.get(fault["ctx"]["pattern"])):
+        return words
     return str(fault["msg"]).removeprefix("Value error, ").replace("Input should be", "should be")
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import Field, SerializeAsAny, ValidationError, ValidationInfo, field_validator, model_validator
 
 from pipeline.config import components
-from pipeline.config.base import Section, Seed, fault_at
+from pipeline.config.base import PROFILE, Section, Seed, fault_at
 from pipeline.config.messages import message_of
 from pipeline.config.schema import (
     LLM,
@@ -33,7 +33,7 @@ from pipeline.errors import UserError
 class Params(Section):
     """The whole of params.yaml."""
 
-    profile: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+    profile: Annotated[str, Field(pattern=PROFILE)]
     seed: Seed
     run: Run
     data: Annotated[dict[Key, Annotated[SerializeAsAny[DataSettings], part(DataSettings)]], Field(min_length=1)]

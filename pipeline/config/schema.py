@@ -28,6 +28,8 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from pipeline.config import components
 from pipeline.config.base import (
+    DEVICE,
+    KEY,
     AboveZero,
     Folder,
     Name,
@@ -45,7 +47,7 @@ from pipeline.config.base import (
 
 DEFAULTS: dict[str, Any] = yaml.safe_load(resources.files(__package__).joinpath("defaults.yaml").read_text("utf-8"))
 # Parts of the names of stages and folders, as in finetune@mlp-captions; without a hyphen, to be told apart.
-Key = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
+Key = Annotated[str, StringConstraints(pattern=KEY)]
 
 
 def default(key: str) -> Any:
@@ -115,6 +117,8 @@ class DataSettings(Part):
     split: Literal["hash", "blocks"] = default("data.split")
     # A CSV file of the columns id and group, for blocks; `terraalign series` writes one.
     groups: Folder | None = default("data.groups")
+    # Any text, for DVC, which does not watch pictures: with another one `prepare` reads them again.
+    seen: str | None = default("data.seen")
 
     @field_validator("task")
     @classmethod
@@ -313,7 +317,7 @@ class Run(Section):
 class Runtime(Section):
     """What does not decide the result; DVC does not track it."""
 
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
+    device: Annotated[str, Field(pattern=DEVICE)] = "auto"
     engine: Literal["local", "ray"] = Field(
         default="local", description="where images are extracted: here, or a Ray cluster"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,11 @@ TABLES, JSON = (".csv", ".tsv", ".txt", *table.LINES), ".json"
 LOOKED_AT = 200  # names of a file of captions that are looked for
 SIDECARS = 50  # so many texts in a folder are one for each picture, and no table
 LARGEST = 2**30  # bytes of a JSON file that is read whole
+NEARLY = 0.9  # share of a folder's pictures that have captions, from which it is a folder of these
+ALONE = "the only class folder, and so nothing to tell apart"
+OTHERS = (
+    "put the pictures of other kinds into folders beside it, or write captions.csv with the columns file and text there"
+)
 REMEDY = (
     "put the pictures into one folder per class, or write captions.csv with the columns file and text beside them; "
     "docs/own-data.md has the layouts"
@@ -33,6 +39,7 @@ class DataSet:
     section: dict[str, Any]
     names: list[str]
     said: str
+    classes: tuple[str, ...] = ()
     has_parts: bool = False  # whether its folders give all three parts
 
 
@@ -42,22 +49,31 @@ class Layout:
 
     sets: dict[str, DataSet]
     unused: list[str] = field(default_factory=list)
+    seen: str = field(default_factory=lambda: datetime.now().isoformat(" ", "milliseconds"))
 
 
 def recognise(folder: Path) -> Layout:
     """What is in a folder. Raises UserError when there is nothing to learn from."""
     if not folder.is_dir():
-        raise UserError(folder, "no such folder" if not folder.exists() else "not a folder", "name one of pictures")
+        what = "not a folder" if folder.exists() else "no such folder"
+        raise UserError(folder, what, "give the path of the folder that your pictures are in")
     found = sorted(_files_of_captions(folder), key=lambda one: (-len(one.names), str(one.section)))
     captions = found[0] if found else None
     classes = _classes(folder, captions)
+    unused = [one.said for one in found[1:]]
+    if classes is not None and len(classes.classes) == 1:
+        only = classes.section["root"] / classes.classes[0]
+        if captions is None:
+            raise UserError(only, ALONE, OTHERS)
+        unused.append(f"{only}: {ALONE}")
+        classes = None
     sets = {"captions": captions, "classes": classes}
     known = {name: one for name, one in sets.items() if one is not None}
     if not known:
         count = sum(1 for _ in _pictures(folder))
         what = f"{count} pictures, and nothing that says what they show" if count else "no picture in it"
         raise UserError(folder, what, REMEDY)
-    return Layout(known, [one.said for one in found[1:]])
+    return Layout(known, unused)
 
 
 def _files_of_captions(folder: Path) -> Iterator[DataSet]:
@@ -143,20 +159,23 @@ def _classes(folder: Path, captions: DataSet | None) -> DataSet | None:
         if (root / "meta" / "classes.txt").is_file() and (root / "images").is_dir():
             section = {"task": "classify", "source": "food101", "root": root}
             names = [name for name, _ in _pictures(root / "images")]
-            return DataSet(section, names, f"{root}: the layout of Food-101")
-        if found := _class_folders(root, images):
+            inside = tuple(one.name for one in _folders(root / "images"))
+            return DataSet(section, names, f"{root}: the layout of Food-101", inside)
+        if found := _class_folders(root, captions, images):
             return found
     return None
 
 
-def _class_folders(root: Path, images: Path | None) -> DataSet | None:
-    """`root` as a folder of class folders; `images` is where pictures with captions are."""
-    inside = [one for one in _folders(root) if any(_pictures(one)) and not (images and images.is_relative_to(one))]
-    deep = [one for one in inside if any(any(_pictures(inner)) for inner in _folders(one))]
+def _class_folders(root: Path, captions: DataSet | None, images: Path | None) -> DataSet | None:
+    """`root` as a folder of class folders; `images` is what the pictures with captions are named from."""
+    inside = [one for one in _folders(root) if any(_pictures(one))]
     parts = bool(inside) and all(one.name.casefold() in PARTS for one in inside)
+    without = _captioned(inside, captions.names, images) if captions and images and not parts else []
+    inside = [one for one in inside if one not in without]
+    deep = [one for one in inside if any(any(_pictures(inner)) for inner in _folders(one))]
     if parts and not deep:
         return None  # train and test of pictures alone: no classes
-    if len(inside) == 1 and not parts and (deep or inside[0].name.casefold() in GENERIC or images):
+    if len(inside) == 1 and not parts and (deep or inside[0].name.casefold() in GENERIC):
         return None  # one folder around the others, or of pictures alone
     if not inside:
         return None
@@ -164,8 +183,22 @@ def _class_folders(root: Path, images: Path | None) -> DataSet | None:
     names = [f"{one.name}/{name}" for one in inside for name, _ in _pictures(one)]
     has_parts = parts and len({PARTS[one.name.casefold()] for one in inside}) == 3
     how = f", in the parts {listed([one.name for one in inside])}" if parts else ""
-    said = f"{root}: {len(classes)} class folders ({listed(classes, 5)}){how}"
-    return DataSet({"task": "classify", "source": "imagefolder", "root": root}, names, said, has_parts)
+    but = f", without {listed([one.name for one in without])}, where the captions are" if without else ""
+    said = f"{root}: {len(classes)} class folders ({listed(classes, 5)}){how}{but}"
+    section = {"task": "classify", "source": "imagefolder", "root": root}
+    section |= {"without": [one.name for one in without]} if without else {}
+    return DataSet(section, names, said, tuple(classes), has_parts)
+
+
+def _captioned(inside: list[Path], names: list[str], images: Path) -> list[Path]:
+    """The folders beside others that are no classes: where captions name pictures from, or the one they name alone."""
+    around = [one for one in inside if images.is_relative_to(one)]
+    if around:
+        return around
+    named = {images / name for name in names}
+    have = {one: [path in named for _, path in _pictures(one)] for one in inside}
+    some = [one for one in inside if any(have[one])]
+    return some if len(inside) > 1 == len(some) and sum(have[some[0]]) >= NEARLY * len(have[some[0]]) else []
 
 
 def _folders(folder: Path) -> list[Path]:

@@ -17,6 +17,32 @@ UNEVEN = 5  # a class with so many times the pictures of another
 
 
 @dataclass(frozen=True)
+class News:
+    """How many pictures are not as an earlier manifest has them."""
+
+    new: int
+    gone: int
+    changed: int  # in their bytes, texts, or whether they can be used
+
+    @classmethod
+    def of(cls, manifest: pa.Table, earlier: pa.Table) -> News:
+        """From two tables with the columns of manifest.SCHEMA."""
+        now, then = (
+            {one["id"]: (one["sha256"], one["captions"], one["label"], one["quarantine"]) for one in table.to_pylist()}
+            for table in (manifest, earlier)
+        )
+        both = now.keys() & then.keys()
+        return cls(len(now) - len(both), len(then) - len(both), sum(now[one] != then[one] for one in both))
+
+    def __bool__(self) -> bool:
+        return any((self.new, self.gone, self.changed))
+
+    def __str__(self) -> str:
+        lost = f"{self.gone} gone, {self.changed} changed" if self.gone or self.changed else "0 gone or changed"
+        return f"{self.new} {'picture is' if self.new == 1 else 'pictures are'} new, {lost}"
+
+
+@dataclass(frozen=True)
 class Look:
     """A data set as its manifest has it."""
 
@@ -28,10 +54,11 @@ class Look:
     rows: Rows
     copies: int  # pictures with the bytes of an earlier one
     leaks: int  # of these in another part than the earlier one
+    news: News | None  # since the manifest that is there, if one is
 
     @classmethod
-    def of(cls, manifest: pa.Table) -> Look:
-        """From a table with the columns of manifest.SCHEMA."""
+    def of(cls, manifest: pa.Table, earlier: pa.Table | None = None) -> Look:
+        """From a table with the columns of manifest.SCHEMA, and an earlier one."""
         records: list[dict[str, Any]] = manifest.to_pylist()
         used = [record for record in records if not record["quarantine"]]
         classes = Counter(str(record["label"]) for record in used if record["label"] is not None)
@@ -49,6 +76,7 @@ class Look:
             counted(records),
             len(copies),
             sum(part_of[first[record["sha256"]]] != record["split"] for record in copies),
+            None if earlier is None else News.of(manifest, earlier),
         )
 
     @property
@@ -60,11 +88,14 @@ class Look:
         """What there is to say: a word for what, and what."""
         parts = ", ".join(f"{count} {part}" for part, count in self.parts.items())
         found = [("pictures", f"{self.pictures:,} ({parts})")]
+        if self.news:
+            found.append(("since the last run", str(self.news)))
         if self.left_out:
             found.append(("left out", f"{len(self.left_out)}: {listed(self.left_out, 3)}"))
         if self.classes:
             most, least = next(iter(self.classes)), list(self.classes)[-1]
             spread = f"{self.classes[least]} ({least}) to {self.classes[most]} ({most})"
+            spread = str(self.classes[most]) if self.classes[most] == self.classes[least] else spread
             uneven = self.classes[most] >= UNEVEN * self.classes[least]
             warned = "; uneven: rare classes will be named worse" if uneven else ""
             found.append(("classes", f"{len(self.classes)}, with {spread} pictures each{warned}"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,15 +12,19 @@ from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import pyarrow.parquet as pq
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rich.progress import Progress
 
 from pipeline.config import Params, parse_params
+from pipeline.config.base import IN_WORDS, PROFILE
 from pipeline.errors import UserError
-from pipeline.first.layout import DataSet, Layout
+from pipeline.first.layout import ALONE, OTHERS, DataSet, Layout
 from pipeline.first.look import Look
+from pipeline.runs import Run
 from pipeline.sources.manifest import EmptyPart, check_splits
 from pipeline.sources.prepare import prepare
+from pipeline.sources.texts import listed
 
 ENOUGH = 1000  # pictures of a data set for a first look
 SERIES = 0.5  # share of names that follow on one another by number, from which pictures are taken for series
@@ -57,9 +62,19 @@ class Size:
 
 
 def name_of(folder: Path) -> str:
-    """What a profile of a folder is called."""
-    name = re.sub(r"[^A-Za-z0-9_-]+", "-", folder.resolve().name).strip("-").lower()
+    """What a profile of a folder is called: after it, in plain letters, as far as Unicode takes its letters apart."""
+    apart = unicodedata.normalize("NFKD", folder.resolve().name.casefold())
+    plain = "".join(letter for letter in apart if not unicodedata.combining(letter))
+    name = re.sub(r"[^a-z0-9_-]+", "-", plain).strip("-")
     return f"{name}-pictures" if name in RESERVED else name or "pictures"
+
+
+def checked_name(name: str) -> str:
+    """A name that a profile may have; UserError, with one that it may, for any other."""
+    if re.fullmatch(PROFILE, name) and name not in RESERVED:
+        return name
+    why = "data/store, data/raw and data/models are shared by all profiles" if name in RESERVED else IN_WORDS[PROFILE]
+    raise UserError(f"--name {name}", why, f"e.g. --name {name_of(Path(name))}")
 
 
 def sections_of(
@@ -73,8 +88,9 @@ def sections_of(
         how, why = (split, "the other way left a part empty") if split and not found.has_parts else (how, why)
         count, said = _count_for(found, name)
         sections[name] = {**found.section, "root": str(found.section["root"]), "count": count}
-        sections[name] |= {"split": how, "max_broken": BROKEN}
+        sections[name] |= {"split": how, "max_broken": BROKEN, "seen": layout.seen}
         notes[name] = {"count": said, "split": why, "max_broken": "each broken one is named, and left out"}
+        notes[name]["seen"] = "when `try` or `init` found other pictures; with another text `prepare` reads them again"
     return sections, notes
 
 
@@ -140,11 +156,16 @@ def of_same(params: Params, layout: Layout, path: Path, progress: Progress) -> d
     """What the data sets of a profile are like that is there already; UserError when it is not of this folder."""
     roots = {Path(str(getattr(one, "root", ""))).absolute() for one in params.data.values()}
     if not {Path(one.section["root"]) for one in layout.sets.values()} <= roots:
-        raise UserError(path, "a profile of other pictures", "take another --name, or remove it")
+        others = listed(sorted(map(str, roots)))
+        raise UserError(path, f"the profile of other pictures, {others}", "take another --name, or remove it")
     return {name: _looked_at(params, name, progress) for name in params.run.data}
 
 
 def _looked_at(params: Params, name: str, progress: Progress) -> Look:
     manifest = prepare(params, name, progress)
     check_splits(manifest, name)
-    return Look.of(manifest)
+    earlier = Run.of(params).manifest(name)
+    look = Look.of(manifest, pq.read_table(earlier) if earlier.is_file() else None)
+    if len(look.classes) == 1:
+        raise UserError(f"data.{name}", f"usable pictures of {next(iter(look.classes))} alone: {ALONE}", OTHERS)
+    return look

@@ -25,13 +25,16 @@ def dequantised(file: Path) -> Path:
     Converting takes 16 s; and transformers refuses a bitsandbytes configuration beside a GGUF file.
     """
     import gguf
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, modeling_gguf_pytorch_utils
+    from transformers.utils import logging
 
     with file.open("rb") as content:
         folder = MODELS / f"{file.stem}-{hashlib.file_digest(content, 'sha256').hexdigest()[:16]}"
     if folder.exists():
         return folder
     options = {"gguf_file": file.name}
+    logging.disable_progress_bar()
+    vars(modeling_gguf_pytorch_utils)["tqdm"] = logging.tqdm  # its own bar, which is not switched off with the others
     reader = gguf.GGUFReader
     vars(gguf)["GGUFReader"] = functools.cache(reader)  # transformers parses the file three times, 4 s each
     try:

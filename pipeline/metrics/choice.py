@@ -36,7 +36,7 @@ class Chooser:
         self._check(max(map(len, rows), default=0))
         order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))  # alike in length: little padding
         found: list[float] = []
-        with progress_bar(question[:32], len(rows), "texts") as advance:
+        with progress_bar("texts judged", len(rows), "texts") as advance:
             while part := order[len(found) : len(found) + self.batch]:
                 try:
                     logits = self._next([rows[row] for row in part])

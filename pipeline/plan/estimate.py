@@ -60,7 +60,7 @@ class Machine:
         return Estimate(count, 200 * count, self.pace * LIGHT, count * each, 0.25e9)
 
     def _extract_images(self, data: str) -> Estimate:
-        count = self.rows[data].pictures - self.vision.stored.get(data, 0)
+        count = max(0, self.rows[data].pictures - self.vision.stored.get(data, 0))  # pictures may be gone since
         tokens, width = costs.tokens_per_picture(self.params)
         size = count * tokens * width * costs.TOKEN_BYTES[self.params.cache.dtype]
         each = self.vision.encoded + self.vision.decoded

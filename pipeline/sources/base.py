@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from pathlib import Path
+from collections.abc import Sequence
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field, ValidationInfo, field_validator
@@ -91,6 +92,10 @@ class Source(ABC):
 
         return check_picture(image)
 
+    def takes(self, paths: Sequence[Path]) -> set[Path]:
+        """Those of some files that are its own, so that another data set in the same folder has not lost them."""
+        return set()
+
     def restore(self, progress: Progress) -> None:  # noqa: B027
         """Make the pictures that a manifest names where they can be made, e.g. after it came from DVC's cache."""
 
@@ -125,6 +130,23 @@ class FolderSource(Source):
     def images(self) -> str:
         """The folder of pictures, relative to root."""
         return ""
+
+    def takes(self, paths: Sequence[Path]) -> set[Path]:
+        root = self.settings.root
+        inside = [path for path in paths if path.is_relative_to(root)]
+        own = ({root / name for name in self.lists} | self.named()) if inside else set()
+        there = root / self.images
+        return {
+            one for one in inside if one in own or (one.is_relative_to(there) and self.in_class(one.relative_to(there)))
+        }
+
+    def named(self) -> set[Path]:
+        """The pictures that its lists name, where these decide."""
+        return set()
+
+    def in_class(self, path: PurePath) -> bool:
+        """Whether a path below its folder of pictures lies in a class folder."""
+        return self.has_classes and len(path.parts) > 1
 
     def folder(self) -> Path:
         """Its root. Raises UserError when that is no folder."""

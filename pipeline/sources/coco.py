@@ -52,6 +52,10 @@ class Coco(FolderSource):
     def read(self, progress: Progress) -> Found:
         return read(self.folder(), self.settings.captions, self.settings.images, self.settings.count, self.key)
 
+    def named(self) -> set[Path]:
+        path = self.folder() / self.settings.captions
+        return set(_image_files(path, _load(path, self.key), self.settings.root / self.settings.images, [])[0].values())
+
     def look(self) -> None:
         super().look()
         _check_ends(self.settings.root / self.settings.captions)

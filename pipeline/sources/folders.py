@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,7 +32,8 @@ _BMP_HEADERS = (12, 16, 40, 52, 56, 64, 108, 124)
 class LeftOut:
     """Something of a data set that is not used; `id` is that of its picture, where it is part of one.
 
-    `files` is the number of files in a folder that is left out without a look at them.
+    `files` is the number of files in a folder that is left out without a look at them; `owner` the data set that it
+    is part of instead.
     """
 
     name: str
@@ -40,6 +41,7 @@ class LeftOut:
     hidden: bool = False
     id: str = ""
     files: int = 0
+    owner: str = ""
 
     def __str__(self) -> str:
         return f"{self.name} with {self.files} files" if self.files else self.name
@@ -58,12 +60,12 @@ class Tree:
         self.left_out.append(LeftOut(str(self.root / key), reason, hidden, files=files))
 
 
-def pictures_below(root: Path, any_name: bool = False) -> Tree:
+def pictures_below(root: Path, any_name: bool = False, without: Collection[str] = ()) -> Tree:
     """The pictures among the files below a folder: by name, or else by their first bytes. Raises like walk.
 
     Names that are not UTF-8 are left out, unless `any_name`: no manifest can hold them.
     """
-    tree = walk(root)
+    tree = walk(root, without)
     for key, path in list(tree.files.items()):
         reason = None if path.suffix.lower() in SUFFIXES else no_picture(path)
         reason = reason or (None if any_name or is_utf8(key) else NOT_UTF8)
@@ -73,14 +75,14 @@ def pictures_below(root: Path, any_name: bool = False) -> Tree:
     return tree
 
 
-def walk(root: Path) -> Tree:
-    """Every file below a folder, also through links, but each file and folder once.
+def walk(root: Path, without: Collection[str] = ()) -> Tree:
+    """Every file below a folder but for some folders right in it, also through links, but each file and folder once.
 
     Left out are what is hidden (is_hidden), links that lead nowhere, to what is taken already or to a folder above,
     folders that can't be read, and what is no plain file. A file that is reached both
     directly and by a link is taken directly. Raises UserError when `root` itself can't be read.
     """
-    walk = _Walk(root)
+    walk = _Walk(root, without)
     walk.enter("", walk.top)
     while walk.linked_folders:
         walk.follow(walk.linked_folders.popleft())
@@ -91,8 +93,8 @@ def walk(root: Path) -> Tree:
 
 
 class _Walk:
-    def __init__(self, root: Path):
-        self.tree = Tree(root)
+    def __init__(self, root: Path, without: Collection[str]):
+        self.tree, self.without = Tree(root), without
         self.top = os.path.realpath(root)
         self.entered: dict[str, str] = {}  # the real path of a folder -> its key
         self.linked_folders: deque[str] = deque()
@@ -112,6 +114,8 @@ class _Walk:
                 self.tree.folders.append(key)
             for entry in self._entries(key):
                 child = f"{key}/{entry.name}" if key else entry.name
+                if child in self.without:
+                    continue
                 if self._sort(child, entry):
                     pending.append((child, f"{real.rstrip('/')}/{entry.name}"))
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Set
-from pathlib import Path
+from collections.abc import Collection, Iterable, Set
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
 from pydantic import Field
@@ -30,6 +30,7 @@ PARTS = {
 
 
 class ImageFolderSettings(FolderSettings):
+    without: list[str] = Field([], description="folders in root that are no classes")
     validation: Carved = Field(0.1, description="share of train that is carved from it")
 
 
@@ -40,18 +41,24 @@ class ImageFolder(FolderSource):
     settings: ImageFolderSettings
 
     def read(self, progress: Progress) -> Found:
-        return read(self.folder(), self.settings.validation, self.settings.count, self.key, self.settings.split)
+        own = self.settings
+        return read(self.folder(), own.validation, own.count, self.key, own.split, own.without)
+
+    def in_class(self, path: PurePath) -> bool:
+        return super().in_class(path) and path.parts[0] not in self.settings.without
 
 
-def read(root: Path, validation: float, count: int | None, section: str, how: str) -> Found:
+def read(
+    root: Path, validation: float, count: int | None, section: str, how: str, without: Collection[str] = ()
+) -> Found:
     """One row per picture below each class folder; 15 % test, `validation` val, the rest train.
 
     Class folders may lie in folders train, val and test (PARTS): then these are the splits, and one that is not there
-    is carved from train. `count` keeps at most that many pictures per class folder. The id is the path below
-    `root`. Pictures beside the class folders, and class folders without pictures, are left out. Raises UserError if
-    there is no class folder, or parts without train or without class folders.
+    is carved from train. `count` keeps at most that many pictures per class folder; the folders `without` are not
+    looked at. The id is the path below `root`. Pictures beside the class folders, and class folders without pictures,
+    are left out. Raises UserError if there is no class folder, or parts without train or without class folders.
     """
-    tree = pictures_below(root)
+    tree = pictures_below(root, without=without)
     parts = _parts(root, tree.files)
     depth = 2 if parts else 1
     classes: defaultdict[str, list[str]] = defaultdict(list)

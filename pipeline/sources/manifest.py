@@ -8,6 +8,7 @@ import io
 import os
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -162,9 +163,11 @@ def _report_left_out(rows: Sequence[Row], left_out: Sequence[LeftOut], data: str
             "or remove their entries",
             file=sys.stderr,
         )
-    if left_out:
-        reasons = by_reason((str(one), one.reason) for one in left_out)
-        warn(f"data.{data}: {len(left_out)} not used: {reasons}; all: {listing}")
+    for owner, count in Counter(one.owner for one in left_out if one.owner).items():
+        print(f"data.{data}: {count} files beside its own are of data.{owner}", file=sys.stderr)
+    if lost := [one for one in left_out if not one.owner]:
+        reasons = by_reason((str(one), one.reason) for one in lost)
+        warn(f"data.{data}: {len(lost)} not used: {reasons}; all: {listing}")
 
 
 def _report_dark(pictures: Iterable[tuple[str, int | None]], data: str) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 import pyarrow as pa
 from rich.progress import Progress
 
 from pipeline.config import Params, components
+from pipeline.errors import UserError
 from pipeline.files import check_writable
 from pipeline.runs import Run
 from pipeline.sources import manifest, split
 from pipeline.sources.base import Source
+from pipeline.sources.folders import LeftOut
 from pipeline.sources.rows import warn
 
 
@@ -41,7 +45,17 @@ def prepare(params: Params, data: str, progress: Progress | None = None) -> pa.T
     for remark in remarks:
         warn(f"{source.key}: {remark}")
     limit, workers = source.settings.max_broken, params.runtime.decode_threads
-    return manifest.build(replace(found, rows=rows), data, limit, workers, progress, listing, source.check)
+    found = replace(found, rows=rows, left_out=_with_owners(params, data, found.left_out))
+    return manifest.build(found, data, limit, workers, progress, listing, source.check)
+
+
+def _with_owners(params: Params, data: str, left_out: list[LeftOut]) -> list[LeftOut]:
+    """The same, and of what is part of another data set of the graph, which."""
+    paths, owners = [Path(one.name) for one in left_out], dict[Path, str]()
+    for other in params.run.data if left_out else []:
+        with suppress(UserError):  # what is wrong with the other, its own stage says
+            owners |= dict.fromkeys(source_of(params, other).takes(paths) if other != data else (), other)
+    return [replace(one, owner=owners.get(path, "")) for one, path in zip(left_out, paths, strict=True)]
 
 
 def restore_pictures(params: Params, data: str, progress: Progress | None = None) -> None:

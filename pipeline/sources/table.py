@@ -7,6 +7,7 @@ import io
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -52,6 +53,13 @@ class Table(FolderSource):
 
     def read(self, progress: Progress) -> Found:
         return read(self.folder(), self.settings.table, self.settings.images, self.settings.count)
+
+    def named(self) -> set[Path]:
+        folder, found = self.folder() / self.settings.images, set[Path]()
+        for _, entry in entries(self.settings.root / self.settings.table, []):
+            with suppress(ValueError):
+                found.add(folder / _parsed(entry, folder)[0])
+        return found
 
     def pictures(self) -> int | None:
         found = super().pictures()
