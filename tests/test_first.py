@@ -108,7 +108,7 @@ def test_a_folder_of_captioned_pictures_is_no_class_beside_others(capsys: pytest
     assert looks["classes"].classes == {"ant": 10, "bee": 10} and looks["captions"].pictures == 10
     said = capsys.readouterr().err
     assert "data.captions: 20 files beside its own are of data.classes\n" in said
-    assert "data.classes: 1 files beside its own are of data.captions\n" in said  # captions.csv
+    assert "data.classes: 1 file beside its own is of data.captions\n" in said  # captions.csv
     assert "1 not used: named by no line of captions.csv (1: " in said and said.count("alone.png") == 2
     assert "notes.txt" in said and "scenes/" not in said and "ant/1.png" not in said
     text("mixed/captions.csv", "file,text\nscenes/1.png,scene\nant/1.png,ant\n")  # of pictures of several kinds

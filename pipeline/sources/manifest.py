@@ -164,7 +164,8 @@ def _report_left_out(rows: Sequence[Row], left_out: Sequence[LeftOut], data: str
             file=sys.stderr,
         )
     for owner, count in Counter(one.owner for one in left_out if one.owner).items():
-        print(f"data.{data}: {count} files beside its own are of data.{owner}", file=sys.stderr)
+        files = "1 file beside its own is" if count == 1 else f"{count} files beside its own are"
+        print(f"data.{data}: {files} of data.{owner}", file=sys.stderr)
     if lost := [one for one in left_out if not one.owner]:
         reasons = by_reason((str(one), one.reason) for one in lost)
         warn(f"data.{data}: {len(lost)} not used: {reasons}; all: {listing}")
