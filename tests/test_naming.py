@@ -1,6 +1,7 @@
 """Naming without the LLM: its parts against references, and that training pictures do not tell on themselves."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import ot
@@ -12,6 +13,7 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch.nn import functional as F
 
 from pipeline.adapters.module import build_adapter, load_adapter
+from pipeline.answers.names import namer_at_work
 from pipeline.errors import UserError
 from pipeline.metrics.rules import calibration_error, figures_of
 from pipeline.naming.discriminant import Discriminant, as_good_as, choose_shrinkage, cross_fitted, deal
@@ -213,6 +215,32 @@ def test_a_namer_comes_back_as_it_was(tmp_path):
     (tmp_path / "mlp/classes/namer.json").write_text("[]")
     with pytest.raises(UserError, match="cannot be loaded as a namer"):
         Namer.load(tmp_path / "mlp/classes", 1)
+
+
+def test_where_emd_has_no_part_the_adapter_is_not_asked(tmp_path, monkeypatch):
+    found, (known, own) = objective(), features()
+    nearest = Nearest.of(found, [[i, i + 1] for i in range(CLASSES)])
+    discriminant = Discriminant.fit(known, own.tolist(), CLASSES, 0.1)
+    params = SimpleNamespace(profile="tiny", runtime=SimpleNamespace(emd_threads=1, device="cpu"))
+    monkeypatch.setattr("pipeline.answers.names.check_start", lambda *_: None)
+    tokens = torch.randn(3, 4, WIDTH)
+    for emd in (0.0, 0.7):
+        asked = []
+        monkeypatch.setattr("pipeline.answers.names.load_adapter", lambda *_, asked=asked: asked.append(1) or Pooled())
+        namer = Namer([f"class {i}" for i in range(CLASSES)], nearest, discriminant, Scales(2.0, 0.5, (emd, 0.3)), 0.7)
+        namer.save(tmp_path / "mlp/classes")
+        named = namer_at_work(params, tmp_path / "mlp/classes")
+        expected = namer.rules(tokens, Pooled()(tokens))["namer"].exp()
+        for names, shares in zip(named(tokens, "namer"), expected, strict=True):
+            assert names == pytest.approx(dict(zip(namer.names, shares.tolist(), strict=True)), abs=1e-6)
+        assert bool(asked) == bool(emd)
+
+
+class Pooled(torch.nn.Module):
+    """An adapter to tokens of five numbers."""
+
+    def forward(self, tokens):
+        return tokens[..., :5]
 
 
 def test_figures_of_a_rule():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from pipeline.config import Params
 from pipeline.devices import pick_device
 from pipeline.naming.namer import Namer
 from pipeline.naming.table import hinted
+from pipeline.naming.weigh import combined
 from pipeline.origin import check_start
 from pipeline.runs import Run
 
@@ -21,16 +23,24 @@ NamedBy = Callable[[Tensor, str], list[dict[str, float]]]
 
 
 def namer_at_work(params: Params, folder: Path) -> NamedBy:
-    """What gives all names with their probabilities by one of RULES, the likeliest first; `folder` is the namer's."""
+    """What gives all names with their probabilities by one of RULES, the likeliest first; `folder` is the namer's.
+
+    Where EMD has no part in `namer`, neither adapter nor solver is asked: the first answer comes a second sooner.
+    """
     namer = Namer.load(folder, params.runtime.emd_threads)
     pretrained = Run.of(params).pretrained(folder.parent.name)
     check_start(folder, pretrained)
     device = pick_device(params.runtime.device)
-    adapter = load_adapter(pretrained, "last").to(device)
+    adapter = cache(lambda: load_adapter(pretrained, "last").to(device))
+    emd, discriminant = namer.scales.together
 
     @torch.no_grad()
     def named(tokens: Tensor, rule: str) -> list[dict[str, float]]:
-        return likeliest(namer.names, namer.rules(tokens, adapter(tokens.to(device).float()))[rule].exp())
+        if rule == "namer" and not emd:
+            found = combined({rule: namer.discriminant.scores(tokens).cpu()}, {rule: discriminant})
+        else:
+            found = namer.rules(tokens, adapter()(tokens.to(device).float()))[rule]
+        return likeliest(namer.names, found.exp())
 
     return named
 
