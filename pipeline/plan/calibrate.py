@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 LAYERS, LARGEST = 6, 4e8  # of the network that the LLM is reckoned from, and its parameters
 BEHIND, ANSWER = 20, 8  # tokens behind an image, and of them those that are answered
 LONG = 1.0  # seconds; what takes longer is done once
-MOST = 8  # rows of a batch that is trained on
+MOST = 4  # rows of a batch that is trained on
 STEPS, MANY = 4, 32  # of decoding, and rows
 SAMPLE, OTHERS = 32, 16  # pictures that objectives are measured on, and captions that each is held against
 
@@ -311,8 +311,8 @@ def tokens_of(params: Params) -> int:
 
 
 def _warmed(work: Callable[[int, int], None], shape: tuple[int, int], device: Any) -> float:
-    """Seconds of work on a batch [rows, tokens], the first time on a small one."""
-    work(1, ANSWER)
+    """Seconds of work on a batch [rows, tokens], which the first time fetches its memory: up to half as much again."""
+    work(*shape)
     return _once(lambda: work(*shape), device)
 
 
