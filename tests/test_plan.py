@@ -73,7 +73,7 @@ def test_estimates_follow_what_there_is_to_do(machine: Machine) -> None:
         tuned = machine.params.finetune.model_copy(update={"recipes": some})
         found = replace(machine, params=machine.params.model_copy(update={"finetune": tuned}))
         work.append(found.estimate("finetune@mlp-classes").work)
-    length = 9 + 12 + 4 + (recipes["classes"].hints + 1) * 4.0  # image tokens, what is behind them, hints and answer
+    length = 9 + 12 + 4 + (1.5 + 1) * 4.0  # image tokens, what is behind them, hints (most have one or two) and answer
     assert work[1] - work[0] == pytest.approx(3 * 4 * length * LANGUAGE.trained)
     assert machine.estimate("extract_images@classes").work == pytest.approx(200 * 0.03)
     stored = replace(machine, vision=replace(VISION, stored={"classes": 150}))

@@ -25,6 +25,7 @@ RIDGE, FITS, CROSS_FITS = 3, 8, 11  # decompositions of a closed form by ridge r
 FEW = 0.1  # of such a decomposition, with fewer pictures than numbers in a token
 ENDED = 0.7  # of an answer's longest length, after which all of a batch have ended
 PROMPT, HINT = 12, 4  # tokens behind an image, and of what hints begin with
+TOLD = 1.5  # names in a hint: as many as are likely enough together, and at most `hints`
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ class Machine:
 
     def _length(self, rows: Rows, hints: int = 0) -> float:
         """Tokens that the LLM reads for a picture: image, prompt, hints and answer."""
-        behind = HINT + hints * (rows.tokens + 1) if hints else 0.0
+        behind = HINT + min(hints, TOLD) * (rows.tokens + 1) if hints else 0.0
         return tokens_of(self.params) + PROMPT + behind + rows.tokens + 1
 
     def _evaluate(self, item: str) -> Estimate:
