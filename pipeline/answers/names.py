@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -31,7 +30,7 @@ def namer_at_work(params: Params, folder: Path) -> NamedBy:
     pretrained = Run.of(params).pretrained(folder.parent.name)
     check_start(folder, pretrained)
     device = pick_device(params.runtime.device)
-    adapter = cache(lambda: load_adapter(pretrained, "last").to(device))
+    adapter = load_adapter(pretrained, "last").to(device)
     emd, discriminant = namer.scales.together
 
     @torch.no_grad()
@@ -39,7 +38,7 @@ def namer_at_work(params: Params, folder: Path) -> NamedBy:
         if rule == "namer" and not emd:
             found = combined({rule: namer.discriminant.scores(tokens).cpu()}, {rule: discriminant})
         else:
-            found = namer.rules(tokens, adapter()(tokens.to(device).float()))[rule]
+            found = namer.rules(tokens, adapter(tokens.to(device).float()))[rule]
         return likeliest(namer.names, found.exp())
 
     return named
