@@ -54,8 +54,10 @@ function startCamera() {
     try {
       stream = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } });
       video.srcObject = stream;
+      by("shoot").disabled = true; // until there is a frame to take
       dialog.showModal();
       await video.play();
+      by("shoot").disabled = false;
     } catch (error) {
       stop();
       tell("fault", `No camera: ${error.message}`);
