@@ -1,5 +1,7 @@
 """The training loop: an interrupted run ends where an uninterrupted one does."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -55,6 +57,15 @@ def test_resumed_run_equals_uninterrupted(tmp_path, monkeypatch, every_step, bre
     for name, value in whole.model.state_dict().items():
         torch.testing.assert_close(resumed.model.state_dict()[name], value, rtol=0, atol=0)
     assert [{**row, "seconds": 0} for row in again][1:] == [{**row, "seconds": 0} for row in history][1:]
+
+
+def test_seconds_of_training_are_of_its_own_work_alone(tmp_path):
+    """What waits for the machine, as beside another program, is no time of training on a CPU."""
+    waiting = trainer(tmp_path)
+    loss = waiting.loss
+    waiting.loss = lambda number: (time.sleep(0.1), loss(number))[1]
+    began = time.monotonic()
+    assert waiting.run()[-1]["seconds"] < (time.monotonic() - began) / 2
 
 
 def test_a_checkpoint_of_other_parameters_is_left_aside(tmp_path, capsys, monkeypatch):

@@ -33,6 +33,7 @@ class Trainer:
     the scalar as its result; `validate` gives a row of the history; `extras` is state that `validate` may fill and
     that survives an interruption. `in_flight`: how many of a step's `accumulate` losses are under way at a time; it
     does not change the result. `max_seconds` of training end it too, and the learning rate then falls by the time.
+    Seconds of training are, on a CPU, processor time by thread: what else the machine does makes nothing dearer.
     """
 
     name: str
@@ -68,13 +69,13 @@ class Trainer:
         self._seconds = seconds
         if step == 0 and not self.history:
             self._validate(0, math.nan, 0.0)
-        began = saved = time.monotonic()
+        began, saved = self._clock(), time.monotonic()
         timed = self.max_seconds is not None
         with progress_bar(self.name, int(self.max_seconds or total), "seconds" if timed else "steps") as advance:
             advance(int(seconds) if timed else step)
             while step < total and not self._out_of_time():
                 losses.append(self._step(step, optimizer))
-                before, self._seconds = self._seconds, seconds + time.monotonic() - began
+                before, self._seconds = self._seconds, seconds + self._clock() - began
                 now = self._seconds
                 schedule.step()
                 step += 1
@@ -82,7 +83,7 @@ class Trainer:
                 if step in self.validate_at or step == total or self._out_of_time():
                     self._validate(step, sum(losses) / len(losses), now)
                     losses.clear()
-                    began, seconds = time.monotonic(), now  # validation is not training time
+                    began, seconds = self._clock(), now  # validation is not training time
                 if not losses or time.monotonic() - saved > CHECKPOINT_SECONDS:
                     self._save(step, losses, now, optimizer, schedule)
                     saved = time.monotonic()
@@ -119,6 +120,10 @@ class Trainer:
         with torch.no_grad():
             row = self.validate(step)
         self.history.append({"step": step, "seconds": round(seconds, 2), "train_loss": train_loss, **row})
+
+    def _clock(self) -> float:
+        on_gpu = any(parameter.is_cuda for parameter in self._trained())
+        return time.monotonic() if on_gpu else time.process_time() / torch.get_num_threads()
 
     def _out_of_time(self) -> bool:
         return self.max_seconds is not None and self._seconds >= self.max_seconds
