@@ -208,8 +208,8 @@ class Pretrain(Optimisation):
     objective: Annotated[SerializeAsAny[ObjectiveSettings], part(ObjectiveSettings)]
     candidates: Positive = default("pretrain.candidates")  # captions to choose from in retrieval
     validations: Positive | None = default("pretrain.validations")  # points over the run; null: after every epoch
-    # Stop at the first step after so many seconds of training (on a CPU processor time by thread), validation apart; what
-    # is learned then depends on the machine. To compare objectives that cost differently.
+    # Stop at the first step after so many seconds of training (on a CPU processor time by thread), validation apart;
+    # what is learned then depends on the machine. To compare objectives that cost differently.
     max_seconds: AboveZero | None = default("pretrain.max_seconds")
     # 0: the start is the result
     max_steps: Annotated[Whole, Field(ge=0)] | None = default("pretrain.max_steps")
