@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from pipeline.adapters.module import Adapter, load_adapter
 from pipeline.config import LLM
@@ -21,6 +21,7 @@ from pipeline.llms.load import LanguageModel, context_of, load_llm
 from pipeline.llms.ranking import Forest, Trie, best, grow, tree_reach
 from pipeline.llms.spliced import IGNORED, answered, read_once, splice
 from pipeline.llms.text import Texts
+from pipeline.lora import insert_lora
 from pipeline.origin import check_llm
 from pipeline.progress import progress_bar
 
@@ -350,12 +351,12 @@ def tuned(llm: LanguageModel, folder: Path, weights: str) -> Iterator[VLM]:
     Afterwards the LLM is again as it was: one serves for several adapters. Raises UserError naming the file when
     something is missing.
     """
-    adapter, lora = load_adapter(folder, weights), _insert_lora(llm, folder)
+    adapter, hooks = load_adapter(folder, weights), _insert_lora(llm, folder)
     try:
         yield VLM(adapter, llm).eval()
     finally:
-        if lora is not None and not sys.is_finalizing():  # then PEFT's progress bar would wait for a thread for ever
-            lora.unload()
+        for hook in hooks:
+            hook.remove()
 
 
 def load_vlm(params: LLM, folder: Path, weights: str, device: str = "auto") -> VLM:
@@ -366,14 +367,10 @@ def load_vlm(params: LLM, folder: Path, weights: str, device: str = "auto") -> V
     return VLM(adapter, llm).eval()
 
 
-def _insert_lora(llm: LanguageModel, folder: Path) -> Any:
-    """Insert a folder's LoRA, where it has one, into the LLM, in place; returns PEFT's handle on it or None.
+def _insert_lora(llm: LanguageModel, folder: Path) -> list[RemovableHandle]:
+    """Insert a folder's LoRA, where it has one, into the LLM, in place.
 
     Raises UserError when the folder's adapter is of another LLM.
     """
     check_llm(folder, llm.network.get_input_embeddings())
-    if not (folder / "lora").exists():
-        return None
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(llm.network, folder / "lora")
+    return insert_lora(llm.network, folder / "lora") if (folder / "lora").exists() else []

@@ -159,7 +159,10 @@ def main() -> None:
     warnings.filterwarnings(
         "ignore", message="Passing `(repetition_penalty|no_repeat_ngram_size)`"
     )  # says what is meant here (VLM.generate)
-    app()
+    try:
+        app()
+    finally:
+        gc.freeze()  # nothing is looked through any more: leaving took two seconds
 
 
 if __name__ == "__main__":

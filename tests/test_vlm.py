@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import gguf
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.adapters.module import build_adapter
@@ -256,13 +257,7 @@ def test_one_llm_serves_several_adapters(params, tmp_path):
     """After LoRA is taken out the LLM is as it was, and the next folder's answers are its own."""
     for name in ("one", "other"):
         llm = load_llm(params)
-        lora = add_lora(llm, LoRA())
-        for key, parameter in lora.named_parameters():
-            if "lora_B" in key:
-                torch.nn.init.normal_(parameter, std=0.3)
-        VLM(build_adapter("linear", 8, 32), llm).adapter.save(tmp_path / name, "adapter")
-        lora.save_pretrained(tmp_path / name / "lora")
-        of_this_llm(tmp_path / name, llm)
+        saved_lora(VLM(build_adapter("linear", 8, 32), llm), tmp_path / name)
     build_adapter("linear", 8, 32).save(tmp_path / "plain", "last")
     of_this_llm(tmp_path / "plain", llm)
     example, llm = (torch.randn(1, 4, 8), "What is it?", ["a cat"]), load_llm(params)
@@ -355,19 +350,54 @@ def test_four_bit_weights_are_the_same_kept_expanded_and_made(params, monkeypatc
     kept.rmdir()
 
 
-def test_what_was_saved_answers_the_same(params, tmp_path):
-    llm = load_llm(params)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_what_was_saved_answers_as_peft_has_it(params, tmp_path, quantization, dtype):
+    params = params.model_copy(update={"quantization": quantization, "dtype": dtype})
+    model = VLM(build_adapter("linear", 8, 32), load_llm(params, expand=False)).eval()
+    saved_lora(model, tmp_path)
+    model.eval()  # PEFT's dropout, too
+    example = torch.randn(1, 4, 8), "What is it?", ["a cat"]
+    with torch.no_grad():
+        expected = model.loss(*example)[0]
+        with tuned(load_llm(params, expand=False), tmp_path, "adapter") as again:
+            # PEFT rounds to bfloat16 before it adds to what a 4-bit layer gives, and after it with others.
+            rounding = 1e-3 if (quantization, dtype) == ("nf4", "bfloat16") else 0
+            torch.testing.assert_close(again.loss(*example)[0], expected, rtol=rounding, atol=0)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.zero_()
+        torch.testing.assert_close(again.loss(*example)[0], model.loss(*example)[0], rtol=0, atol=0)  # taken out again
+
+
+def saved_lora(model: VLM, folder: Path) -> None:
+    """Insert a LoRA of random numbers into a model, and save it with the adapter."""
+    llm = SimpleNamespace(network=model.network)
     lora = add_lora(llm, LoRA())
     for name, parameter in lora.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
-    model = VLM(build_adapter("linear", 8, 32), llm).eval()
-    model.adapter.save(tmp_path, "adapter")
-    lora.save_pretrained(tmp_path / "lora")
-    of_this_llm(tmp_path, llm)
-    example = torch.randn(1, 4, 8), "What is it?", ["a cat"]
-    again = load_vlm(params, tmp_path, "adapter")
-    torch.testing.assert_close(again.loss(*example)[0], model.loss(*example)[0])
+    model.adapter.save(folder, "adapter")
+    lora.save_pretrained(folder / "lora")
+    of_this_llm(folder, llm)
+
+
+def test_a_damaged_lora_is_told(params, tmp_path):
+    saved_lora(VLM(build_adapter("linear", 8, 32), load_llm(params)), tmp_path)
+    file = tmp_path / "lora" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    key = max(tensors)
+    for content, reason in (
+        (tensors | {"base_model.model.model.layers.9.lora_A.weight": tensors[key].clone()}, "9"),
+        (tensors | {"base_model.model.x.lora_magnitude_vector": tensors[key].clone()}, "belongs to another method"),
+        ({name: value for name, value in tensors.items() if name != key}, key),
+    ):
+        save_file(content, file)
+        with pytest.raises(UserError, match=f"cannot be loaded as a LoRA of this LLM.*{reason}"):
+            load_vlm(params, tmp_path, "adapter")
+    file.unlink()
+    with pytest.raises(UserError, match="cannot be loaded as a LoRA of this LLM"):
+        load_vlm(params, tmp_path, "adapter")
 
 
 def test_faults_are_named(params):

@@ -1,0 +1,51 @@
+"""Low-rank adaptation (LoRA, Hu et al. 2022) of a frozen network, to answer with; PEFT trains it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from pipeline.errors import UserError
+
+ROOT = "base_model.model."  # what PEFT puts before a module's name
+
+
+class LowRank:
+    """A module's output W x with alpha / r * B A x added, as PEFT computes it; a forward hook."""
+
+    def __init__(self, down: Tensor, up: Tensor, scale: float):
+        """down A [r, d_in], up B [d_out, r]."""
+        self.down, self.up, self.scale = down, up, scale
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        added = F.linear(F.linear(inputs[0].to(self.down.dtype), self.down), self.up)
+        return (output + added * self.scale).to(output.dtype)
+
+
+def insert_lora(network: nn.Module, folder: Path) -> list[RemovableHandle]:
+    """Have a network answer with the LoRA that PEFT has saved; returns hooks, which take it out again when removed.
+
+    PEFT itself takes two seconds to import and two more to wrap the 210 layers of a small LLM.
+    Raises UserError when its files are missing, or do not fit together or the network.
+    """
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        tensors, handles = load_file(folder / "adapter_model.safetensors"), []
+        for key in [key for key in tensors if key.endswith(".lora_A.weight")]:
+            name = key.removesuffix(".lora_A.weight")
+            module = network.get_submodule(name.removeprefix(ROOT))
+            place = next(module.parameters()).device
+            down, up = tensors.pop(key).to(place), tensors.pop(f"{name}.lora_B.weight").to(place)
+            handles.append(module.register_forward_hook(LowRank(down, up, config["lora_alpha"] / config["r"])))
+        if tensors:
+            raise ValueError(f"{min(tensors)} belongs to another method")
+    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(folder, f"cannot be loaded as a LoRA of this LLM ({reason})", "run `dvc repro`") from None
+    return handles
