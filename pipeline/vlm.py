@@ -19,7 +19,7 @@ from pipeline.config.schema import LoRA
 from pipeline.errors import UserError
 from pipeline.llms.load import LanguageModel, context_of, load_llm
 from pipeline.llms.ranking import Forest, Trie, best, grow, tree_reach
-from pipeline.llms.spliced import IGNORED, answered, read_once, splice
+from pipeline.llms.spliced import IGNORED, answered, read_on, read_once, splice
 from pipeline.llms.text import Texts
 from pipeline.lora import insert_lora
 from pipeline.origin import check_llm
@@ -108,7 +108,8 @@ class VLM(nn.Module):
         ends = [after + self._ids(prefix) for after in afters]
         inputs, mask, cache = self._splice(tokens, before, ends, decoding=True)
         max_new_tokens = self._within_context(inputs.shape[1], max_new_tokens)
-        if cache is not None and beams > 1:
+        if beams > 1:  # read all but the last token once, not once for each beam
+            cache = read_on(self.network, inputs[:, :-1], mask[:, :-1], cache)
             cache.batch_repeat_interleave(beams)  # as `generate` does with inputs and mask
         ids = self.network.generate(
             inputs_embeds=inputs, attention_mask=mask, cache=cache, max_new_tokens=max_new_tokens, do_sample=False,

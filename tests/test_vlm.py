@@ -18,6 +18,7 @@ from pipeline.config.schema import LoRA
 from pipeline.errors import UserError
 from pipeline.llms import quantise as backbone
 from pipeline.llms.load import load_embedding, load_llm
+from pipeline.llms.spliced import splice
 from pipeline.origin import Origin, Words
 from pipeline.vlm import VLM, add_lora, load_vlm, tuned
 
@@ -175,11 +176,21 @@ def test_generation_equals_greedy_argmax(either_way, params, prefix):
         assert answers == greedy(model, params, tokens.to(model.device), prefix)
 
 
-def test_a_beam_is_the_same_with_a_shared_prompt(model):
-    tokens, found = torch.randn(3, 4, 8), []
-    for model.shares_prompt in (True, False):
-        found.append(model.generate(tokens, "Describe this image", 6, beams=3))
-    assert found[0] == found[1]
+@pytest.mark.parametrize("hints", HINTS, ids=["no hints", "hints"])
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_a_beam_is_transformers_own(kind, hints, tiny_mistral, tmp_path):
+    """Which reads each picture once for each beam; here it is read once."""
+    model, tokens = of_kind(kind, tiny_mistral, tmp_path), torch.randn(3, 4, 8)
+    said = model.generate(tokens, "Describe this image", 6, hints=hints, beams=3)
+    before, afters = model.prompt("Describe this image")[0], [model.prompt("Describe this image", h)[1] for h in hints]
+    eos = model.tokenizer.eos_token_id
+    with torch.no_grad():
+        inputs, mask = splice(model.network, before, model.adapter(tokens), afters, left=True)
+        ids = model.network.generate(
+            inputs_embeds=inputs, attention_mask=mask, max_new_tokens=6, num_beams=3, do_sample=False,
+            eos_token_id=eos, pad_token_id=eos,
+        )  # fmt: skip
+    assert said == [text.strip() for text in model.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
 def test_no_token_is_said_twice_but_those_that_may_be(model):

@@ -21,6 +21,16 @@ def read_once(network: Any, before: list[int], rows: int) -> Any:
     return cache
 
 
+def read_on(network: Any, inputs: Tensor, mask: Tensor, cache: Any) -> Any:
+    """The cache of all of inputs [B, L, D], of whose beginning `cache` holds what is read already, or None."""
+    done = cache.get_seq_length() if cache is not None else 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, done:]
+    return network(
+        inputs_embeds=inputs[:, done:], attention_mask=mask, position_ids=positions, cache=cache, use_cache=True,
+        logits_to_keep=1,
+    ).cache  # fmt: skip
+
+
 def splice(
     network: Any, before: list[int], soft_prompts: Tensor, ends: Sequence[list[int]], left: bool = False
 ) -> tuple[Tensor, Tensor]:
