@@ -189,11 +189,10 @@ class VLM(nn.Module):
         what `generate` takes besides: prefix, repetition_penalty, beams, no_repeat, may_repeat.
         """
 
-        def ask(tokens: Tensor, part: slice) -> list[str]:
-            said = None if hints is None else hints[part]
-            return self.generate(tokens, prompt, max_new_tokens, hints=said, **decoding)
+        def ask(tokens: Tensor, part: list[int]) -> list[str]:
+            return self.generate(tokens, prompt, max_new_tokens, hints=_of(hints, part), **decoding)
 
-        return self._asked("answers", images, positions, batch, ask)
+        return self._asked("answers", images, positions, batch, ask, self._ends(prompt, hints))
 
     def ranks(
         self, images: ImageTokens, positions: list[int], prompt: str,
@@ -204,11 +203,9 @@ class VLM(nn.Module):
         same = not names or isinstance(names[0], str)
         widest = len(names) if same else max(map(len, names), default=0)
 
-        def ask(tokens: Tensor, part: slice) -> list[Tensor]:
-            said = None if hints is None else hints[part]
-            scores = self.rank(
-                tokens, prompt, names if same else names[part], said, None if prior is None else prior[part], top
-            )
+        def ask(tokens: Tensor, part: list[int]) -> list[Tensor]:
+            some = names if same else [names[row] for row in part]
+            scores = self.rank(tokens, prompt, some, _of(hints, part), None if prior is None else prior[part], top)
             return list(F.pad(scores, (0, widest - scores.shape[1]), value=-torch.inf).cpu())
 
         found = self._asked("names ranked", images, positions, batch, ask)
@@ -221,10 +218,10 @@ class VLM(nn.Module):
         """The LLM's last state, which its output layer reads the first word of an answer from, of many cached images:
         [images, D], float32, on the CPU; batch by batch as in `answers`."""
 
-        def ask(tokens: Tensor, part: slice) -> list[Tensor]:
-            return list(self._state(tokens, prompt, None if hints is None else hints[part]).cpu())
+        def ask(tokens: Tensor, part: list[int]) -> list[Tensor]:
+            return list(self._state(tokens, prompt, _of(hints, part)).cpu())
 
-        found = self._asked("first words", images, positions, batch, ask)
+        found = self._asked("first words", images, positions, batch, ask, self._ends(prompt, hints))
         return torch.stack(found) if found else torch.empty(0, self.network.get_input_embeddings().weight.shape[1])
 
     def _state(self, tokens: Tensor, prompt: str, hints: Sequence[str] | None) -> Tensor:
@@ -243,24 +240,36 @@ class VLM(nn.Module):
             hook.remove()
         return read[0][:, -1].float()
 
+    def _ends(self, prompt: str, hints: Sequence[str] | None) -> list[int] | None:
+        """How many tokens stand behind each image, where rows to decode had better be of one length (`_splice`)."""
+        if hints is None or not self.shares_prompt:
+            return None
+        return [len(after) for after in self._around(prompt, len(hints), hints)[1]]
+
     def _asked(
         self, title: str, images: ImageTokens, positions: list[int], batch: int,
-        ask: Callable[[Tensor, slice], list[T]],
+        ask: Callable[[Tensor, list[int]], list[T]], ends: Sequence[int] | None = None,
     ) -> list[T]:  # fmt: skip
-        """What `ask` gives for the tokens of many images, in parts of at most `batch`; `title` is the bar's."""
+        """What `ask` gives for the tokens of many images, in parts of at most `batch`, and given which they are.
+
+        `title` is the bar's. `ends`: parts are of images with the same number there, so none is padded.
+        """
+        order = sorted(range(len(positions)), key=ends.__getitem__) if ends else list(range(len(positions)))
         found: list[T] = []
         with progress_bar(title, len(positions), "images") as advance:
-            while part := positions[len(found) : len(found) + batch]:
+            while part := order[len(found) : len(found) + batch]:
+                if ends:
+                    part = [row for row in part if ends[row] == ends[part[0]]]
                 try:
-                    found += ask(images.tokens(part, self.device), slice(len(found), len(found) + len(part)))
+                    found += ask(images.tokens([positions[row] for row in part], self.device), part)
                 except torch.OutOfMemoryError:
-                    if batch == 1:
+                    if len(part) == 1:
                         raise
                     batch = (len(part) + 1) // 2
                     torch.cuda.empty_cache()
                     continue
                 advance(len(part))
-        return found
+        return [answer for _, answer in sorted(zip(order, found, strict=True), key=lambda pair: pair[0])]
 
     def _around(self, prompt: str, count: int, hints: Sequence[str] | None) -> tuple[list[int], list[list[int]]]:
         """Token ids before the image, and those behind it for each of `count` rows, with their hints."""
@@ -298,6 +307,10 @@ class VLM(nn.Module):
 
     def _ids(self, text: str) -> list[int]:
         return self.texts.ids([text])[0]
+
+
+def _of(hints: Sequence[str] | None, rows: list[int]) -> list[str] | None:
+    return None if hints is None else [hints[row] for row in rows]
 
 
 @dataclass(frozen=True)

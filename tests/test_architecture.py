@@ -21,7 +21,7 @@ PROJECT = Path(__file__).parents[1]
 ROOMS = (
     *("errors", "progress", "files", "needs", "started", "versions", "config", "weights", "devices", "runs", "inputs"),
     *("media", "sources", "encoders", "llms", "store", "origin", "extraction", "adapters", "transport", "objectives"),
-    *("naming", "vlm", "tasks"),
+    *("naming", "lora", "vlm", "tasks"),
     *("training", "metrics", "alignment", "answers", "serve", "report", "plan", "first", "doctor"),
     *("export", "serving", "lmms"),
 )
