@@ -36,12 +36,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.adapters.module import Adapter, load_adapter
+from pipeline.adapters.module import Adapter, build_adapter, load_adapter
 from pipeline.config import Params, load_params
 from pipeline.config.schema import LoRA, Recipe
+from pipeline.devices import CPU
+from pipeline.extraction.near import series_of
 from pipeline.llms.load import load_llm
 from pipeline.llms.spliced import IGNORED
 from pipeline.naming.classes import class_names, labelled, numbers
+from pipeline.naming.discriminant import deal
 from pipeline.naming.fit import KEPT, REFERENCE, _nearest
 from pipeline.naming.nearest import adapted_by, many
 from pipeline.naming.table import Named
@@ -56,6 +59,7 @@ from pipeline.tasks.naming import find_class
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.finetune import Examples
 from pipeline.training.loop import Trainer, batch_at
+from pipeline.training.pretrain import _trainer
 from pipeline.vlm import VLM, add_lora
 
 QV = ("q_proj", "v_proj")
@@ -84,6 +88,7 @@ class Variant:
     mixed: float | None = None  # tokens become mixtures of words, by their squared distances over this
     smoothing: float = 0.0
     rate: float = 1.0  # times the recipe's learning rates
+    unseen: bool = False  # tokens of training pictures are of adapters that were pre-trained without them
     head: bool = False  # a linear layer for the classes in place of the LLM's output layer
     probed: bool = field(default=False, compare=False)
 
@@ -98,6 +103,8 @@ VARIANTS = {
     "hints, all linear layers": Variant(hints=5, modules=ALL),
     "hints, words only": Variant(hints=5, modules=ALL, pictures=False),
     "hints, adapter frozen": Variant(hints=5, modules=ALL, frozen=True),
+    "unseen tokens": Variant(modules=ALL, frozen=True, unseen=True),
+    "hints, unseen tokens": Variant(hints=5, modules=ALL, frozen=True, unseen=True),
     "brightness and contrast": Variant(shaken=0.5),
     "mixtures of words": Variant(mixed=0.5),
     "label smoothing": Variant(smoothing=0.1),
@@ -127,6 +134,8 @@ class Altered(nn.Module):
         own = self.variant
         if not own.pictures:
             return tokens.new_zeros(len(tokens), 0, self.words.shape[1])
+        if own.unseen and self.training:
+            return tokens  # adapted already
         if own.shaken and self.training:
             tokens = shaken(tokens, own.shaken)
         found: Tensor = self.inner(tokens)
@@ -134,6 +143,23 @@ class Altered(nn.Module):
             near = torch.cdist(found, self.words[None]).square() / -own.mixed
             found = near.softmax(-1) @ self.words
         return found
+
+
+@dataclass
+class Unseen:
+    """Image tokens of a data set, but adapted ones of some pictures."""
+
+    images: ImageTokens
+    adapted: dict[int, Tensor]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.images, name)
+
+    def tokens(self, positions: list[int], device: torch.device = CPU) -> Tensor:
+        """Adapted [B, M, D] where all are of those, else [B, N, D_img]."""
+        if all(position in self.adapted for position in positions):
+            return torch.stack([self.adapted[position] for position in positions]).to(device)
+        return self.images.tokens(positions, device)
 
 
 def shaken(tokens: Tensor, most: float) -> Tensor:
@@ -189,8 +215,10 @@ class Bench:
         assert isinstance(own, EMDSettings), "the adapter is to be pre-trained by EMD"
         pairs = Pairs.open(params, settings)
         self.objective = EMD(own.model_copy(update={"names": own.names or 1.0}), pairs, Means(params.seed, 1))
+        self.settings, self.pairs = settings, pairs
         self.words, self.first = pairs.table, pairs.starts[settings.data.index(self.data)]
-        self.nearest = replace(_nearest(params, adapter, self.data, self.images, self.names), threads=1)
+        adapted = adapted_by(load_adapter(self.run.pretrained(adapter), "last"), self.images.tokens)
+        self.nearest = replace(_nearest(params, adapter, self.data, self.images, self.names, adapted), threads=1)
 
     def measure(self, name: str, seed: int, beside: Path) -> dict[str, Any]:
         """Fine-tune and measure one variant."""
@@ -199,6 +227,8 @@ class Bench:
         settings = self.recipe.model_copy(update={"hints": variant.hints, **rates})
         named = self.named if variant.hints else None
         examples = Examples(self.images, self.data, self.task, settings, seed, named)
+        if variant.unseen:
+            examples.images = self.unseen  # type: ignore[assignment]  # of which no more is asked
         torch.manual_seed(seed)
         llm = load_llm(self.params.llm, self.params.runtime.device)
         lora = add_lora(llm, LoRA(modules=list(variant.modules))) if variant.trains else None
@@ -215,6 +245,34 @@ class Bench:
             found |= self._train(name, variant, model, lora, examples, settings, seed, checkpoint)
             checkpoint.remove()
         return found | self._figures(model.eval(), examples, variant)
+
+    @functools.cached_property
+    def unseen(self) -> Unseen:
+        """Training pictures as adapters give them that were pre-trained without them, each without a half."""
+        train = labelled(self.images, "train")
+        series, adapted = series_of(self.images), dict[int, Tensor]()
+        fold = deal(numbers(self.images, train, self.names), [series[i] for i in train], 2)
+        for one in range(2):
+            hidden = [position for position, own in zip(train, fold, strict=True) if own == one]
+            adapter = self._pretrained_without({self.first + position for position in hidden})
+            tokens = many(lambda some: some, adapted_by(adapter, self.images.tokens), hidden)
+            adapted |= dict(zip(hidden, tokens, strict=True))
+        return Unseen(self.images, adapted)
+
+    def _pretrained_without(self, hidden: set[int]) -> Adapter:
+        kept = [position for position in self.pairs.train if position not in hidden]
+        objective = EMD(self.objective.settings, replace(self.pairs, train=kept), Means(self.params.seed, 1))
+        sample = self.pairs.tokens(kept[: self.settings.batch])
+        torch.manual_seed(self.params.seed)
+        architecture = self.params.adapter(self.adapter).architecture
+        kind = self.params.kind_of(self.adapter)
+        adapter = build_adapter(kind, sample.shape[2], self.words.shape[1], **architecture).eval()
+        objective.initialise(adapter, sample)
+        trainer = _trainer(self.params, self.adapter, self.settings, objective, adapter, {})
+        trainer.checkpoint.path = trainer.checkpoint.path.with_stem(f"unseen-{hash(frozenset(hidden)) & 0xFFFF:04x}")
+        trainer.run()
+        trainer.checkpoint.remove()
+        return adapter.eval()
 
     def _train(
         self, name: str, variant: Variant, model: Model, lora: Any, examples: Examples, settings: Recipe, seed: int,
