@@ -17,7 +17,9 @@ class _Rate(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         rate = task.finished_speed or task.speed
-        return Text("" if rate is None else f"{rate:.1f} {self.unit}/s")
+        if not rate:
+            return Text("")
+        return Text(f"{rate:.1f} {self.unit}/s" if rate >= 0.1 else f"{1 / rate:.0f} s each")
 
 
 def new_progress(unit: str) -> Progress:

@@ -39,5 +39,5 @@ def make(params: Params, data: str, repair: Manifest | None = None) -> Manifest:
     check_prompts(params, tokenizer, context)
     embedding = load_embedding(params.llm)
     rows = usable_rows(Run.of(params), data)
-    with progress_bar(f"captions of {data}", len(rows), "images") as advance:
+    with progress_bar(f"words of {data}", len(rows), "images") as advance:
         return extract_captions(params, data, tokenizer, embedding, advance, repair, context)

@@ -111,7 +111,7 @@ def _begin(folder: Path, name: str | None, asks: bool, dry_run: bool, command: s
         typer.echo("\n".join(f"{data}: {said if what == data else f'{what}: {said}'}" for what, said in look.lines()))
     params = parse_params(text, str(path))
     kept = f", as it is there already{', but for ' if seen else ''}{', '.join(seen)}" if is_there else ""
-    typer.echo(f"profile {path}{kept}")
+    typer.echo(f"{'would write ' if dry_run and not is_there else ''}profile {path}{kept}")
     tasks = {one.task for one in params.data.values()}
     for name in (name for name, one in layout.sets.items() if one.section["task"] not in tasks):
         typer.echo(f"not in it, as it was not there: {name}; to have it, take another --name, or remove {path}")

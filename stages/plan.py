@@ -75,6 +75,7 @@ def reckoned(
     from pipeline.plan.estimate import Machine
     from pipeline.plan.schedule import times
 
+    typer.echo("measuring this machine for the plan: about 15 s, longer beside other work", err=True)
     began = time.monotonic()
     language, vision = calibrate(params, rows, jobs)
     measured = time.monotonic() - began
@@ -160,6 +161,8 @@ def _show_check(found: Mapping[str, Any]) -> None:
     typer.echo(
         f"planned {_time(found['planned'])}, took {_time(found['took'])}: {off:+.0%}, {verdict} {WITHIN:.0%} off"
     )
+    if abs(off) > WITHIN:
+        typer.echo("other work on the machine, while it was measured or while the stages ran, makes it so")
 
 
 def _size(count: float) -> str:

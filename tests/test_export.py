@@ -79,6 +79,8 @@ for folder in map(Path, folders):
     found = runpy.run_path(str(folder / "example.py"), run_name="__main__")
     read = found["soft_prompt"], found["config"]["prompt"]["after"]
     torch.save((*read, found.get("names")), folder.with_suffix(".pt"))
+sys.argv[1] = "nope.jpg"
+runpy.run_path(str(folder / "example.py"), run_name="__main__")
 """
 
 
@@ -233,7 +235,7 @@ def test_the_example_answers_as_we_do_where_there_is_no_terraalign(
     done = subprocess.run(
         [sys.executable, "-c", script, photo, *folders], capture_output=True, text=True, check=False, cwd=tmp_path
     )
-    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("nope.jpg: ") and done.returncode == 1, done.stderr
     alone = subprocess.run([sys.executable, folders[0] / "example.py"], capture_output=True, text=True, check=False)
     assert alone.returncode == 1 and "python example.py PHOTO" in alone.stderr and "Traceback" not in alone.stderr
     names = expected[3].names

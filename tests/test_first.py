@@ -271,6 +271,7 @@ def test_the_command_says_only_what_it_would_do_in_a_dry_run(monkeypatch: pytest
     assert said.exit_code == 0, said.output
     assert {"prepare@classes", "pretrain@mlp", "finetune@mlp-classes", "report"} <= planned.keys()
     assert planned["pretrain@mlp"] == ["inputs"]
+    assert "would write profile profiles/birds.yaml" in said.output
     assert "2 class folders (ant, bee)" in said.output and "classes: pictures: 16" in said.output
     assert "\nclasses: 2, with 8 pictures each\n" in said.output
     assert not Path("profiles").exists() and not Path("params.yaml").exists()
