@@ -344,7 +344,11 @@ def test_a_plan_counts_views(params):
 
 @pytest.mark.parametrize(
     ("value", "fault"),
-    [("[flip, mirror]", r"vision\.views\.1 is mirror: should be 'flip' or 'crop'"), ("[flip, flip]", "each name once")],
+    [
+        ("[flip, mirror]", r"vision\.views\.1 is mirror: should be 'flip' or 'crop'"),
+        ("[flip, flip]", r"vision\.views is .*: each name once"),
+        ("flip", r"vision\.views is flip: should be a list, such as \[flip\]"),
+    ],
 )
 def test_a_view_that_is_none_is_told(value, fault):
     text = (Path(__file__).parent.parent / "profiles/demo.yaml").read_text()
