@@ -26,6 +26,8 @@ def message_of(fault: Mapping[str, Any], model: type[Section], values: Mapping[s
     if fault["type"] in ("int_type", "float_type") and isinstance(fault["input"], str):
         kind = "integer" if fault["type"] == "int_type" else "number"
         return f"should be a valid {kind}, without quotes"
+    if fault["type"] == "list_type" and isinstance(fault["input"], str):
+        return f"should be a list, such as [{fault['input']}]"
     if fault["type"] == "string_pattern_mismatch" and (words := IN_WORDS.get(fault["ctx"]["pattern"])):
         return words
     return str(fault["msg"]).removeprefix("Value error, ").replace("Input should be", "should be")

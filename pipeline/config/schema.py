@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache
 from importlib import resources
-from typing import Annotated, Any, ClassVar, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
 
 import yaml
 from pydantic import (
@@ -50,6 +50,9 @@ DEFAULTS: dict[str, Any] = yaml.safe_load(resources.files(__package__).joinpath(
 Key = Annotated[str, StringConstraints(pattern=KEY)]
 
 
+_Text = TypeVar("_Text", bound=str)
+
+
 def default(key: str) -> Any:
     """The default of a key, as defaults.yaml has it."""
     value: Any = DEFAULTS
@@ -58,7 +61,7 @@ def default(key: str) -> Any:
     return Field(value)
 
 
-def _distinct(names: list[str]) -> list[str]:
+def _distinct(names: list[_Text]) -> list[_Text]:
     if len(set(names)) != len(names):
         raise ValueError("each name once")
     return names
@@ -147,6 +150,9 @@ class Vision(Part):
     # Who decodes plain JPEGs; auto: nvjpeg on a GPU, torchvision on a CPU. docs/store.md has the errors.
     decoder: Literal["auto", "pil", "torchvision", "nvjpeg"] = default("vision.decoder")
     batch: Positive = default("vision.batch")
+    # What of a picture is kept beside its tokens, for training to draw from; not in `cache`, which no stage watches
+    # whole. docs/store.md has what they are.
+    views: Annotated[list[Literal["flip", "crop"]], AfterValidator(_distinct)] = default("vision.views")
 
 
 class LLM(Part):

@@ -10,7 +10,7 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,6 +27,7 @@ from pipeline.encoders.base import Encoder
 from pipeline.encoders.vision import VisionEncoder
 from pipeline.errors import UserError
 from pipeline.extraction.reading import does_not_decode, read_picture
+from pipeline.extraction.views import views_of
 from pipeline.extraction.work import Advance, Clock, Make, build_missing, check_repair, parts_of, usable
 from pipeline.files import atomically
 from pipeline.media.decoding import Broken, Loaded, padded, say_once
@@ -85,6 +86,8 @@ class ImageShards:
         if params.vision.decoder == "auto" and multiprocessing.parent_process() is None:
             say_once(f"vision.decoder auto: {self.decoder.name}")
         made_by = {**encoder.identity, **self.decoder.identity}
+        if params.vision.views:
+            made_by["views"] = f"{' '.join(params.vision.views)} {versions.VIEWS}"
         self.fingerprint = schema.fingerprint(
             **made_by, stored=params.cache.dtype, batch=self.size, version=versions.IMAGES
         )
@@ -147,8 +150,8 @@ class ImageShards:
         write_record(path, shard, encoded=encoded, copied=shard.rows - encoded, seconds=clock.seconds())
         return shard
 
-    def _file(self, stream: BinaryIO, rows: pd.DataFrame, shape: tuple[int, int]) -> ShardFile:
-        arrow = schema.image_schema(shape, self.params.cache.dtype, self.fingerprint)
+    def _file(self, stream: BinaryIO, rows: pd.DataFrame, shape: tuple[int, ...]) -> ShardFile:
+        arrow = schema.image_schema(shape, self.params.cache.dtype, self.fingerprint, self.params.vision.views)
         return ShardFile(stream, arrow, [pa.array(rows["id"]), pa.array(rows["sha256"])])
 
     def tokens(self, parts: list[Part]) -> Generator[tuple[list[int], Columns], None, None]:
@@ -196,7 +199,7 @@ class ImageShards:
         picture = self.encoder.preprocess(Image.radial_gradient("L").convert("RGB"))
         with one_thread_each(1) as pool:
             batches = torch.stack([picture] * self.size), padded([picture], self.size)
-            everywhere, alone = pool.map(self.encoder.encode, batches)
+            everywhere, alone = pool.map(partial(self.encode, exact=True), batches)
         same = all(torch.equal(alone[0], tokens) for tokens in everywhere)
         if not same:
             print("tokens depend on the place in the batch: shards are made whole, no row is copied", file=sys.stderr)
@@ -230,16 +233,19 @@ class ImageShards:
         try:
             return pack(tokens, dtype)
         except DoesNotFit as fault:
-            finite = self.encoder.encode(pixels)[: len(at)].isfinite().all()
+            finite = self.encode(pixels, exact=True)[: len(at)].isfinite().all()
             mend = "set cache.dtype: float32" if finite else "the encoder gives no finite numbers"
             raise UserError(part.rows["image"][at[fault.row]], f"tokens do not fit {dtype}", mend) from None
 
-    def encode(self, pixels: Tensor) -> Tensor:
-        """Tokens of a batch, from a GPU in the type that is stored: half the bytes. int8 is scaled on the CPU."""
+    def encode(self, pixels: Tensor, exact: bool = False) -> Tensor:
+        """Tokens of a batch, [B, N, D]; of several views of its pictures, each a pass of its own, [B, V, N, D].
+
+        Unless `exact`, they come from a GPU in the type that is stored: half the bytes. int8 is scaled on the CPU.
+        """
         dtype = self.params.cache.dtype
-        if self.on_gpu and dtype != "int8":
-            return self.encoder.encode(pixels, getattr(torch, dtype))
-        return self.encoder.encode(pixels)
+        stored = [getattr(torch, dtype)] if self.on_gpu and dtype != "int8" and not exact else []
+        found = [self.encoder.encode(view, *stored) for view in views_of(pixels, self.params.vision.views)]
+        return found[0] if len(found) == 1 else torch.stack(found, 1)
 
 
 @contextmanager

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,16 +13,23 @@ from torch import Tensor
 
 from pipeline.naming.weigh import LOWEST
 
+if TYPE_CHECKING:
+    from pipeline.store.reader import ImageTokens
+
 SHRINKAGES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.8)
 PART = 256  # pictures at a time
 
 
-def pooled(tokens: Callable[[list[int]], Tensor], positions: list[int]) -> np.ndarray:
-    """The root of the mean image token, with its sign, of some pictures: [n, D_img], float64.
+def pooled(images: ImageTokens, positions: list[int], views: int = 1) -> np.ndarray:
+    """The root of the mean image token, with its sign, of some pictures: [views x n, D_img], float64, view by view.
 
     The root evens out tokens of networks that end in a rectifier: most are small, and few are large.
     """
-    parts = [tokens(positions[at : at + PART]).mean(1).cpu() for at in range(0, len(positions), PART)]
+    parts = [
+        images.tokens(positions[at : at + PART], views=[view] * len(positions[at : at + PART])).mean(1)
+        for view in range(views)
+        for at in range(0, len(positions), PART)
+    ]
     return _root(torch.cat(parts)).double().numpy()
 
 
@@ -129,14 +137,18 @@ def deal(classes: Sequence[int], groups: Sequence[str], folds: int) -> np.ndarra
 def cross_fitted(
     features: np.ndarray, classes: Sequence[int], folds: np.ndarray, count: int, shrinkage: float
 ) -> Tensor:
-    """Scores of training pictures [n, C] by classifiers that did not see their fold: as weak on them as on new ones."""
-    scores = torch.full((len(features), count), LOWEST)
-    own = np.asarray(classes)
+    """Scores of training pictures [n, C] by classifiers that did not see their fold: as weak on them as on new ones.
+
+    Of features [views x n, D_img] as `pooled` has them, all of a picture in its fold [n]; the first view is told.
+    """
+    scores = torch.full((len(folds), count), LOWEST)
+    views = len(features) // len(folds)
+    own, folds_of_all = np.tile(np.asarray(classes), views), np.tile(folds, views)
     for fold in np.unique(folds):
-        told = folds == fold
-        if not told.all():
-            model = Discriminant.fit(features[~told], own[~told].tolist(), count, shrinkage)
-            scores[torch.from_numpy(told)] = model.of_features(torch.from_numpy(features[told]))
+        told, seen = folds == fold, folds_of_all != fold
+        if seen.any():
+            model = Discriminant.fit(features[seen], own[seen].tolist(), count, shrinkage)
+            scores[torch.from_numpy(told)] = model.of_features(torch.from_numpy(features[: len(folds)][told]))
     return scores
 
 

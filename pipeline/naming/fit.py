@@ -39,8 +39,9 @@ def fit_namer(params: Params, adapter: str, data: str) -> Named:
     """Fit the namer of a pre-trained adapter for a data set, save it, and name all its labelled pictures.
 
     Both parts learn from training pictures; how they are weighed, and the discriminant's shrinkage, from validation
-    pictures, after which the discriminant is fitted on both. Raises UserError when features or adapter are missing or
-    do not fit together, or validation or training pictures with a name are missing.
+    pictures, after which the discriminant is fitted on both; it learns from all views of a picture. Raises UserError
+    when features or adapter are missing or do not fit together, or validation or training pictures with a name are
+    missing.
     """
     run = Run.of(params)
     folder = run.named(adapter) / data
@@ -51,21 +52,22 @@ def fit_namer(params: Params, adapter: str, data: str) -> Named:
     if not train or not val:
         raise UserError(data, f"{len(train)} train and {len(val)} val pictures with a name", "both are needed")
     classes, right = numbers(images, train, names), numbers(images, val, names)
-    known, held_out = pooled(images.tokens, train), pooled(images.tokens, val)
-    shrinkage = choose_shrinkage(known, classes, held_out, right, len(names))
-    early = Discriminant.fit(known, classes, len(names), shrinkage)
+    known, more = (pooled(images, some, images.views) for some in (train, val))
+    held_out, of_known, of_more = more[: len(val)], classes * images.views, right * images.views
+    shrinkage = choose_shrinkage(known, of_known, held_out, right, len(names))
+    early = Discriminant.fit(known, of_known, len(names), shrinkage)
     adapted = adapted_by(load_adapter(run.pretrained(adapter), "last"), images.tokens)
     nearest = _nearest(params, adapter, data, images, names, adapted)
     distances = many(nearest.scores, adapted, [*val, *test])
     first = early.of_features(torch.from_numpy(held_out))
     scales = _scales(distances[: len(val)], first, right)
-    whole = Discriminant.fit(np.concatenate([known, held_out]), [*classes, *right], len(names), shrinkage)
+    whole = Discriminant.fit(np.concatenate([known, more]), [*of_known, *of_more], len(names), shrinkage)
     told = by_rule(distances[: len(val)], first, scales)["namer"]
     loss = -told.gather(1, torch.tensor(right)[:, None]).mean().item()
     Namer(names, nearest, whole, scales, loss).save(folder)
     origin, weights = Origin.read(run.pretrained(adapter)), run.pretrained(adapter) / "last.safetensors"
     replace(origin, start=weights_of(weights)).write(folder)
-    last = whole.of_features(torch.from_numpy(pooled(images.tokens, test))) if test else first[:0]
+    last = whole.of_features(torch.from_numpy(pooled(images, test))) if test else first[:0]
     rules = by_rule(distances, torch.cat([first, last]), scales)
     series = series_of(images)
     apart, mixed = (

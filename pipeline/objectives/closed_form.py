@@ -29,7 +29,8 @@ def fit_closed_form(objective: EMD, pooled: Callable[[Tensor], Tensor]) -> Tenso
     names is tried, or each of KINDS, with RIDGES: ridge regression; the orthogonal map from whitened images
     (Procrustes; SITTA, Paischer et al. 2023); the same to whitened words, whose axes are the canonical directions (CCA,
     Hotelling 1936). The latter two are taken at the scale that fits best. Every fourth block of training pictures is
-    held out, and the map that ranks its captions best, by the cosine of centred words, is fitted again on all.
+    held out, and the map that ranks its captions best, by the cosine of centred words, is fitted again on all. Fitted
+    on all views of pictures, judged by the plain ones.
     """
     train = objective.pairs.train
     judged = [p for i, p in enumerate(train) if i // BLOCK % HELD_OUT == HELD_OUT - 1]
@@ -39,7 +40,7 @@ def fit_closed_form(objective: EMD, pooled: Callable[[Tensor], Tensor]) -> Tenso
     step = -(-len(judged) // JUDGED)
     kind = objective.settings.closed_form
     kinds = KINDS if kind == "best" else (kind,)
-    images, words = (torch.cat(parts) for parts in zip(*_means(objective, pooled, judged[::step]), strict=True))
+    images, words = (torch.cat(parts) for parts in zip(*_means(objective, pooled, judged[::step], None), strict=True))
     with exact_products():
         first = _Fit(objective, pooled, rest, kinds)
         tried = [(kind, ridge) for kind in kinds for ridge in RIDGES]
@@ -52,8 +53,9 @@ class _Fit:
 
     def __init__(self, objective: EMD, pooled: Callable[[Tensor], Tensor], positions: list[int], kinds: Sequence[str]):
         sums = _Sums("cca" in kinds)
-        for images, words in _means(objective, pooled, positions):
-            sums.add(images, words)
+        for view in range(objective.pairs.views):
+            for images, words in _means(objective, pooled, positions, view or None):
+                sums.add(images, words)
         self.mean, target = sums.images / sums.count, sums.words / sums.count
         self.spread = sums.squares / sums.count - self.mean.outer(self.mean)
         self.together = sums.products / sums.count - self.mean.outer(target)
@@ -109,13 +111,17 @@ class _Sums:
 
 
 @torch.no_grad()
-def _means(objective: EMD, pooled: Callable[[Tensor], Tensor], positions: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Mean tokens of images [B, D_img] and mean words of their captions [B, D], float64, part by part."""
+def _means(
+    objective: EMD, pooled: Callable[[Tensor], Tensor], positions: list[int], view: int | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Mean tokens of images [B, D_img], plain or in a view, and mean words of their captions [B, D], float64, part by
+    part."""
     pairs = objective.pairs
     for at in range(0, len(positions), PART):
         part = positions[at : at + PART]
         captions, image = pairs.captions_of(part)
-        yield pooled(pairs.tokens(part)).mean(1).double(), pairs.mean_by_image(image)(_mean_word(objective, captions))
+        tokens = pairs.tokens(part) if view is None else pairs.tokens(part, [view] * len(part))
+        yield pooled(tokens).mean(1).double(), pairs.mean_by_image(image)(_mean_word(objective, captions))
 
 
 def _mean_word(objective: EMD, captions: list[list[int]]) -> Tensor:

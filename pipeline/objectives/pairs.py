@@ -14,7 +14,7 @@ from pipeline.config.schema import Pretrain
 from pipeline.devices import pick_device, to_device
 from pipeline.errors import UserError
 from pipeline.runs import Run
-from pipeline.store.reader import CaptionTokens, ImageTokens
+from pipeline.store.reader import CaptionTokens, ImageTokens, drawn_views
 from pipeline.store.webdataset import open_tars
 
 
@@ -30,14 +30,15 @@ class Names:
 class Pairs:
     """Pictures, by their positions: image tokens, and captions as rows of one table of words.
 
-    `tokens` gives image tokens [B, N, D_img], float32 on the table's device, of some positions; `table` [T, D] has the
-    LLM's input embeddings of the words and `token_ids` [T] their numbers there. `train` and `val` are positions.
+    `tokens` gives image tokens [B, N, D_img], float32 on the table's device, of some positions, plain or, where there
+    are several `views` of a picture, of the views that a second argument has; `table` [T, D] has the LLM's input
+    embeddings of the words and `token_ids` [T] their numbers there. `train` and `val` are positions.
     Pictures of several data sets are numbered through. Those of the first, all that are before `first`, are the ones
     that held-out figures and document frequencies are of. `names` has an entry for each data set of classes,
     `starts` the first position of each data set.
     """
 
-    tokens: Callable[[list[int]], Tensor]
+    tokens: Callable[..., Tensor]
     captions: list[list[list[int]]]
     table: Tensor
     token_ids: list[int]
@@ -46,6 +47,7 @@ class Pairs:
     first: int
     names: list[Names] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
+    views: int = 1
 
     @classmethod
     def open(cls, params: Params, settings: Pretrain) -> Pairs:
@@ -79,12 +81,18 @@ class Pairs:
                 "both are needed: add pictures with texts",
             )
         return cls(
-            _Joined(images, device), captions, table.to(device), token_ids, train, val, len(images[0]), names, starts
-        )
+            _Joined(images, device), captions, table.to(device), token_ids, train, val, len(images[0]), names, starts,
+            images[0].views,
+        )  # fmt: skip
 
     @property
     def device(self) -> torch.device:
         return self.table.device
+
+    def drawn(self, positions: list[int]) -> Tensor:
+        """Image tokens of a random view of each of some pictures, by torch's own state; nothing is drawn of one."""
+        views = drawn_views(self.views, len(positions))
+        return self.tokens(positions) if views is None else self.tokens(positions, views)
 
     def is_named(self, position: int) -> bool:
         """Whether a picture is of a class."""
@@ -124,12 +132,13 @@ class _Joined:
         self._images, self._device = images, device
         self._places = [(number, i) for number, some in enumerate(images) for i in range(len(some))]
 
-    def __call__(self, positions: list[int]) -> Tensor:
+    def __call__(self, positions: list[int], views: Sequence[int] | None = None) -> Tensor:
         tokens = torch.empty(len(positions), *self._images[0].shape, device=self._device)
         for number, images in enumerate(self._images):
             here = [i for i, position in enumerate(positions) if self._places[position][0] == number]
             if here:
-                found = images.tokens([self._places[positions[i]][1] for i in here], self._device)
+                own = None if views is None else [views[i] for i in here]
+                found = images.tokens([self._places[positions[i]][1] for i in here], self._device, own)
                 tokens.index_copy_(0, to_device(torch.tensor(here), self._device), found)
         return tokens
 

@@ -44,9 +44,19 @@ def needs_gpu(params: Params) -> bool:
 
 
 def token_bytes(params: Params) -> float:
-    """Disk for the image tokens of all data sets: images x N x D x bytes."""
+    """Disk for the image tokens of all data sets."""
+    return sum(pictures(params, name) for name in params.run.data) * picture_bytes(params)
+
+
+def picture_bytes(params: Params) -> float:
+    """Disk for the image tokens of a picture: views x N x D x bytes."""
     count, width = tokens_per_picture(params)
-    return sum(pictures(params, name) for name in params.run.data) * count * width * TOKEN_BYTES[params.cache.dtype]
+    return views(params) * count * width * TOKEN_BYTES[params.cache.dtype]
+
+
+def views(params: Params) -> int:
+    """How many views of a picture are encoded and kept, the plain one among them."""
+    return 1 + len(params.vision.views)
 
 
 def _architectures(params: Params) -> list[Architecture]:

@@ -62,9 +62,8 @@ class Machine:
 
     def _extract_images(self, data: str) -> Estimate:
         count = max(0, self.rows[data].pictures - self.vision.stored.get(data, 0))  # pictures may be gone since
-        tokens, width = costs.tokens_per_picture(self.params)
-        size = count * tokens * width * costs.TOKEN_BYTES[self.params.cache.dtype]
-        each = self.vision.encoded + self.vision.decoded
+        size = count * costs.picture_bytes(self.params)
+        each = costs.views(self.params) * self.vision.encoded + self.vision.decoded
         return Estimate(count, size, self._start() + self.vision.load, count * each, self.vision.resident + 0.1e9)
 
     def _extract_captions(self, data: str) -> Estimate:
@@ -123,7 +122,8 @@ class Machine:
         for data in self._classes():
             own, pair = self.rows[data], self.vision.adapters[adapter].pair
             seen = own.val + own.test + min(512, own.train) + min(256, own.val + own.test) * 2
-            few = own.train + own.val + own.classes < costs.tokens_per_picture(self.params)[1]
+            fitted = costs.views(self.params) * (own.train + own.val)
+            few = fitted + own.classes < costs.tokens_per_picture(self.params)[1]
             work += seen * own.classes * pair + CROSS_FITS * self.vision.axes * (FEW if few else 1)
             count += own.pictures
         return Estimate(count, 100 * count, self._start(), work, self.vision.resident + 0.2e9)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,7 +15,7 @@ from pipeline.devices import CPU
 from pipeline.errors import UserError
 from pipeline.runs import Run, remedy
 from pipeline.store.dtypes import Columns, unpack
-from pipeline.store.schema import dense
+from pipeline.store.schema import dense, views_in
 from pipeline.store.shards import Manifest, open_shard
 
 
@@ -31,11 +32,16 @@ class ImageTokens:
     """Image tokens [N, D] of one data set: random access, from wherever `stored` reads them.
 
     `stored` gives some rows as they are kept: tokens [B, N, D] in `dtype` (bfloat16 as uint16), for int8 also scale
-    [B, N].
+    [B, N]. A picture has a row for each of its `views`, the plain one first: position x views + view. `others` names
+    those beside the plain one.
     """
 
-    def __init__(self, rows: pd.DataFrame, shape: tuple[int, ...], dtype: str, stored: Callable[[list[int]], Columns]):
+    def __init__(
+        self, rows: pd.DataFrame, shape: tuple[int, ...], dtype: str, stored: Callable[[list[int]], Columns],
+        others: Sequence[str] = (),
+    ):  # fmt: skip
         self.rows, self.shape, self.dtype, self.stored = rows, shape, dtype, stored
+        self.others, self.views = list(others), 1 + len(others)
         self.ids: list[str] = list(rows["id"])
 
     @classmethod
@@ -59,10 +65,11 @@ class ImageTokens:
                 f"{len(missing)} pictures of {data} have no image tokens, the first is {missing[0]}",
                 f"run `dvc repro extract_images@{data}`",
             )
-        shards = [{name: dense(table, name) for name in table.column_names[2:]} for table in tables]
-        dtype = tables[0].schema.metadata[b"dtype"].decode()
-        mapped = Mapped(shards, [places[row_id] for row_id in rows["id"]])
-        return cls(rows, shards[0]["tokens"].shape[1:], dtype, mapped)
+        dtype, others = tables[0].schema.metadata[b"dtype"].decode(), views_in(tables[0].schema)
+        columns = [{name: dense(table, name) for name in table.column_names[2:]} for table in tables]
+        shards = [{name: _by_view(column, others) for name, column in shard.items()} for shard in columns]
+        mapped = Mapped(shards, [places[row_id] for row_id in rows["id"]], 1 + len(others))
+        return cls(rows, shards[0]["tokens"].shape[1:], dtype, mapped, others)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -75,23 +82,42 @@ class ImageTokens:
         """Positions of the rows of train, val or test."""
         return [int(i) for i in np.flatnonzero(self.rows["split"] == name)]
 
-    def tokens(self, positions: list[int], device: torch.device = CPU) -> Tensor:
-        """Image tokens of some rows: float32 [B, N, D] on a device."""
-        return unpack(self.stored(positions), self.dtype, device)
+    def tokens(self, positions: list[int], device: torch.device = CPU, views: Sequence[int] | None = None) -> Tensor:
+        """Image tokens of some rows: float32 [B, N, D] on a device.
+
+        Of the plain pictures, or for each of the view that `views` has, [B].
+        """
+        chosen = [0] * len(positions) if views is None else views
+        rows = [self.views * position + view for position, view in zip(positions, chosen, strict=True)]
+        return unpack(self.stored(rows), self.dtype, device)
+
+
+def drawn_views(views: int, count: int) -> list[int] | None:
+    """One of so many views for each of `count` pictures, by torch's own state; of one alone None, and nothing drawn."""
+    return None if views == 1 else torch.randint(views, (count,)).tolist()
+
+
+def _by_view(column: np.ndarray[Any, Any], others: Sequence[str]) -> np.ndarray[Any, Any]:
+    """A column [R, V, ...] of pictures with several views as [R x V, ...], without a copy."""
+    return column.reshape(-1, *column.shape[2:]) if others else column
 
 
 class Mapped:
-    """Rows of shards that are mapped into memory, by shard and row: no copy until a batch is made."""
+    """Rows of shards that are mapped into memory, by shard and row: no copy until a batch is made.
 
-    def __init__(self, shards: list[Columns], places: list[tuple[int, int]]):
-        self._shards, self._places = shards, places
+    `places` are those of the pictures, which have `views` rows each.
+    """
 
-    def __call__(self, positions: list[int]) -> Columns:
-        out = {name: np.empty((len(positions), *all_.shape[1:]), all_.dtype) for name, all_ in self._shards[0].items()}
-        for target, position in enumerate(positions):
+    def __init__(self, shards: list[Columns], places: list[tuple[int, int]], views: int = 1):
+        self._shards, self._places, self._views = shards, places, views
+
+    def __call__(self, rows: list[int]) -> Columns:
+        out = {name: np.empty((len(rows), *all_.shape[1:]), all_.dtype) for name, all_ in self._shards[0].items()}
+        for target, at in enumerate(rows):
+            position, view = divmod(at, self._views)
             shard, row = self._places[position]
             for name, column in self._shards[shard].items():
-                out[name][target] = column[row]
+                out[name][target] = column[self._views * row + view]
         return out
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -32,13 +32,17 @@ def shard_key(rows: Iterable[tuple[str, str]]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
-def image_schema(shape: tuple[int, int], dtype: str, print_: str) -> pa.Schema:
-    """id, sha256 of the picture, and its image tokens as a fixed-shape tensor [N, D]; for int8 also scale [N]."""
+def image_schema(shape: tuple[int, ...], dtype: str, print_: str, views: Sequence[str] = ()) -> pa.Schema:
+    """id, sha256 of the picture, and its image tokens as a fixed-shape tensor [N, D]; for int8 also scale [N].
+
+    With `views` beside the plain one, which the metadata name, [V, N, D] and [V, N], the plain one first.
+    """
     tokens = pa.fixed_shape_tensor(STORED[dtype], shape)
     fields = [("id", pa.string()), ("sha256", pa.string()), ("tokens", tokens)]
     if dtype == "int8":
-        fields.append(("scale", pa.fixed_shape_tensor(pa.float32(), shape[:1])))
-    return pa.schema(fields, metadata={**_metadata("images", print_), "dtype": dtype})
+        fields.append(("scale", pa.fixed_shape_tensor(pa.float32(), shape[:-1])))
+    said = {"dtype": dtype} | ({"views": " ".join(views)} if views else {})
+    return pa.schema(fields, metadata={**_metadata("images", print_), **said})
 
 
 def caption_schema(print_: str) -> pa.Schema:
@@ -52,6 +56,11 @@ def embedding_schema(width: int, dtype: str, print_: str) -> pa.Schema:
     fields = [("token_id", pa.int32()), ("embedding", pa.fixed_shape_tensor(STORED[dtype], (width,)))]
     said = {} if dtype == "float32" else {"dtype": dtype}
     return pa.schema(fields, metadata={**_metadata("embeddings", print_), **said})
+
+
+def views_in(found: pa.Schema) -> list[str]:
+    """The views beside the plain one that a shard of images holds."""
+    return (found.metadata or {}).get(b"views", b"").decode(errors="replace").split()
 
 
 def _metadata(kind: str, fingerprint: str) -> dict[str, str]:
@@ -70,7 +79,9 @@ def fault(found: pa.Schema, expected: str | None) -> str | None:
         return f"in the format {metadata.get('format', 'of another program')}, this version reads {FORMAT}"
     try:
         if kind == "images":
-            ours = image_schema(tuple(found.field("tokens").type.shape), metadata["dtype"], print_)
+            shape, views = tuple(found.field("tokens").type.shape), views_in(found)
+            whole = len(shape) == 2 if not views else len(shape) == 3 and shape[0] == 1 + len(views)
+            ours = image_schema(shape, metadata["dtype"], print_, views) if whole else None
         elif kind == "embeddings":
             ours = embedding_schema(found.field("embedding").type.shape[0], metadata.get("dtype", "float32"), print_)
         else:

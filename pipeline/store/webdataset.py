@@ -1,9 +1,10 @@
 """Features as WebDataset tars, which https://github.com/webdataset/webdataset reads: written, and read back.
 
-A folder of tars `<split>-000000.tar` with the members `<key>.tokens.npy`, [N, D], and `<key>.captions.json`, a list of
-token-id lists; beside them `token_ids.npy`, int32 [V], sorted, `embeddings.npy`, float32 [V, D]: their rows of the
-LLM's input embeddings, and `index.parquet`: a row per picture, with its captions and the place of its tokens. The
-owner's name of each member is the identity of the export, so a tar of another one is noticed wherever it is read.
+A folder of tars `<split>-000000.tar` with the members `<key>.tokens.npy`, [N, D], `<key>.captions.json`, a list of
+token-id lists, and, where there are other views of the pictures, `<key>.<view>.npy`, as tokens.npy; beside them
+`token_ids.npy`, int32 [V], sorted, `embeddings.npy`, float32 [V, D]: their rows of the LLM's input embeddings, and
+`index.parquet`: a row per picture, with its captions and the place of its tokens. The owner's name of each member is
+the identity of the export, so a tar of another one is noticed wherever it is read.
 docs/webdataset.md shows how others read them.
 """
 
@@ -42,6 +43,8 @@ INDEX = pa.schema(
     ]
 )  # fmt: skip
 """A row per picture; offset and size are those of <key>.tokens.npy in its tar, in bytes."""
+OTHERS = pa.field("views", pa.list_(pa.int64()))
+"""Where pictures have other views: their offsets; their size is that of the tokens."""
 
 
 def identity(run: Run, data: str) -> str:
@@ -115,7 +118,11 @@ def _write_split(
                 key, token_ids = key_of(row_id), _captions(captions, row_id)
                 place = _add(tar, f"{key}.tokens.npy", _tokens(images, position), identity)
                 _add(tar, f"{key}.captions.json", json.dumps(token_ids).encode(), identity)
-                rows.append({"id": row_id, "split": split, "captions": token_ids, "tar": name, **place})
+                views = [
+                    _add(tar, f"{key}.{view}.npy", _tokens(images, position, number), identity)["offset"]
+                    for number, view in enumerate(images.others, 1)
+                ]
+                rows.append({"id": row_id, "split": split, "captions": token_ids, "tar": name, "views": views, **place})
                 advance(1)
     return rows
 
@@ -125,7 +132,14 @@ def _write_index(folder: Path, identity: str, images: ImageTokens, rows: list[di
         "format": FORMAT, "identity": identity, "shape": json.dumps(images.shape), "dtype": _exact(images.dtype),
         "bytes": json.dumps({path.name: path.stat().st_size for path in sorted(folder.iterdir())}),
     }  # fmt: skip
-    pq.write_table(pa.Table.from_pylist(rows, INDEX.with_metadata(about)), folder / "index.parquet")
+    if images.others:
+        about["views"] = json.dumps(images.others)
+    schema = _index_schema(images.others).with_metadata(about)
+    pq.write_table(pa.Table.from_pylist(rows, schema), folder / "index.parquet")
+
+
+def _index_schema(others: list[str]) -> pa.Schema:
+    return INDEX.append(OTHERS) if others else INDEX
 
 
 def _exact(dtype: str) -> str:
@@ -133,10 +147,11 @@ def _exact(dtype: str) -> str:
     return "float16" if dtype == "float16" else "float32"
 
 
-def _tokens(images: ImageTokens, position: int) -> bytes:
-    """The image tokens of a picture as a .npy file [N, D]."""
+def _tokens(images: ImageTokens, position: int, view: int = 0) -> bytes:
+    """The image tokens of a picture, in a view, as a .npy file [N, D]."""
     buffer = io.BytesIO()
-    np.save(buffer, images.tokens([position])[0].numpy().astype(_exact(images.dtype)), allow_pickle=False)
+    tokens = images.tokens([position], views=[view])[0].numpy()
+    np.save(buffer, tokens.astype(_exact(images.dtype)), allow_pickle=False)
     return buffer.getvalue()
 
 
@@ -179,7 +194,8 @@ def read_tars(folder: str, identity: str, mend: str) -> tuple[ImageTokens, Capti
         about = {key.decode(): value.decode() for key, value in (index.schema.metadata or {}).items()}
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise files.fault("index.parquet", f"not a whole Parquet file ({error})") from None
-    if not index.schema.equals(INDEX) or about.get("format") != FORMAT:
+    others = json.loads(about.get("views", "[]"))
+    if not index.schema.equals(_index_schema(others)) or about.get("format") != FORMAT:
         raise files.fault("index.parquet", "written by another program or version")
     if about["identity"] != identity:
         raise files.fault("index.parquet", "of other features than the profile's manifests name")
@@ -187,7 +203,7 @@ def read_tars(folder: str, identity: str, mend: str) -> tuple[ImageTokens, Capti
     index = index.sort_by("id")
     rows = index.select(["id", "split"]).to_pandas()
     shape, dtype = tuple(json.loads(about["shape"])), about["dtype"]
-    images = ImageTokens(rows, shape, dtype, _Members(files, index, identity, shape, dtype))
+    images = ImageTokens(rows, shape, dtype, _Members(files, index, identity, shape, dtype, others), others)
     captions = dict(zip(index["id"].to_pylist(), index["captions"].to_pylist(), strict=True))
     table = torch.from_numpy(files.numbers("embeddings.npy"))
     return images, CaptionTokens(captions, files.numbers("token_ids.npy"), table)
@@ -238,30 +254,36 @@ class _Files:
 
 
 class _Members:
-    """Reads image tokens out of tars, each by its place: any order costs the same, and nothing is unpacked."""
+    """Reads image tokens out of tars, each by its place: any order costs the same, and nothing is unpacked.
 
-    def __init__(self, files: _Files, index: pa.Table, identity: str, shape: tuple[int, ...], dtype: str):
+    By row, as ImageTokens has them: those of a picture, one for each of its views, are neighbours.
+    """
+
+    def __init__(
+        self, files: _Files, index: pa.Table, identity: str, shape: tuple[int, ...], dtype: str, others: list[str]
+    ):
         self._files, self._identity = files, identity.encode()
-        self._names = [f"{key_of(row_id)}.tokens.npy".encode()[:100] for row_id in index["id"].to_pylist()]
-        self._tars, self._offsets, self._sizes = (index[name].to_pylist() for name in ("tar", "offset", "size"))
+        keys, views = [key_of(row_id) for row_id in index["id"].to_pylist()], ["tokens", *others]
+        self._names = [f"{key}.{view}.npy".encode()[:100] for key in keys for view in views]
+        plain, rest = index["offset"].to_pylist(), index["views"].to_pylist() if others else [[]] * len(keys)
+        self._offsets = [offset for first, more in zip(plain, rest, strict=True) for offset in (first, *more)]
+        self._tars, self._sizes = ([x for x in index[of].to_pylist() for _ in views] for of in ("tar", "size"))
         self._blank = np.empty(shape, dtype)
         header = io.BytesIO()
         np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(self._blank))
         self._header = header.getvalue()
 
-    def __call__(self, positions: list[int]) -> Columns:
+    def __call__(self, rows: list[int]) -> Columns:
         """tokens [B, N, D] of some rows; raises UserError when a member is not the one the index names."""
-        starts = [self._offsets[i] - tarfile.BLOCKSIZE for i in positions]  # from the tar's own header on
-        ends = [self._offsets[i] + self._sizes[i] for i in positions]
-        parts = self._files.ranges([self._tars[i] for i in positions], starts, ends)
-        tokens = np.empty((len(positions), *self._blank.shape), self._blank.dtype)
-        for row, (position, part) in enumerate(zip(positions, parts, strict=True)):
+        starts = [self._offsets[i] - tarfile.BLOCKSIZE for i in rows]  # from the tar's own header on
+        ends = [self._offsets[i] + self._sizes[i] for i in rows]
+        parts = self._files.ranges([self._tars[i] for i in rows], starts, ends)
+        tokens = np.empty((len(rows), *self._blank.shape), self._blank.dtype)
+        for number, (row, part) in enumerate(zip(rows, parts, strict=True)):
             name, owner = part[:100].rstrip(b"\0"), part[265:297].rstrip(b"\0")  # as POSIX ustar has them
             numbers = tarfile.BLOCKSIZE + len(self._header)
             whole = len(part) == numbers + self._blank.nbytes and part[tarfile.BLOCKSIZE : numbers] == self._header
-            if not whole or name != self._names[position] or owner != self._identity:
-                raise self._files.fault(
-                    self._tars[position], f"damaged or of another export at {self._names[position].decode()}"
-                )
-            tokens[row] = np.frombuffer(part, tokens.dtype, offset=numbers).reshape(self._blank.shape)
+            if not whole or name != self._names[row] or owner != self._identity:
+                raise self._files.fault(self._tars[row], f"damaged or of another export at {self._names[row].decode()}")
+            tokens[number] = np.frombuffer(part, tokens.dtype, offset=numbers).reshape(self._blank.shape)
         return {"tokens": tokens}

@@ -25,7 +25,7 @@ from pipeline.naming.table import Named
 from pipeline.origin import Origin, Words, check_llm, check_of_one_kind, check_tokens
 from pipeline.runs import Run
 from pipeline.started import Started
-from pipeline.store.reader import ImageTokens
+from pipeline.store.reader import ImageTokens, drawn_views
 from pipeline.tasks.base import Task
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.loop import Trainer, batch_at, points, total_steps, write_history
@@ -71,11 +71,13 @@ class Examples:
             print(f"answers of {len(long)} pictures are cut to {limit} tokens: {names}", file=sys.stderr)
 
     def draw(self, batch: list[int]) -> tuple[Tensor, str, list[str], list[str] | None]:
-        """Training images, a random prompt for all, and a random answer for each; random by torch's own state."""
+        """Training images, a random view of each where there are several, a random prompt for all, and a random answer
+        for each; random by torch's own state."""
         positions = [self.train[i] for i in batch]
         prompt = self.prompts[int(torch.randint(len(self.prompts), ()))]
         answers = [self.answers[p][int(torch.randint(len(self.answers[p]), ()))] for p in positions]
-        return self.images.tokens(self._with_decoys(positions)), prompt, answers, self._hints_of(positions)
+        shown, views = self._with_decoys(positions), drawn_views(self.images.views, len(positions))
+        return self.images.tokens(shown, views=views), prompt, answers, self._hints_of(positions)
 
     def _with_decoys(self, positions: list[int]) -> list[int]:
         """Positions of the pictures whose tokens are shown: now and then one of another name among the hints."""

@@ -124,7 +124,7 @@ def _trainer(
 
     def loss(number: int) -> Started:
         positions = [pairs.train[i] for i in batch_at(number, settings.batch, len(pairs.train), params.seed)]
-        return objective.start(adapter(pairs.tokens(positions)), positions)
+        return objective.start(adapter(pairs.drawn(positions)), positions)
 
     def validate(step: int) -> dict[str, float]:
         if "first" not in extras and step >= min(epoch, total):
