@@ -155,11 +155,11 @@ class Unseen:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.images, name)
 
-    def tokens(self, positions: list[int], device: torch.device = CPU) -> Tensor:
+    def tokens(self, positions: list[int], device: torch.device = CPU, views: Sequence[int] | None = None) -> Tensor:
         """Adapted [B, M, D] where all are of those, else [B, N, D_img]."""
         if all(position in self.adapted for position in positions):
             return torch.stack([self.adapted[position] for position in positions]).to(device)
-        return self.images.tokens(positions, device)
+        return self.images.tokens(positions, device, views)
 
 
 def shaken(tokens: Tensor, most: float) -> Tensor:
