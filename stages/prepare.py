@@ -31,6 +31,7 @@ def prepare(
     from pipeline.runs import Run
     from pipeline.sources import manifest  # pyarrow and PIL: not needed to answer --help
     from pipeline.sources.prepare import prepare as read
+    from pipeline.sources.texts import number
 
     run = Run.of(params)
 
@@ -39,6 +40,6 @@ def prepare(
         manifest.check_splits(table, data)
         manifest.write(table, run.manifest(data))
     parts = ", ".join(f"{table['split'].to_pylist().count(name)} {name}" for name in ("train", "val", "test"))
-    left_out = table.num_rows - table["quarantine"].null_count
-    where = f", {left_out} in quarantine, see {run.quarantine(data)}" if left_out else ""
-    print(f"{run.manifest(data)}: {table.num_rows} pictures ({parts}{where})")
+    used = table["quarantine"].null_count
+    left_out = f"; {table.num_rows - used} left out, see {run.quarantine(data)}" if used < table.num_rows else ""
+    print(f"{run.manifest(data)}: {number(used, 'picture', 'pictures')} ({parts}){left_out}")

@@ -217,7 +217,7 @@ def test_what_is_said_of_a_data_set_is_said_once() -> None:
     assert dict(looks["classes"].lines())["classes"] == "2, with 12 pictures each"
 
 
-def test_the_profile_fits_the_data() -> None:
+def test_the_profile_fits_the_data(capsys: pytest.CaptureFixture[str]) -> None:
     classes("birds", 12, ("ant", "bee", "wasp"))
     text("birds/captions.jsonl", "".join(
         json.dumps({"file": f"{kind}/{at}.png", "text": f"an insect by the number of {at}"}) + "\n"
@@ -233,7 +233,12 @@ def test_the_profile_fits_the_data() -> None:
     lines = dict(looks["classes"].lines())
     assert lines["pictures"].startswith("37 (") and looks["classes"].copies == 1
     assert lines["classes"].startswith("3, with 12 (")
-    assert "broken.png (not a picture)" in lines["left out"]
+    assert lines["left out"].startswith("1: ") and lines["left out"].endswith("broken.png (not a picture)")
+    assert lines["copies"].startswith("1 picture has the bytes of an earlier one; all: data/birds/quarantine/classes-")
+    assert lines["in two classes"].startswith("1 picture is in two classes, which is a labelling mistake: ")
+    assert "ant/0.png (ant) and " in lines["in two classes"] and "wasp/copy.png (wasp)" in lines["in two classes"]
+    said = capsys.readouterr().err
+    assert "broken.png" not in said and "copy.png" not in said, "once is enough"
     assert dict(looks["captions"].lines())["captions"].startswith("12, 1 for a picture; 7 to 7 words")
 
 
@@ -335,6 +340,11 @@ def test_added_pictures_are_said_and_read_again(monkeypatch: pytest.MonkeyPatch)
     text("birds/ant/2x.png", "no picture")
     said, last = init()
     assert "0 pictures are new, 1 gone, 2 changed\n" in said and last != again
+    manifest.write(prepare(load_params(), "classes"), Path("data/birds/prepare/classes.parquet"))
+    text("series.csv", "id,group\n" + "".join(f"ant/{at}x.png,{at % 2}\n" for at in range(8) if at != 1))
+    path.write_text(path.read_text().replace('    split: "blocks"', '    groups: series.csv\n    split: "blocks"'))
+    said, of_series = init()
+    assert "classes: since the last run: " in said and " in another part\n" in said and of_series != last
     path.unlink()
     assert init()[1] not in (first, again, last)  # a profile written anew is never one that DVC knows the result of
 

@@ -118,9 +118,9 @@ def params(name: str, **section: Any) -> Params:
     return Params.model_validate({**DEMO, "data": data})
 
 
-def jpeg(colour: int) -> bytes:
+def png(colour: int) -> bytes:
     stream = io.BytesIO()
-    Image.new("RGB", (32, 24), (colour % 256, 80, 160)).save(stream, "JPEG")
+    Image.new("RGB", (32, 24), (colour % 256, 80, 160)).save(stream, "PNG")  # of any name; no two are the same
     return stream.getvalue()
 
 
@@ -136,7 +136,7 @@ def food101(root: Path) -> None:
     for i, key in enumerate(keys):
         path = root / f"images/{key}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(jpeg(i))
+        path.write_bytes(png(i))
 
 
 def numbers(table: list[dict[str, Any]], part: str, under: str = "") -> list[int]:
@@ -168,7 +168,7 @@ def test_groups_of_captioned_pictures_stay_together(source: str) -> None:
     if source == "coco":
         Path("set/images").mkdir(parents=True)
         for i, one in enumerate(ids):
-            Path(f"set/images/{one}.jpg").write_bytes(jpeg(i))
+            Path(f"set/images/{one}.jpg").write_bytes(png(9 if i == 10 else i))
         images = [{"id": one, "file_name": f"{one}.jpg", "group": i % 9} for i, one in enumerate(ids)]
         texts = [{"id": i, "image_id": one, "caption": "a thing"} for i, one in enumerate(ids)]
         Path("set/captions.json").write_text(json.dumps({"images": images, "annotations": texts}))
@@ -177,14 +177,17 @@ def test_groups_of_captioned_pictures_stay_together(source: str) -> None:
         with tarfile.open("a.tar", "w") as tar:
             for i, one in enumerate(ids):
                 text = json.dumps({"caption": "a thing", "group": i % 9}).encode()
-                for ending, content in (("jpg", jpeg(i)), ("json", text)):
+                for ending, content in (("jpg", png(9 if i == 10 else i)), ("json", text)):
                     member = tarfile.TarInfo(f"{one}.{ending}")
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
         section = {"shards": "a.tar"}
     table = prepare(params("captions", source=source, **section), "captions").to_pylist()
-    parts = [{one["split"] for one in table if int(one["id"]) % 9 == group} for group in range(9)]
+    used = [one for one in table if not one["quarantine"]]
+    parts = [{one["split"] for one in used if int(one["id"]) % 9 == group} for group in range(9)]
     assert all(len(part) == 1 for part in parts)
+    assert table[10]["sha256"] == table[9]["sha256"] and len(used) == 89
+    assert table[10]["quarantine"] == f"has the bytes of {table[9]['image']}, which is in another part than its group"
     assert set.union(*parts) == {"train", "val", "test"}
 
 
@@ -213,7 +216,7 @@ def test_series_are_found_within_a_class_by_their_tokens() -> None:
 
 
 @pytest.mark.usefixtures("project")
-def test_a_file_of_groups_serves_any_source_and_its_faults_are_one_line() -> None:
+def test_a_file_of_groups_serves_any_source_and_its_faults_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     food101(Path("set"))
     lines = [f"{name}/img_{i},{i % 4}" for name in ("fig", "pear") for i in range(40)]
     Path("groups.csv").write_text("\n".join(["id,group", *lines]))
@@ -222,6 +225,13 @@ def test_a_file_of_groups_serves_any_source_and_its_faults_are_one_line() -> Non
     for name in ("fig", "pear"):
         assert len({i % 4 for i in numbers(table, "val", name)}) == 1, "one whole group of four"
         assert len(numbers(table, "val", name)) == 10
+    assert "groups.csv" not in capsys.readouterr().err
+    Path("set/meta/train.txt").write_text(Path("set/meta/train.txt").read_text() + "\nfig/new\npear/broken")
+    Path("set/images/fig/new.jpg").write_bytes(png(99))
+    Path("set/images/pear/broken.jpg").write_bytes(b"no picture")
+    prepare(params("classes", **section), "classes")
+    said = "data.classes: 1 picture is not in groups.csv, and so in no series: fig/new; add it to the file\n"
+    assert said in capsys.readouterr().err, "of those that can be used, and are no test pictures"
     for text, fault in (
         ("id,series\n1,2", "a CSV file of the columns id and group"),
         ("id,group\n1,2", "no id of this"),
