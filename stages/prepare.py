@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
+import os
+from contextlib import nullcontext, redirect_stderr
 from typing import Annotated
 
 import typer
 
 from pipeline.config import load_params
 from pipeline.progress import new_progress
-from stages import DATA, timed
+from stages import DATA, TOLD, timed
 
 
 def prepare(
@@ -35,7 +38,9 @@ def prepare(
 
     run = Run.of(params)
 
-    with timed(params, f"prepare@{data}"), new_progress("pictures") as progress:
+    # `try` has just said what there is to say: the same again, among its stages, would only hide what is new.
+    quiet = redirect_stderr(io.StringIO()) if TOLD in os.environ else nullcontext()
+    with timed(params, f"prepare@{data}"), new_progress("pictures") as progress, quiet:
         table = read(params, data, progress)
         manifest.check_splits(table, data)
         manifest.write(table, run.manifest(data))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 from pathlib import Path
@@ -20,7 +21,7 @@ from pipeline.first.profile import fitted, name_of, split_for
 from pipeline.sources import manifest
 from pipeline.sources.prepare import prepare
 from pipeline.sources.table import read
-from stages import cli
+from stages import TOLD, cli
 
 SILENT = Progress(disable=True)
 pytestmark = pytest.mark.usefixtures("project")
@@ -302,6 +303,10 @@ def test_a_profile_that_is_there_is_kept(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "profile use birds`" in runner.invoke(cli.app, ["init", "birds", "--name", "again"]).output
     text("birds/captions.csv", "file,text\nant/1.png,an ant\nbee/2.png,a bee\n")
     assert "not in it, as it was not there: captions; to have it, " in runner.invoke(cli.app, ["init", "birds"]).output
+    assert runner.invoke(cli.app, ["profile", "use", "birds", "--set", "pretrain.lr=0.005"]).exit_code == 0
+    said = runner.invoke(cli.app, ["init", "birds"]).output
+    assert f"to have them from now on, put these lines into {path}:\npretrain:\n  lr: 0.005\nthe active" in said
+    assert load_params().pretrain.lr == 0.003
     classes("other")
     said = runner.invoke(cli.app, ["init", "other", "--name", "birds"])
     assert said.exit_code == 2 and "; take another --name" in said.output
@@ -353,13 +358,13 @@ def test_added_pictures_are_said_and_read_again(monkeypatch: pytest.MonkeyPatch)
 def test_what_is_up_to_date_is_not_run_again(stale: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     classes("birds")
     Path("dvc.yaml").touch()
-    ran: list[int] = []
+    ran: list[str | None] = []
     found = {"profile": "birds", "stages": {"report": {}} if stale else {}}
     monkeypatch.setattr("stages.first.planned", lambda params, jobs, counted: found)
     monkeypatch.setattr("stages.first.show", lambda found: None)
-    monkeypatch.setattr("stages.run.run", lambda jobs: ran.append(jobs))
+    monkeypatch.setattr("stages.run.run", lambda jobs: ran.append(os.environ.get(TOLD)))
     said = CliRunner().invoke(cli.app, ["try", "birds"])
-    assert said.exit_code == 0 and len(ran) == stale
+    assert said.exit_code == 0 and ran == ["1"] * stale and TOLD not in os.environ
     assert "data/birds/report/index.html\nnext: `terraalign classify PHOTO`, `terraalign serve`" in said.output
 
 

@@ -32,7 +32,7 @@ from pipeline.sources import coco, manifest, rows
 from pipeline.sources.base import Source
 from pipeline.sources.openmoji import drawing, rendering, tables
 from pipeline.sources.prepare import prepare, source_of
-from stages import cli
+from stages import TOLD, cli
 
 DEMO = yaml.safe_load((Path(__file__).parents[1] / "profiles" / "demo.yaml").read_text(encoding="utf-8"))
 SILENT = Progress(disable=True)
@@ -234,6 +234,9 @@ def test_the_stage_counts_what_it_left_out_and_leaves_no_manifest_when_it_fails(
     assert result.exit_code == 0, result.output
     assert "58 pictures (" in result.output and "; 2 left out, see data/demo/quarantine/captions.csv" in result.output
     assert {row["id"]: row["reason"] for row in listing()} == {"7": "empty file", "9": "no caption"}
+    assert "empty file; left out" in result.output
+    again = CliRunner().invoke(cli.app, ["prepare", "captions"], env={TOLD: "1"}).output  # as `try` runs it
+    assert "prepare/captions.parquet: 58 pictures (" in again and "empty file" not in again and "warning" not in again
     out = Path("data/demo/prepare/captions.parquet")
     assert out.exists()
     out.unlink()  # as DVC does before it runs the stage again

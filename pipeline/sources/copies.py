@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.sources.rows import Row
 from pipeline.sources.texts import listed, number
 
-Record = Mapping[str, Any]
+Record = dict[str, Any]
 """A row of manifest.SCHEMA, of which id, image, sha256, label, split and quarantine are read."""
 
 
@@ -21,7 +21,7 @@ def follow(records: Sequence[Record], rows: Sequence[Row]) -> tuple[list[Record]
     set give are left. `rows` are those that the records are of.
     """
     first: dict[str, Record] = {}
-    mended, moved, left_out = [], [], []
+    mended, moved, left_out = [], list[str](), list[str]()
     for record, row in zip(records, rows, strict=True):
         one = first.setdefault(record["sha256"], record) if row.carved and not record["quarantine"] else record
         if one["split"] == record["split"]:

@@ -237,7 +237,7 @@ def _check_broken(broken: list[tuple[str, str]], total: int, data: str, max_brok
         )
 
 
-def _record(row: Row, sha256: str | None, reason: str | None) -> dict[str, object]:
+def _record(row: Row, sha256: str | None, reason: str | None) -> copies.Record:
     quarantine = row.quarantine or reason
     return {
         "id": row.id,

@@ -33,8 +33,11 @@ def assign(found: Found, how: str, section: str) -> tuple[list[Row], list[str]]:
         remarks = _without(to_split, parts, found.shares)
     else:
         raise UserError(f"{section}.split blocks", "this source gives the part of every picture", "leave it out")
-    kept = {} if how == "blocks" else {"group": None}  # by hash a group is on both sides anyway
-    rows = [row if row.split else replace(row, split=parts[row.id], carved=True, **kept) for row in found.rows]
+    by_group = how == "blocks"  # by hash a group is on both sides anyway
+    rows = [
+        row if row.split else replace(row, split=parts[row.id], carved=True, group=row.group if by_group else None)
+        for row in found.rows
+    ]
     return rows, remarks
 
 
