@@ -16,14 +16,17 @@ import pandas as pd
 import pytest
 import yaml
 from PIL import Image
+from typer.testing import CliRunner
 
 from pipeline.config import Params
 from pipeline.errors import UserError
+from pipeline.extraction import near
 from pipeline.extraction.near import near_pictures, series_of
 from pipeline.sources import split
 from pipeline.sources.prepare import prepare
 from pipeline.sources.rows import SHARES, Found, Row
 from pipeline.store.reader import ImageTokens
+from stages import cli
 
 DEMO = yaml.safe_load((Path(__file__).parents[1] / "profiles" / "demo.yaml").read_text(encoding="utf-8"))
 VAL = {"val": 0.1, "train": 0.9}
@@ -204,6 +207,43 @@ def test_pictures_of_one_series_on_both_sides_are_counted() -> None:
     val = np.concatenate([train[:30] + 0.1 * rng.normal(size=(30, 64)), rng.normal(size=(70, 64)) + 5])
     images = tokens_of(np.concatenate([train, val]), ["train"] * 200 + ["val"] * 100)
     assert near_pictures(images) == {"val": (30, 100), "test": (0, 0)}
+
+
+@pytest.mark.usefixtures("project")
+def test_what_is_near_is_kept_for_the_page_and_told_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    shot = np.random.default_rng(0).normal(size=(60, 64)) + 5
+    images = tokens_of(np.concatenate([shot, shot[:10], -shot[10:20]]), ["train"] * 60 + ["val"] * 10 + ["test"] * 10)
+    monkeypatch.setattr(ImageTokens, "open", lambda run, data: images)
+    found = params("classes", source="imagefolder", root="set", split="hash")
+    said = near.look(found, "classes")
+    assert said is not None and "for training, as shots of a series are: 10 of 10 in val; figures there promise" in said
+    assert "set data.classes.split to blocks; if that does not help, `terraalign series classes` finds series" in said
+    assert json.loads(Path("data/demo/images/classes/near.json").read_text()) == {"val": [10, 10], "test": [0, 10]}
+
+
+@pytest.mark.usefixtures("project")
+def test_series_are_listed_with_the_lines_that_keep_them_on_one_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    shot = np.repeat(np.random.default_rng(0).normal(size=(4, 64)) + 5, 5, axis=0)
+    monkeypatch.setattr(ImageTokens, "open", lambda run, data: tokens_of(shot, ["train"] * 20))
+    data = {**DEMO["data"], "classes": {"task": "classify", "source": "imagefolder", "root": "set"}}
+    Path("profiles").mkdir()
+    for path in ("params.yaml", "profiles/demo.yaml"):
+        Path(path).write_text(yaml.safe_dump({**DEMO, "data": data}))
+
+    def lines() -> dict[str, str]:
+        """What is to be put into the profile."""
+        said = CliRunner().invoke(cli.app, ["series", "classes"]).output
+        assert said.startswith("data/demo/series/classes.csv: 20 pictures in 4 series\nto keep each on one side, have")
+        assert "lines in profiles/demo.yaml, in place" in said
+        assert said.endswith("then `terraalign profile use demo`, `terraalign run`\n")
+        found: dict[str, str] = yaml.safe_load(said[said.index("data:") : said.index("then ")])["data"]["classes"]
+        return found
+
+    first = lines()
+    assert first == {"split": "blocks", "groups": "data/demo/series/classes.csv"}
+    Path("params.yaml").write_text(yaml.safe_dump({**DEMO, "data": {**data, "classes": {**data["classes"], **first}}}))
+    assert list(lines()) == ["seen"], "the rest is there; with another text DVC has prepare read the file again"
+    assert pd.read_csv("data/demo/series/classes.csv")["group"].tolist() == [i - i % 5 for i in range(20)]
 
 
 def test_series_are_found_within_a_class_by_their_tokens() -> None:
