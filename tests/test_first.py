@@ -236,8 +236,8 @@ def test_the_profile_fits_the_data(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines["classes"].startswith("3, with 12 (")
     assert lines["left out"].startswith("1: ") and lines["left out"].endswith("broken.png (not a picture)")
     assert lines["copies"].startswith("1 picture has the bytes of an earlier one; all: data/birds/quarantine/classes-")
-    assert lines["in two classes"].startswith("1 picture is in two classes, which is a labelling mistake: ")
-    assert "ant/0.png (ant) and " in lines["in two classes"] and "wasp/copy.png (wasp)" in lines["in two classes"]
+    assert lines["labels"].startswith("1 picture is in two classes, which is a labelling mistake: ")
+    assert "ant/0.png (ant) and " in lines["labels"] and "wasp/copy.png (wasp)" in lines["labels"]
     said = capsys.readouterr().err
     assert "broken.png" not in said and "copy.png" not in said, "once is enough"
     assert dict(looks["captions"].lines())["captions"].startswith("12, 1 for a picture; 7 to 7 words")

@@ -117,5 +117,5 @@ class Look:
             where = f"; all: {copies.listing_beside(self.listing)}"
             found.append(("copies", f"{count} the bytes of an earlier one{across}{where}"))
         if self.mislabelled:
-            found.append(("in two classes", copies.in_two_classes(self.mislabelled, NAMED)))
+            found.append(("labels", copies.in_two_classes(self.mislabelled, NAMED)))
         return found
