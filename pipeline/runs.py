@@ -50,6 +50,10 @@ class Run:
         """The manifest that names the shards of a data set's features."""
         return self.base / kind / data / "manifest.json"
 
+    def near(self, data: str) -> Path:
+        """How many pictures for validation and test are almost the same as one for training."""
+        return self.base / "images" / data / "near.json"
+
     def tars(self, data: str) -> Path:
         """Where `terraalign store export` is expected to have put a data set's tars."""
         return self.base / "webdataset" / data

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DATA", "RECIPE", "timed"]
 
+TOLD = "TERRAALIGN_TOLD"  # set where `try` has said what `prepare` would say
 DATA = "A data set of params.yaml, by its name under data."
 RECIPE = "A recipe of params.yaml, by its name under finetune.recipes."
 

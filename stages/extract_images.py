@@ -25,16 +25,16 @@ def extract_images(
 ) -> None:
     """Run the frozen vision encoder over all pictures once and keep their image tokens in data/store.
 
-    Writes data/<profile>/images/<data>/manifest.json, which names the shards. Shards that exist are not computed
-    again, so an interrupted run goes on, and switching encoders and back costs nothing; of a shard that changed, only
-    the pictures that changed are encoded. Says so when many pictures for validation or test are almost the same as one
-    for training.
+    Writes data/<profile>/images/<data>/manifest.json, which names the shards, and near.json: how many pictures for
+    validation and test are almost the same as one for training, of which many are told. Shards that exist are not
+    computed again, so an interrupted run goes on, and switching encoders and back costs nothing; of a shard that
+    changed, only the pictures that changed are encoded.
 
     With --workers, --worker or runtime.engine: ray, many processes make the shards, with the same bytes. docs/store.md
     has a job array for SLURM.
     """
     params = load_params()
-    from pipeline.extraction.near import remark
+    from pipeline.extraction.near import look
     from pipeline.store.shards import in_use
 
     if worker is not None:
@@ -44,7 +44,7 @@ def extract_images(
     with timed(params, f"extract_images@{data}"), in_use():
         made = make(params, data, workers=workers)
         made.write(Run.of(params).features("images", data))
-        if told := remark(params, data):
+        if told := look(params, data):
             typer.echo(f"warning: {told}", err=True)
 
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 import webbrowser
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pipeline.config import Params, check_project, load_params, parse_params, read_yaml
+from pipeline.errors import UserError
 from pipeline.files import atomically
 from pipeline.progress import new_progress
 from pipeline.runs import Run
+from stages import TOLD
 from stages.plan import planned, reckoned, show
 from stages.profile import PARAMS, PROFILES, changed, write_params
 from stages.run import stages_with
@@ -54,7 +58,11 @@ def try_(
         from pipeline.plan.machine import cuda
         from stages.run import run
 
-        run(jobs=1 if cuda(params.runtime.device)[0] else JOBS)
+        os.environ[TOLD] = "1"
+        try:
+            run(jobs=1 if cuda(params.runtime.device)[0] else JOBS)
+        finally:
+            del os.environ[TOLD]
     page = (Run.of(params).report / "index.html").resolve()
     tasks = sorted({one.task for one in params.data.values()})
     ways = [f"`terraalign {task} PHOTO`" for task in tasks if task in ("caption", "classify")]
@@ -134,13 +142,39 @@ def _asked(layout: Layout) -> Layout:
     return replace(layout, sets={"captions": layout.sets["captions"]})
 
 
+def _lost(before: bytes, path: Path, text: str) -> str:
+    """What there is to say of values that params.yaml had, as by `profile use --set`, and the profile has not."""
+    with suppress(UserError, UnicodeDecodeError):
+        old, new = read_yaml(before.decode(), str(PARAMS)), read_yaml(text, str(path))
+        if old.get("profile") == path.stem and (lines := _changes(old, new)):
+            return f"; to have them from now on, put these lines into {path}:\n{lines}"
+    return ""
+
+
+def _changes(values: dict[str, Any], others: dict[str, Any]) -> str:
+    """The lines of YAML that others lack to be as values are."""
+    import yaml
+
+    def of(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+        both = {key: (value, other.get(key)) for key, value in one.items() if key not in other or value != other[key]}
+        found = {
+            key: of(own, their) if isinstance(own, dict) and isinstance(their, dict) else own
+            for key, (own, their) in both.items()
+            if key != "seen"  # it is this command's own
+        }
+        return {key: value for key, value in found.items() if value != {}}
+
+    found = of(values, others)
+    return yaml.safe_dump(found, sort_keys=False, allow_unicode=True).rstrip() if found else ""
+
+
 def _take(path: Path, text: str) -> None:
     """Write a profile and make it the active one, and say how to go back; parameters that are no profile's are kept."""
     before = PARAMS.read_bytes() if PARAMS.is_file() else None
     same = next((one.stem for one in sorted(PROFILES.glob("*.yaml")) if one.read_bytes() == before), None)
     if before is not None and same is None:
         KEPT.write_bytes(before)
-        typer.echo(f"params.yaml had changes of its own: they are kept in {KEPT}")
+        typer.echo(f"params.yaml had changes of its own: they are kept in {KEPT}{_lost(before, path, text)}")
     with atomically(path) as file:
         file.write(text.encode())
     write_params(path, [])

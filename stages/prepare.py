@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
+import os
+from contextlib import nullcontext, redirect_stderr
 from typing import Annotated
 
 import typer
 
 from pipeline.config import load_params
 from pipeline.progress import new_progress
-from stages import DATA, timed
+from stages import DATA, TOLD, timed
 
 
 def prepare(
@@ -31,14 +34,17 @@ def prepare(
     from pipeline.runs import Run
     from pipeline.sources import manifest  # pyarrow and PIL: not needed to answer --help
     from pipeline.sources.prepare import prepare as read
+    from pipeline.sources.texts import number
 
     run = Run.of(params)
 
-    with timed(params, f"prepare@{data}"), new_progress("pictures") as progress:
+    # `try` has just said what there is to say: the same again, among its stages, would only hide what is new.
+    quiet = redirect_stderr(io.StringIO()) if TOLD in os.environ else nullcontext()
+    with timed(params, f"prepare@{data}"), new_progress("pictures") as progress, quiet:
         table = read(params, data, progress)
         manifest.check_splits(table, data)
         manifest.write(table, run.manifest(data))
     parts = ", ".join(f"{table['split'].to_pylist().count(name)} {name}" for name in ("train", "val", "test"))
-    left_out = table.num_rows - table["quarantine"].null_count
-    where = f", {left_out} in quarantine, see {run.quarantine(data)}" if left_out else ""
-    print(f"{run.manifest(data)}: {table.num_rows} pictures ({parts}{where})")
+    used = table["quarantine"].null_count
+    left_out = f"; {table.num_rows - used} left out, see {run.quarantine(data)}" if used < table.num_rows else ""
+    print(f"{run.manifest(data)}: {number(used, 'picture', 'pictures')} ({parts}){left_out}")

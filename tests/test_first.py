@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 from pathlib import Path
@@ -20,7 +21,7 @@ from pipeline.first.profile import fitted, name_of, split_for
 from pipeline.sources import manifest
 from pipeline.sources.prepare import prepare
 from pipeline.sources.table import read
-from stages import cli
+from stages import TOLD, cli
 
 SILENT = Progress(disable=True)
 pytestmark = pytest.mark.usefixtures("project")
@@ -217,7 +218,7 @@ def test_what_is_said_of_a_data_set_is_said_once() -> None:
     assert dict(looks["classes"].lines())["classes"] == "2, with 12 pictures each"
 
 
-def test_the_profile_fits_the_data() -> None:
+def test_the_profile_fits_the_data(capsys: pytest.CaptureFixture[str]) -> None:
     classes("birds", 12, ("ant", "bee", "wasp"))
     text("birds/captions.jsonl", "".join(
         json.dumps({"file": f"{kind}/{at}.png", "text": f"an insect by the number of {at}"}) + "\n"
@@ -233,7 +234,12 @@ def test_the_profile_fits_the_data() -> None:
     lines = dict(looks["classes"].lines())
     assert lines["pictures"].startswith("37 (") and looks["classes"].copies == 1
     assert lines["classes"].startswith("3, with 12 (")
-    assert "broken.png (not a picture)" in lines["left out"]
+    assert lines["left out"].startswith("1: ") and lines["left out"].endswith("broken.png (not a picture)")
+    assert lines["copies"].startswith("1 picture has the bytes of an earlier one; all: data/birds/quarantine/classes-")
+    assert lines["labels"].startswith("1 picture is in two classes, which is a labelling mistake: ")
+    assert "ant/0.png (ant) and " in lines["labels"] and "wasp/copy.png (wasp)" in lines["labels"]
+    said = capsys.readouterr().err
+    assert "broken.png" not in said and "copy.png" not in said, "once is enough"
     assert dict(looks["captions"].lines())["captions"].startswith("12, 1 for a picture; 7 to 7 words")
 
 
@@ -298,6 +304,10 @@ def test_a_profile_that_is_there_is_kept(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "profile use birds`" in runner.invoke(cli.app, ["init", "birds", "--name", "again"]).output
     text("birds/captions.csv", "file,text\nant/1.png,an ant\nbee/2.png,a bee\n")
     assert "not in it, as it was not there: captions; to have it, " in runner.invoke(cli.app, ["init", "birds"]).output
+    assert runner.invoke(cli.app, ["profile", "use", "birds", "--set", "pretrain.lr=0.005"]).exit_code == 0
+    said = runner.invoke(cli.app, ["init", "birds"]).output
+    assert f"to have them from now on, put these lines into {path}:\npretrain:\n  lr: 0.005\nthe active" in said
+    assert load_params().pretrain.lr == 0.003
     classes("other")
     said = runner.invoke(cli.app, ["init", "other", "--name", "birds"])
     assert said.exit_code == 2 and "; take another --name" in said.output
@@ -336,6 +346,11 @@ def test_added_pictures_are_said_and_read_again(monkeypatch: pytest.MonkeyPatch)
     text("birds/ant/2x.png", "no picture")
     said, last = init()
     assert "0 pictures are new, 1 gone, 2 changed\n" in said and last != again
+    manifest.write(prepare(load_params(), "classes"), Path("data/birds/prepare/classes.parquet"))
+    text("series.csv", "id,group\n" + "".join(f"ant/{at}x.png,{at % 2}\n" for at in range(8) if at != 1))
+    path.write_text(path.read_text().replace('    split: "blocks"', '    groups: series.csv\n    split: "blocks"'))
+    said, of_series = init()
+    assert "classes: since the last run: " in said and " in another part\n" in said and of_series != last
     path.unlink()
     assert init()[1] not in (first, again, last)  # a profile written anew is never one that DVC knows the result of
 
@@ -344,13 +359,13 @@ def test_added_pictures_are_said_and_read_again(monkeypatch: pytest.MonkeyPatch)
 def test_what_is_up_to_date_is_not_run_again(stale: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     classes("birds")
     Path("dvc.yaml").touch()
-    ran: list[int] = []
+    ran: list[str | None] = []
     found = {"profile": "birds", "stages": {"report": {}} if stale else {}}
     monkeypatch.setattr("stages.first.planned", lambda params, jobs, counted: found)
     monkeypatch.setattr("stages.first.show", lambda found: None)
-    monkeypatch.setattr("stages.run.run", lambda jobs: ran.append(jobs))
+    monkeypatch.setattr("stages.run.run", lambda jobs: ran.append(os.environ.get(TOLD)))
     said = CliRunner().invoke(cli.app, ["try", "birds"])
-    assert said.exit_code == 0 and len(ran) == stale
+    assert said.exit_code == 0 and ran == ["1"] * stale and TOLD not in os.environ
     assert "data/birds/report/index.html\nnext: `terraalign classify PHOTO`, `terraalign serve`" in said.output
 
 

@@ -37,6 +37,9 @@ def picture(path: str | bytes, form: str = "JPEG") -> Path:
     return place
 
 
+COPIES = "data/demo/quarantine/classes-copies.csv"
+
+
 def class_folders(*names: str, each: int = 12, root: str = "set") -> None:
     for name in names:
         for i in range(each):
@@ -322,6 +325,47 @@ def test_copies_in_another_split_are_said(capsys: pytest.CaptureFixture[str]) ->
     said = capsys.readouterr().err
     assert "2 pictures have the bytes of one in another split" in said
     assert "set/train/cat/00.jpg (train) of set/test/dog/copy.jpg (test)" in said
+
+
+@pytest.mark.parametrize("how", ["hash", "blocks"])
+def test_a_copy_is_in_the_part_of_the_first_where_parts_are_carved(
+    how: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class_folders("cat", "dog", each=40)
+    before = prepare(split=how)
+    assert "bytes of" not in capsys.readouterr().err and not Path(COPIES).exists()
+    last = {part: max(key for key in before if before[key]["split"] == part) for part in ("train", "val", "test")}
+    for key in last.values():
+        for i in range(6):
+            copy = Path("set", key).with_name(f"zz{i}.jpg")
+            copy.with_stem(f"{copy.stem}-{before[key]['split']}").write_bytes(Path("set", key).read_bytes())
+    after = prepare(split=how)
+    said = capsys.readouterr().err
+    for part, key in last.items():
+        copies = [one for one in after.values() if one["sha256"] == after[key]["sha256"]]
+        assert len(copies) == 7 and {one["split"] for one in copies} == {after[key]["split"]}
+        if how == "hash":
+            assert after[key]["split"] == part
+    if how == "hash":
+        assert {key: after[key]["split"] for key in before} == {key: one["split"] for key, one in before.items()}
+    assert "pictures have the bytes of an earlier one and come into its part, as testing would see" in said
+    assert "in another split" not in said
+    assert len(left_out("classes-copies")) == 18
+
+
+def test_a_picture_in_two_classes_is_a_labelling_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    class_folders("train/cat", "train/dog", "val/cat", "val/dog", "test/cat", "test/dog")
+    Path("set/train/dog/copy.jpg").write_bytes(Path("set/train/cat/00.jpg").read_bytes())
+    prepare()
+    said = capsys.readouterr().err
+    assert "1 picture is in two classes, which is a labelling mistake: " in said
+    assert "set/train/cat/00.jpg (cat) and set/train/dog/copy.jpg (dog)" in said and COPIES in said
+    assert left_out("classes-copies") == {
+        "set/train/dog/copy.jpg": "has the bytes of set/train/cat/00.jpg; labelled dog, the other cat: one is wrong"
+    }
+    Path("set/train/dog/copy.jpg").unlink()
+    prepare()
+    assert not Path(COPIES).exists() and "two classes" not in capsys.readouterr().err
 
 
 def test_caption_takes_the_pictures_of_a_folder(capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,6 +23,7 @@ from pipeline.metrics.rules import LABELS
 from pipeline.metrics.speeds import keep_speeds
 from pipeline.naming.rules import LLM_RULES, RULES
 from pipeline.report import convergence, figures, page, sections, tables, ways
+from pipeline.report.cautions import caution
 from pipeline.report.results import read_results
 from pipeline.runs import Run, stages
 
@@ -142,9 +143,15 @@ def params(project: Path) -> Params:
         write(f"seconds/{stage}.json", {"seconds": 61.5})
     (BASE / "prepare").mkdir()
     texts = [[EVIL]] * 2 + [["a dog"]] * 30  # so that what a script and its friends are is no common word
-    rows = {"id": [str(n) for n in range(32)], "captions": texts, "quarantine": [None] * 32}
-    pd.DataFrame(rows).to_parquet(BASE / "prepare/captions.parquet")
+    manifest("captions", captions=texts)
     return found
+
+
+def manifest(data: str, **columns: Any) -> None:
+    """32 pictures, every fourth of them for the test."""
+    parts = ["test" if n % 4 == 0 else "train" for n in range(32)]
+    rows = {"id": [str(n) for n in range(32)], "sha256": [str(n) for n in range(32)], "split": parts}
+    pd.DataFrame({**rows, "quarantine": [None] * 32, **columns}).to_parquet(BASE / f"prepare/{data}.parquet")
 
 
 def report(params: Params) -> str:
@@ -233,6 +240,30 @@ def test_head_of_the_page(params: Params) -> None:
     assert tiles[1].label == "of pictures find their own caption or class name among 100, with no language model"
     text = report(params)
     assert "<h1>demo</h1>" in text and "Data: captions from openmoji_scenes and classes from openmoji_food<" in text
+
+
+def test_figures_that_promise_too_much_say_so(params: Params) -> None:
+    manifest("classes")
+    write("images/classes/near.json", {"val": [1, 20], "test": [1, 22]})
+    results = read_results(params)
+    assert [caution(results, data) for data in ("captions", "classes")] == ["", ""]
+    write("images/classes/near.json", {"val": [1, 20], "test": [6, 22]})
+    manifest("classes", sha256=[str(n if n != 7 else 8) for n in range(32)])
+    text = report(params)
+    said = (
+        '<p class="caution">These figures promise too much: 6 of 22 in test are almost the same as a picture for '
+        "training, as shots of a series are, and 1 of 8 test pictures is in training, too, byte for byte. Remedy: set "
+        "data.classes.split to blocks; if that does not help, <code>terraalign series classes</code> finds series, and "
+        "says how to keep each on one side; and remove one of each pair that data/demo/quarantine/classes-copies.csv "
+        "lists.</p>"
+    )
+    assert text.count(said) == 2, "beside the headline, and with the accuracies"
+    assert "of unseen pictures" not in text and "of test pictures named, out of 4 names" in text
+    manifest("captions", sha256=["0"] * 32, captions=[["a dog"]] * 32)
+    assert "8 of 8 test pictures are in training, too, byte for byte" in caution(results, "captions")
+    write("images/classes/near.json", "[")
+    with pytest.raises(UserError, match=r"near.json: not what `extract-images` writes; run `dvc repro --force extract"):
+        caution(results, "classes")
 
 
 def test_a_run_of_classes_alone_is_not_told_of_captions(params: Params) -> None:

@@ -16,14 +16,17 @@ import pandas as pd
 import pytest
 import yaml
 from PIL import Image
+from typer.testing import CliRunner
 
 from pipeline.config import Params
 from pipeline.errors import UserError
+from pipeline.extraction import near
 from pipeline.extraction.near import near_pictures, series_of
 from pipeline.sources import split
 from pipeline.sources.prepare import prepare
 from pipeline.sources.rows import SHARES, Found, Row
 from pipeline.store.reader import ImageTokens
+from stages import cli
 
 DEMO = yaml.safe_load((Path(__file__).parents[1] / "profiles" / "demo.yaml").read_text(encoding="utf-8"))
 VAL = {"val": 0.1, "train": 0.9}
@@ -118,9 +121,9 @@ def params(name: str, **section: Any) -> Params:
     return Params.model_validate({**DEMO, "data": data})
 
 
-def jpeg(colour: int) -> bytes:
+def png(colour: int) -> bytes:
     stream = io.BytesIO()
-    Image.new("RGB", (32, 24), (colour % 256, 80, 160)).save(stream, "JPEG")
+    Image.new("RGB", (32, 24), (colour % 256, 80, 160)).save(stream, "PNG")  # of any name; no two are the same
     return stream.getvalue()
 
 
@@ -136,7 +139,7 @@ def food101(root: Path) -> None:
     for i, key in enumerate(keys):
         path = root / f"images/{key}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(jpeg(i))
+        path.write_bytes(png(i))
 
 
 def numbers(table: list[dict[str, Any]], part: str, under: str = "") -> list[int]:
@@ -168,7 +171,7 @@ def test_groups_of_captioned_pictures_stay_together(source: str) -> None:
     if source == "coco":
         Path("set/images").mkdir(parents=True)
         for i, one in enumerate(ids):
-            Path(f"set/images/{one}.jpg").write_bytes(jpeg(i))
+            Path(f"set/images/{one}.jpg").write_bytes(png(9 if i == 10 else i))
         images = [{"id": one, "file_name": f"{one}.jpg", "group": i % 9} for i, one in enumerate(ids)]
         texts = [{"id": i, "image_id": one, "caption": "a thing"} for i, one in enumerate(ids)]
         Path("set/captions.json").write_text(json.dumps({"images": images, "annotations": texts}))
@@ -177,14 +180,17 @@ def test_groups_of_captioned_pictures_stay_together(source: str) -> None:
         with tarfile.open("a.tar", "w") as tar:
             for i, one in enumerate(ids):
                 text = json.dumps({"caption": "a thing", "group": i % 9}).encode()
-                for ending, content in (("jpg", jpeg(i)), ("json", text)):
+                for ending, content in (("jpg", png(9 if i == 10 else i)), ("json", text)):
                     member = tarfile.TarInfo(f"{one}.{ending}")
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
         section = {"shards": "a.tar"}
     table = prepare(params("captions", source=source, **section), "captions").to_pylist()
-    parts = [{one["split"] for one in table if int(one["id"]) % 9 == group} for group in range(9)]
+    used = [one for one in table if not one["quarantine"]]
+    parts = [{one["split"] for one in used if int(one["id"]) % 9 == group} for group in range(9)]
     assert all(len(part) == 1 for part in parts)
+    assert table[10]["sha256"] == table[9]["sha256"] and len(used) == 89
+    assert table[10]["quarantine"] == f"has the bytes of {table[9]['image']}, which is in another part than its group"
     assert set.union(*parts) == {"train", "val", "test"}
 
 
@@ -203,6 +209,43 @@ def test_pictures_of_one_series_on_both_sides_are_counted() -> None:
     assert near_pictures(images) == {"val": (30, 100), "test": (0, 0)}
 
 
+@pytest.mark.usefixtures("project")
+def test_what_is_near_is_kept_for_the_page_and_told_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    shot = np.random.default_rng(0).normal(size=(60, 64)) + 5
+    images = tokens_of(np.concatenate([shot, shot[:10], -shot[10:20]]), ["train"] * 60 + ["val"] * 10 + ["test"] * 10)
+    monkeypatch.setattr(ImageTokens, "open", lambda run, data: images)
+    found = params("classes", source="imagefolder", root="set", split="hash")
+    said = near.look(found, "classes")
+    assert said is not None and "for training, as shots of a series are: 10 of 10 in val; figures there promise" in said
+    assert "set data.classes.split to blocks; if that does not help, `terraalign series classes` finds series" in said
+    assert json.loads(Path("data/demo/images/classes/near.json").read_text()) == {"val": [10, 10], "test": [0, 10]}
+
+
+@pytest.mark.usefixtures("project")
+def test_series_are_listed_with_the_lines_that_keep_them_on_one_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    shot = np.repeat(np.random.default_rng(0).normal(size=(4, 64)) + 5, 5, axis=0)
+    monkeypatch.setattr(ImageTokens, "open", lambda run, data: tokens_of(shot, ["train"] * 20))
+    data = {**DEMO["data"], "classes": {"task": "classify", "source": "imagefolder", "root": "set"}}
+    Path("profiles").mkdir()
+    for path in ("params.yaml", "profiles/demo.yaml"):
+        Path(path).write_text(yaml.safe_dump({**DEMO, "data": data}))
+
+    def lines() -> dict[str, str]:
+        """What is to be put into the profile."""
+        said = CliRunner().invoke(cli.app, ["series", "classes"]).output
+        assert said.startswith("data/demo/series/classes.csv: 20 pictures in 4 series\nto keep each on one side, have")
+        assert "lines in profiles/demo.yaml, in place" in said
+        assert said.endswith("then `terraalign profile use demo`, `terraalign run`\n")
+        found: dict[str, str] = yaml.safe_load(said[said.index("data:") : said.index("then ")])["data"]["classes"]
+        return found
+
+    first = lines()
+    assert first == {"split": "blocks", "groups": "data/demo/series/classes.csv"}
+    Path("params.yaml").write_text(yaml.safe_dump({**DEMO, "data": {**data, "classes": {**data["classes"], **first}}}))
+    assert list(lines()) == ["seen"], "the rest is there; with another text DVC has prepare read the file again"
+    assert pd.read_csv("data/demo/series/classes.csv")["group"].tolist() == [i - i % 5 for i in range(20)]
+
+
 def test_series_are_found_within_a_class_by_their_tokens() -> None:
     rng = np.random.default_rng(0)
     shot = np.repeat(rng.normal(size=(40, 64)) + 5, 5, axis=0) + 0.1 * rng.normal(size=(200, 64))
@@ -213,7 +256,7 @@ def test_series_are_found_within_a_class_by_their_tokens() -> None:
 
 
 @pytest.mark.usefixtures("project")
-def test_a_file_of_groups_serves_any_source_and_its_faults_are_one_line() -> None:
+def test_a_file_of_groups_serves_any_source_and_its_faults_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     food101(Path("set"))
     lines = [f"{name}/img_{i},{i % 4}" for name in ("fig", "pear") for i in range(40)]
     Path("groups.csv").write_text("\n".join(["id,group", *lines]))
@@ -222,6 +265,13 @@ def test_a_file_of_groups_serves_any_source_and_its_faults_are_one_line() -> Non
     for name in ("fig", "pear"):
         assert len({i % 4 for i in numbers(table, "val", name)}) == 1, "one whole group of four"
         assert len(numbers(table, "val", name)) == 10
+    assert "groups.csv" not in capsys.readouterr().err
+    Path("set/meta/train.txt").write_text(Path("set/meta/train.txt").read_text() + "\nfig/new\npear/broken")
+    Path("set/images/fig/new.jpg").write_bytes(png(99))
+    Path("set/images/pear/broken.jpg").write_bytes(b"no picture")
+    prepare(params("classes", **section), "classes")
+    said = "data.classes: 1 picture is not in groups.csv, and so in no series: fig/new; add it to the file\n"
+    assert said in capsys.readouterr().err, "of those that can be used, and are no test pictures"
     for text, fault in (
         ("id,series\n1,2", "a CSV file of the columns id and group"),
         ("id,group\n1,2", "no id of this"),

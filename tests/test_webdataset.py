@@ -311,11 +311,11 @@ def test_classes_in_words_and_by_number() -> None:
 
 
 def test_count_is_per_class_and_insertion_moves_nothing() -> None:
-    write("set/0.tar", [{"__key__": f"{n:04d}", "jpg": jpeg(), "cls": f"class {n % 2}"} for n in range(80)])
+    write("set/0.tar", [{"__key__": f"{n:04d}", "jpg": jpeg(n), "cls": f"class {n % 2}"} for n in range(80)])
     rows = prepare("classes")
     few = prepare("classes", count=5)
     assert sorted(row["label"] for row in few.values()) == ["class 0"] * 5 + ["class 1"] * 5
-    write("set/1.tar", [{"__key__": f"new{n:04d}", "jpg": jpeg(), "cls": "class 1"} for n in range(9)])
+    write("set/1.tar", [{"__key__": f"new{n:04d}", "jpg": jpeg(90 + n), "cls": "class 1"} for n in range(9)])
     grown = prepare("classes")
     assert all(grown[key]["split"] == row["split"] for key, row in rows.items())
     assert {row["split"] for row in rows.values()} == {"train", "val", "test"}

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
 
 from pipeline.config import Params
+from pipeline.files import atomically
 from pipeline.runs import Run
 from pipeline.store.reader import ImageTokens
 
@@ -73,19 +77,29 @@ def _means(images: ImageTokens, at: list[int]) -> Tensor:
     return torch.cat(means) if means else torch.zeros(0, images.shape[-1])
 
 
-def remark(params: Params, data: str) -> str | None:
-    """What there is to say of a data set whose tokens are in the store: None unless many pictures are that near."""
-    images = ImageTokens.open(Run.of(params), data)
-    if not images.split("train"):
-        return None
-    found = near_pictures(images)
-    told = [f"{near} of {count} in {part}" for part, (near, count) in found.items() if near > TOLD * count]
+def look(params: Params, data: str) -> str | None:
+    """Write Run.near of a data set whose tokens are in the store; what there is to say of it, None if nothing."""
+    run = Run.of(params)
+    images = ImageTokens.open(run, data)
+    found = near_pictures(images) if images.split("train") else {}
+    with atomically(run.near(data)) as file:
+        file.write((json.dumps(found) + "\n").encode())
+    told = too_near(found)
     if not told:
         return None
-    blocks = (
-        "" if params.data_set(data).split == "blocks" else f"set data.{data}.split to blocks; if that does not help, "
-    )
     return (
         f"data.{data}: pictures almost the same as one for training, as shots of a series are: {' and '.join(told)}; "
-        f"figures there promise too much; {blocks}`terraalign series {data}` finds series, for data.{data}.groups"
+        f"figures there promise too much; {remedy(params, data)}"
     )
+
+
+def too_near(found: Mapping[str, Sequence[int]]) -> list[str]:
+    """`6 of 22 in test` for each part that has too many; from what `look` has written."""
+    return [f"{near} of {count} in {part}" for part, (near, count) in found.items() if near > TOLD * count]
+
+
+def remedy(params: Params, data: str) -> str:
+    """What is to be done where pictures of one series are on both sides."""
+    blocks = f"set data.{data}.split to blocks; if that does not help, "
+    blocks = "" if params.data_set(data).split == "blocks" else blocks
+    return f"{blocks}`terraalign series {data}` finds series, and says how to keep each on one side"

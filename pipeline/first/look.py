@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import pyarrow as pa
 
 from pipeline.plan.rows import Rows, counted
-from pipeline.sources.texts import listed
+from pipeline.sources import copies
+from pipeline.sources.texts import listed, number
 
 SPLITS = ("train", "val", "test")
+NAMED = 3  # pictures
 UNEVEN = 5  # a class with so many times the pictures of another
 
 
@@ -23,23 +26,26 @@ class News:
     new: int
     gone: int
     changed: int  # in their bytes, texts, or whether they can be used
+    moved: int  # others that are in another part, as another list of series has it
 
     @classmethod
     def of(cls, manifest: pa.Table, earlier: pa.Table) -> News:
         """From two tables with the columns of manifest.SCHEMA."""
-        now, then = (
-            {one["id"]: (one["sha256"], one["captions"], one["label"], one["quarantine"]) for one in table.to_pylist()}
-            for table in (manifest, earlier)
-        )
-        both = now.keys() & then.keys()
-        return cls(len(now) - len(both), len(then) - len(both), sum(now[one] != then[one] for one in both))
+        now, then = ({one["id"]: one for one in table.to_pylist()} for table in (manifest, earlier))
+        both = [(now[one], then[one]) for one in now.keys() & then.keys()]
+        own = ("sha256", "captions", "label", "quarantine")
+        same = [pair for pair in both if all(pair[0][key] == pair[1][key] for key in own)]
+        moved = sum(one["split"] != other["split"] for one, other in same)
+        return cls(len(now) - len(both), len(then) - len(both), len(both) - len(same), moved)
 
     def __bool__(self) -> bool:
-        return any((self.new, self.gone, self.changed))
+        return any((self.new, self.gone, self.changed, self.moved))
 
     def __str__(self) -> str:
         lost = f"{self.gone} gone, {self.changed} changed" if self.gone or self.changed else "0 gone or changed"
-        return f"{self.new} {'picture is' if self.new == 1 else 'pictures are'} new, {lost}"
+        if not (self.new or self.gone or self.changed):
+            return f"{number(self.moved, 'picture is', 'pictures are')} in another part"
+        return f"{number(self.new, 'picture is', 'pictures are')} new, {lost}"
 
 
 @dataclass(frozen=True)
@@ -54,19 +60,18 @@ class Look:
     rows: Rows
     copies: int  # pictures with the bytes of an earlier one
     leaks: int  # of these in another part than the earlier one
+    mislabelled: list[str]  # pictures that are in several classes
+    listing: Path  # where what is left out is listed
     news: News | None  # since the manifest that is there, if one is
 
     @classmethod
-    def of(cls, manifest: pa.Table, earlier: pa.Table | None = None) -> Look:
-        """From a table with the columns of manifest.SCHEMA, and an earlier one."""
+    def of(cls, manifest: pa.Table, listing: Path, earlier: pa.Table | None = None) -> Look:
+        """From a table with the columns of manifest.SCHEMA, the list of what is left out, and an earlier table."""
         records: list[dict[str, Any]] = manifest.to_pylist()
         used = [record for record in records if not record["quarantine"]]
         classes = Counter(str(record["label"]) for record in used if record["label"] is not None)
         captions = [record["captions"] for record in used if record["label"] is None]
-        first: dict[str, str] = {}
-        again = [(first.setdefault(one["sha256"], one["id"]) != one["id"], one) for one in used]
-        part_of = {record["id"]: record["split"] for record in used}
-        copies = [record for copy, record in again if copy]
+        again = copies.pairs(records)
         return cls(
             {part: sum(record["split"] == part for record in used) for part in SPLITS},
             [f"{record['image']} ({record['quarantine']})" for record in records if record["quarantine"]],
@@ -74,8 +79,10 @@ class Look:
             [len(texts) for texts in captions],
             [len(text.split()) for texts in captions for text in texts],
             counted(records),
-            len(copies),
-            sum(part_of[first[record["sha256"]]] != record["split"] for record in copies),
+            len(again),
+            sum(one["split"] != first["split"] for one, first in again),
+            copies.mislabelled(records),
+            listing,
             None if earlier is None else News.of(manifest, earlier),
         )
 
@@ -91,7 +98,8 @@ class Look:
         if self.news:
             found.append(("since the last run", str(self.news)))
         if self.left_out:
-            found.append(("left out", f"{len(self.left_out)}: {listed(self.left_out, 3)}"))
+            more = f"; all: {self.listing}" if len(self.left_out) > NAMED else ""
+            found.append(("left out", f"{len(self.left_out)}: {listed(self.left_out, NAMED)}{more}"))
         if self.classes:
             most, least = next(iter(self.classes)), list(self.classes)[-1]
             spread = f"{self.classes[least]} ({least}) to {self.classes[most]} ({most})"
@@ -105,5 +113,9 @@ class Look:
             found.append(("captions", f"{len(words):,}, {each:g} for a picture; {lengths}"))
         if self.copies:
             across = f", {self.leaks} of them in another part: testing sees what training saw" if self.leaks else ""
-            found.append(("copies", f"{self.copies} pictures have the bytes of an earlier one{across}"))
+            count = number(self.copies, "picture has", "pictures have")
+            where = f"; all: {copies.listing_beside(self.listing)}"
+            found.append(("copies", f"{count} the bytes of an earlier one{across}{where}"))
+        if self.mislabelled:
+            found.append(("labels", copies.in_two_classes(self.mislabelled, NAMED)))
         return found

@@ -162,10 +162,11 @@ def of_same(params: Params, layout: Layout, path: Path, progress: Progress) -> d
 
 
 def _looked_at(params: Params, name: str, progress: Progress) -> Look:
-    manifest = prepare(params, name, progress)
+    manifest = prepare(params, name, progress, told=True)
     check_splits(manifest, name)
-    earlier = Run.of(params).manifest(name)
-    look = Look.of(manifest, pq.read_table(earlier) if earlier.is_file() else None)
+    run = Run.of(params)
+    earlier = pq.read_table(run.manifest(name)) if run.manifest(name).is_file() else None
+    look = Look.of(manifest, run.quarantine(name), earlier)
     if len(look.classes) == 1:
         raise UserError(f"data.{name}", f"usable pictures of {next(iter(look.classes))} alone: {ALONE}", OTHERS)
     return look

@@ -18,6 +18,7 @@ from pipeline.config import components
 from pipeline.config.schema import DataSettings
 from pipeline.metrics.base import Figure
 from pipeline.report import convergence
+from pipeline.report.cautions import caution
 from pipeline.report.figures import (
     compared,
     duration,
@@ -54,6 +55,7 @@ class Tile:
     value: str
     label: str
     note: str
+    caution: str = ""  # why the figure promises too much
 
 
 def write_report(results: Results) -> Path:
@@ -148,11 +150,13 @@ def _naming_tile(results: Results, data: str) -> Tile | None:
     accuracy, classes = best.figure("acc"), best.figure("classes")
     if accuracy is None:
         return None
-    label = "of unseen pictures named" + (f", out of {written(classes)} names" if classes else "")
+    warned = caution(results, data)
+    label = f"of {'test' if warned else 'unseen'} pictures named"
+    label += f", out of {written(classes)} names" if classes else ""
     spread = "" if accuracy.interval is None else "; {} to {} with 95 % confidence".format(*_rough(accuracy))
     baselines = [figure for figure in compared(results, data) if figure.kind == "share"]
     others = "".join(f", {figure.label} {written(figure)}" for figure in [*_unaided(results, data), *baselines])
-    return Tile(percent(accuracy.value, 0), label, f"{data}: {results.name(best)}{spread}{others}")
+    return Tile(percent(accuracy.value, 0), label, f"{data}: {results.name(best)}{spread}{others}", warned)
 
 
 def _unaided(results: Results, data: str) -> list[Figure]:
@@ -177,7 +181,8 @@ def _caption_tile(results: Results, data: str) -> Tile | None:
     note += f"; {percent(repeats.value, 0)} repeat themselves" if repeats else ""
     count = best.figure("captioned")
     note += f"; {written(count)} captions" if count else ""
-    return Tile(percent(f1.value, 0), "F1 of the things that captions name and that are in the picture", note)
+    label = "F1 of the things that captions name and that are in the picture"
+    return Tile(percent(f1.value, 0), label, note, caution(results, data))
 
 
 def _retrieval_tile(results: Results) -> Tile | None:

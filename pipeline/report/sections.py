@@ -14,6 +14,7 @@ import pandas as pd
 from pipeline.config import components
 from pipeline.media.pictures import decode, read
 from pipeline.metrics.things import Judged, Things
+from pipeline.report.cautions import caution
 from pipeline.report.figures import compared, with_interval
 from pipeline.report.results import Outcome, Results
 from pipeline.report.tables import Table, figures_table, scores_table, ways_table
@@ -47,6 +48,7 @@ class Section:
     tabs: list[Tab]
     table: Table
     baselines: list[str]
+    caution: str  # why its figures promise too much
     body: dict[str, Any]
 
 
@@ -106,6 +108,7 @@ def _section(results: Results, data: str) -> Section:
         [Tab(key_of(outcome), results.name(outcome), outcome is best) for outcome in results.of(data)],
         figures_table(results, data),
         [f"{figure.label} {with_interval(figure)}" for figure in compared(results, data)],
+        caution(results, data),
         body(results, data),
     )
 

@@ -23,7 +23,7 @@ from rich.progress import Progress
 from pipeline.errors import UserError, readable
 from pipeline.files import atomically, is_utf8
 from pipeline.media.pictures import decode, read
-from pipeline.sources import labels
+from pipeline.sources import copies, labels
 from pipeline.sources.folders import NOT_UTF8, LeftOut
 from pipeline.sources.rows import Found, Row, warn
 from pipeline.sources.texts import NAMED, by_reason, listed, one_line
@@ -50,12 +50,14 @@ def build(
     progress: Progress,
     listing: Path,
     check: Callable[[str], Check],
+    told: bool = False,
 ) -> pa.Table:
     """The manifest of what a reader found, sorted by id (columns: SCHEMA), after decoding every picture by `check`.
 
     Pictures that do not decode keep their row, with the reason in `quarantine` and no split. `listing` is where these
-    and all else that is left out are written as CSV, whether or not they are too many. Raises UserError when the share
-    of those that do not decode exceeds `max_broken`, when two rows have one id, or when no usable picture is left.
+    and all else that is left out are written as CSV, whether or not they are too many; copies have one of their own
+    beside it. `told`: which pictures are left out or copies is said by the caller. Raises UserError when the share of
+    those that do not decode exceeds `max_broken`, when two rows have one id, or when no usable picture is left.
     """
     rows, left_out = _storable(found)
     rows, remarks = labels.mend(rows)
@@ -63,16 +65,21 @@ def build(
     _check_unique(rows, data)
     checked = check_pictures([_portable(row.image) for row in rows], workers, progress, check)
     records = [_record(row, seen.sha256, seen.fault) for row, seen in zip(rows, checked, strict=True)]
-    _write_listing(records, left_out, listing)
+    records, moved = copies.follow(records, rows)
+    _write_listing(_lines(records, left_out), listing)
+    of_copies = copies.listing_beside(listing)
+    _write_listing(copies.lines(records), of_copies)
     broken = [(_named(row), seen.fault) for row, seen in zip(rows, checked, strict=True) if seen.fault]
-    _report_left_out(rows, left_out, data, listing)
+    _report_left_out([] if told else rows, left_out, data, listing)
     _report_dark([(_named(row), seen.brightest) for row, seen in zip(rows, checked, strict=True)], data)
-    _report_broken(broken, len(rows), data, max_broken, listing)
+    if not told:
+        _report_broken(broken, len(rows), data, listing)
+    _check_broken(broken, len(rows), data, max_broken, listing)
     if all(record["quarantine"] for record in records):
         raise UserError(f"data.{data}", f"no usable picture among {len(rows)}", "check what params.yaml names there")
     splits = [(row.label, str(record["split"] or "")) for row, record in zip(rows, records, strict=True)]
     remarks += labels.thin((label, split) for label, split in splits if label is not None)
-    remarks += _copies(record for record in records if not record["quarantine"])
+    remarks += [] if told else [*moved, *copies.remarks(records, of_copies)]
     for remark in remarks:
         warn(f"data.{data}: {remark}")
     return pa.Table.from_pylist(records, schema=SCHEMA)
@@ -182,20 +189,6 @@ def _report_dark(pictures: Iterable[tuple[str, int | None]], data: str) -> None:
         )
 
 
-def _copies(usable: Iterable[dict[str, object]]) -> list[str]:
-    """What there is to say of pictures with the bytes of one in another split, from the records of those in use."""
-    first: dict[object, dict[str, object]] = {}
-    copies = []
-    for record in usable:
-        one = first.setdefault(record["sha256"], record)
-        if one["split"] != record["split"]:
-            copies.append(f"{record['image']} ({record['split']}) of {one['image']} ({one['split']})")
-    if not copies:
-        return []
-    count = f"{len(copies)} pictures have the bytes of one in another split"
-    return [f"{count}, so training may see what is tested: {listed(copies)}"]
-
-
 def _check_unique(rows: Sequence[Row], data: str) -> None:
     for one, other in pairwise(rows):
         if one.id == other.id:
@@ -206,10 +199,14 @@ def _check_unique(rows: Sequence[Row], data: str) -> None:
             )
 
 
-def _write_listing(records: Sequence[dict[str, object]], left_out: Sequence[LeftOut], path: Path) -> None:
-    """id, image and reason of every quarantined picture and all else left out, as CSV; no file if there is none."""
+def _lines(records: Sequence[copies.Record], left_out: Sequence[LeftOut]) -> list[list[str]]:
+    """id, image and reason of every quarantined picture and all else left out."""
     lines = [[record["id"], record["image"], record["quarantine"]] for record in records if record["quarantine"]]
-    lines += [[one.id, str(one), one.reason] for one in left_out]
+    return lines + [[one.id, str(one), one.reason] for one in left_out]
+
+
+def _write_listing(lines: Sequence[Sequence[str]], path: Path) -> None:
+    """Lines of id, image and reason as CSV; no file if there is none."""
     if not lines:
         path.unlink(missing_ok=True)
         return
@@ -219,12 +216,15 @@ def _write_listing(records: Sequence[dict[str, object]], left_out: Sequence[Left
         file.write(text.getvalue().encode())
 
 
-def _report_broken(broken: list[tuple[str, str]], total: int, data: str, max_broken: float, listing: Path) -> None:
+def _report_broken(broken: list[tuple[str, str]], total: int, data: str, listing: Path) -> None:
     for image, reason in broken[:NAMED]:
         warn(f"{image}: {reason}; left out")
     if broken:
         more = f", the first {NAMED} named here" if len(broken) > NAMED else ""
         warn(f"{len(broken)} of {total} pictures of data.{data} can't be used{more}; all with their reasons: {listing}")
+
+
+def _check_broken(broken: list[tuple[str, str]], total: int, data: str, max_broken: float, listing: Path) -> None:
     if len(broken) > max_broken * total:
         first = ", ".join(f"{image} ({reason})" for image, reason in broken[:3])
         raise UserError(
@@ -237,7 +237,7 @@ def _report_broken(broken: list[tuple[str, str]], total: int, data: str, max_bro
         )
 
 
-def _record(row: Row, sha256: str | None, reason: str | None) -> dict[str, object]:
+def _record(row: Row, sha256: str | None, reason: str | None) -> copies.Record:
     quarantine = row.quarantine or reason
     return {
         "id": row.id,

@@ -17,6 +17,7 @@ from pipeline.sources import manifest, split
 from pipeline.sources.base import Source
 from pipeline.sources.folders import LeftOut
 from pipeline.sources.rows import warn
+from pipeline.sources.texts import listed, number
 
 
 def source_of(params: Params, data: str) -> Source:
@@ -26,12 +27,13 @@ def source_of(params: Params, data: str) -> Source:
     return source(data, settings, params.seed, params.runtime.decode_threads)
 
 
-def prepare(params: Params, data: str, progress: Progress | None = None) -> pa.Table:
+def prepare(params: Params, data: str, progress: Progress | None = None, told: bool = False) -> pa.Table:
     """The manifest of a data set (columns: manifest.SCHEMA, sorted by id), every picture checked by decoding it.
 
     Renders the pictures first where the source is a rendered one. Broken pictures are quarantined; these and whatever
-    else is not used are counted and named on stderr, and Run.quarantine lists all of it. Raises UserError for a fault
-    in the data set, more broken pictures than max_broken allows, or a folder in data/ that can't be written to.
+    else is not used are counted and named on stderr, and Run.quarantine lists all of it; `told`: but for broken
+    pictures and copies, which the caller tells of. Raises UserError for a fault in the data set, more broken pictures
+    than max_broken allows, or a folder in data/ that can't be written to.
     """
     run, source = Run.of(params), source_of(params, data)
     progress = progress or Progress(disable=True)
@@ -46,7 +48,21 @@ def prepare(params: Params, data: str, progress: Progress | None = None) -> pa.T
         warn(f"{source.key}: {remark}")
     limit, workers = source.settings.max_broken, params.runtime.decode_threads
     found = replace(found, rows=rows, left_out=_with_owners(params, data, found.left_out))
-    return manifest.build(found, data, limit, workers, progress, listing, source.check)
+    table = manifest.build(found, data, limit, workers, progress, listing, source.check, told)
+    if source.settings.groups and source.settings.split == "blocks":
+        used = {record["id"] for record in table.select(["id", "quarantine"]).to_pylist() if not record["quarantine"]}
+        alone = [row.id for row in rows if row.carved and row.group is None and row.id in used]
+        _tell_alone(alone, source.settings.groups, run.series(data), data)
+    return table
+
+
+def _tell_alone(alone: list[str], groups: Path, series: Path, data: str) -> None:
+    """A line for the pictures that a file of groups lacks, such as those added since `series` wrote it."""
+    if alone:
+        count = number(len(alone), "picture is", "pictures are")
+        add = f"add {'it' if len(alone) == 1 else 'them'} to the file"
+        more = f"run `terraalign series {data}` again, once their image tokens are there" if groups == series else add
+        warn(f"data.{data}: {count} not in {groups}, and so in no series: {listed(alone)}; {more}")
 
 
 def _with_owners(params: Params, data: str, left_out: list[LeftOut]) -> list[LeftOut]:

@@ -20,7 +20,7 @@ class Row:
 
     `image` is a path, also one with the ending of `pictures.part_of_tar`, or a text: the same of a remote tar. `split`
     is None where the files of the data set do not give it: then data.<name>.split decides, and where that is blocks,
-    pictures of one `group`, such as a series of shots, come into one part.
+    pictures of one `group`, such as a series of shots, come into one part. `carved`: it has decided.
     """
 
     id: str
@@ -30,6 +30,7 @@ class Row:
     split: str | None = None
     quarantine: str | None = None
     group: str | None = None
+    carved: bool = False
 
 
 @dataclass(frozen=True)

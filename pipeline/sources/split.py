@@ -33,7 +33,12 @@ def assign(found: Found, how: str, section: str) -> tuple[list[Row], list[str]]:
         remarks = _without(to_split, parts, found.shares)
     else:
         raise UserError(f"{section}.split blocks", "this source gives the part of every picture", "leave it out")
-    return [row if row.split else replace(row, split=parts[row.id]) for row in found.rows], remarks
+    by_group = how == "blocks"  # by hash a group is on both sides anyway
+    rows = [
+        row if row.split else replace(row, split=parts[row.id], carved=True, group=row.group if by_group else None)
+        for row in found.rows
+    ]
+    return rows, remarks
 
 
 def with_groups(found: Found, path: Path, section: str) -> Found:

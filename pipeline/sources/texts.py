@@ -66,6 +66,11 @@ def one_line(text: object) -> str:
     return readable(text).replace("\n", "\\n")
 
 
+def number(count: int, one: str, more: str) -> str:
+    """`1 picture has`, `2 pictures have`: a count with the words for it."""
+    return f"{count} {one if count == 1 else more}"
+
+
 def listed(names: Sequence[str], room: int = NAMED) -> str:
     """`a, b, ...`: the first `room` names."""
     return one_line(", ".join(names[:room]) + (", ..." if len(names) > room else ""))
