@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from pipeline.answers.best import not_yet
 from pipeline.config import load_params
-from pipeline.errors import UserError
 from pipeline.runs import Run
 
 
@@ -12,7 +12,7 @@ def show() -> None:
     params = load_params()
     page = Run.of(params).report / "index.html"
     if not page.is_file():
-        raise UserError(page, "no report yet", "run `dvc repro` first")
+        raise not_yet(params, page, "no report yet")
     from rich.console import Console
 
     from pipeline.report.figures import terminal_table

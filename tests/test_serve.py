@@ -33,6 +33,8 @@ from typer.testing import CliRunner
 
 from pipeline import Model
 from pipeline.answers import familiar
+from pipeline.answers.best import check_trained
+from pipeline.answers.model import Answer
 from pipeline.errors import UserError
 from pipeline.naming.table import Named
 from pipeline.runs import Run, stages
@@ -132,7 +134,7 @@ def test_what_is_said_is_the_models_and_nothing_is_kept(served, model, photos):
         assert dict(said[event]["names"]) == pytest.approx(answer.names, abs=1e-6)
     assert "nothing is fine-tuned for the task classify yet" in said["classes"]["missing"]
     asked = events(f"{served}/api/ask?question=What%20is%20that%3F", content)
-    assert asked["answer"]["text"] == model.ask(content, "What is that?").text
+    assert asked["answer"]["text"] == model.ask(content, "What is that?").text and not asked["answer"]["caution"]
     assert files() == before
 
 
@@ -268,7 +270,10 @@ def test_who_leaves_frees_the_model(served, photos, monkeypatch):
 def test_a_run_that_is_not_trained_says_what_to_do(tiny_params):
     told = app.about(app.Place.of(tiny_params))
     assert told["offered"].startswith("nothing yet; no names: no adapter is trained yet; no captions: ")
-    assert all("dvc repro" in line for line in told["missing"]) and len(told["missing"]) == 2
+    [missing] = told["missing"]  # in the words of `classify`
+    with pytest.raises(UserError) as refused:
+        check_trained(tiny_params, "classify", llm=False)
+    assert missing == str(refused.value) and "`terraalign try FOLDER`" in missing
     assert not told["states"] and not told["tables"] and not told["samples"]
 
 
@@ -290,7 +295,9 @@ def test_what_a_run_can_answer_is_said_in_words(tiny_params):
         f"names (by EMD, discriminant analysis){untaught}{untuned}",
         f"names (by EMD, discriminant analysis, the language model), questions{untaught}",
     ]
-    assert app.about(app.Place.of(params))["ways"] == ["names", "emd", "classes"]
+    place = app.Place.of(params)
+    assert app.about(place)["ways"] == ["names", "emd", "classes"]
+    assert "taught names alone" in str(place.desk._caution(Answer("a pear", "mlp", "classes")))
 
 
 def test_a_port_that_is_taken_is_one_line(tiny_params):
