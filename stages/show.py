@@ -8,15 +8,13 @@ from pipeline.runs import Run
 
 
 def show() -> None:
-    """Print the main figures of the active profile and the path of its report."""
+    """Print what came of it in words, the main figures of the active profile and the path of its report."""
     params = load_params()
     page = Run.of(params).report / "index.html"
     if not page.is_file():
         raise not_yet(params, page, "no report yet")
-    from rich.console import Console
-
-    from pipeline.report.figures import terminal_table
     from pipeline.report.results import read_results
+    from pipeline.report.verdict import tell
 
-    Console().print(terminal_table(read_results(params)))
+    tell(read_results(params))
     print(f"report: {page}")
