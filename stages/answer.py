@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.answers.best import check_trained
+from pipeline.answers.best import NAMES_ALONE, check_trained, taught_names_alone
 from pipeline.config import Params, load_params
 from pipeline.errors import UserError, UserErrors, readable
 
@@ -35,7 +35,8 @@ AsJSON = Annotated[
     typer.Option(
         "--json",
         help="One JSON object a line: photo, answer, adapter, rule; of the fine-tuned language model also recipe, of "
-        "classify probability and names; strangeness where enough pictures are held out to tell.",
+        "classify probability and names; strangeness, and whether it is strange, where enough pictures are held out to "
+        "tell.",
     ),
 ]
 Batch = Annotated[int | None, typer.Option(min=1, help="Pictures at a time; default: evaluate.batch.")]
@@ -85,12 +86,13 @@ def ask(
         raise UserError("ask", "no question", 'put it last, in quotes: terraalign ask PHOTO... "What is this?"')
     params = load_params()
     check_trained(params, "caption", "classify")
-    answer(params, photos, lambda model: model.question(question), as_json, batch)
+    answer(params, photos, lambda model: model.question(question), as_json, batch, is_question=True)
 
 
 def answer(
-    params: Params, photos: list[str], how: Callable[[Model], Ask], as_json: bool, batch: int | None, top: int = 1
-) -> None:
+    params: Params, photos: list[str], how: Callable[[Model], Ask], as_json: bool, batch: int | None, top: int = 1,
+    is_question: bool = False,
+) -> None:  # fmt: skip
     """Print an answer per picture, in order; one that cannot be read is named on stderr and makes the exit code 1."""
     files, faults = pictures_named(photos)
     if not files:
@@ -109,6 +111,8 @@ def answer(
             continue
         if first:
             print(f"by {_source(found)}", file=sys.stderr)
+            if is_question and found.recipe and taught_names_alone(params, found.adapter, found.recipe):
+                print(f"note: {found.adapter} {NAMES_ALONE}", file=sys.stderr)
             first = False
         say(row_of(file, found), as_json, top)
         if found.is_strange:
@@ -138,7 +142,7 @@ def row_of(file: Path, found: Answer) -> Row:
     if found.recipe is not None:
         row["recipe"] = found.recipe
     if found.strangeness is not None:
-        row["strangeness"] = round(found.strangeness, 4)
+        row |= {"strangeness": round(found.strangeness, 4), "strange": found.is_strange}
     if found.names:
         row |= {"probability": round(found.names.get(found.text, 0.0), 4)}
         row |= {"names": {name: round(share, 4) for name, share in found.names.items()}}

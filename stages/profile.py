@@ -34,7 +34,8 @@ def use(
     """Write params.yaml from a profile. The old file stays as it is when anything is wrong with the new one."""
     source = _find(name)
     write_params(source, settings or [])
-    typer.echo(f"params.yaml is now {source}{' with ' + ', '.join(settings) if settings else ''}; next: dvc repro")
+    typer.echo(f"params.yaml is now {source}{' with ' + ', '.join(settings) if settings else ''}")
+    typer.echo("next: `terraalign run`, which does what is not done yet")
 
 
 def write_params(source: Path, settings: list[str]) -> None:

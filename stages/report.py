@@ -16,14 +16,12 @@ def report() -> None:
     Stages that DVC restored from its cache did not run here and have no timing; the page says so.
     """
     params = load_params()
-    from rich.console import Console
-
-    from pipeline.report.figures import terminal_table
     from pipeline.report.page import write_report  # pandas and matplotlib: not needed for --help
     from pipeline.report.results import read_results
+    from pipeline.report.verdict import tell
 
     with timed(params, "report"):
         results = read_results(params)
         page = write_report(results)
-    Console().print(terminal_table(results))
+    tell(results)
     print(page)

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
+from pipeline.answers.best import not_yet
 from pipeline.config import load_params
-from pipeline.errors import UserError
 from pipeline.runs import Run
 
 
 def show() -> None:
-    """Print the main figures of the active profile and the path of its report."""
+    """Print what came of it in words, the main figures of the active profile and the path of its report."""
     params = load_params()
     page = Run.of(params).report / "index.html"
     if not page.is_file():
-        raise UserError(page, "no report yet", "run `dvc repro` first")
-    from rich.console import Console
-
-    from pipeline.report.figures import terminal_table
+        raise not_yet(params, page, "no report yet")
     from pipeline.report.results import read_results
+    from pipeline.report.verdict import tell
 
-    Console().print(terminal_table(read_results(params)))
+    tell(read_results(params))
     print(f"report: {page}")

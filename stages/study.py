@@ -12,7 +12,7 @@ import typer
 import yaml
 
 from pipeline.config import parse_params, read_yaml
-from pipeline.config.study import Cell, Study, parameters_of, parse_study, profile_of
+from pipeline.config.study import Cell, Study, fitted, parameters_of, parse_study, profile_of
 from pipeline.errors import UserError, UserErrors
 from pipeline.files import atomically
 from pipeline.runs import RESULTS
@@ -46,8 +46,12 @@ def study(
     text, at_work = _own_parameters()
     if at_work and not (page or dry_run):
         raise UserError("", "a study is at work in this folder", "wait for it; --page shows what is there so far")
-    compared = parse_study(_read(file), str(file))
-    values = parameters_of(compared, read_yaml(text, str(PARAMS)))
+    whole, own = parse_study(_read(file), str(file)), read_yaml(text, str(PARAMS))
+    compared, left_out = fitted(whole, own)
+    _check_words(whole, compared, only or [])
+    values = parameters_of(compared, own)
+    if left_out:
+        typer.echo(f"left out of {file}: {'; '.join(left_out)}", err=True)
     cells = _chosen(compared, only or [])
     active = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     params = parse_params(active, f"{file} with {PARAMS}")
@@ -65,14 +69,25 @@ def study(
         raise UserErrors([*faults, UserError("", "mend it, and run the same command again: it goes on from there")])
 
 
+def _check_words(whole: Study, compared: Study, only: list[str]) -> None:
+    """UserError for a word that no training of a study has, with those of the trainings that are compared."""
+    unknown = [word for word in only if not any(word in cell.parts for cell in whole.cells())]
+    if unknown:
+        raise _no_such(compared, unknown)
+
+
 def _chosen(compared: Study, only: list[str]) -> list[Cell]:
     """The trainings that have all of these parts; UserError when there is none."""
     cells = compared.cells()
     found = [cell for cell in cells if set(only) <= cell.parts]
     if not found:
-        known = dict.fromkeys(part for cell in cells for part in sorted(cell.parts - {cell.name}))
-        raise UserError(f"--only {' '.join(only)}", f"no such training; there are {', '.join(known)}")
+        raise _no_such(compared, only)
     return found
+
+
+def _no_such(compared: Study, only: list[str]) -> UserError:
+    known = dict.fromkeys(part for cell in compared.cells() for part in sorted(cell.parts - {cell.name}))
+    return UserError(f"--only {' '.join(only)}", f"no such training; there are {', '.join(known)}")
 
 
 def _run(active: str, compared: Study, cells: list[Cell], jobs: int) -> list[UserError]:

@@ -12,8 +12,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from sklearn.neighbors import NearestNeighbors
 from typer.main import get_command
+from typer.testing import CliRunner
 
 from pipeline.answers import familiar
 from pipeline.answers.best import check_trained, finetuned
@@ -139,8 +141,9 @@ def asked_without_torch(*commands: list[str]) -> list[str]:
 def test_what_is_not_trained_is_said_at_once(demo: Params) -> None:
     Path("a.jpg").write_bytes(b"")
     commands = [["caption", "a.jpg"], ["ask", "a.jpg", "What?"], ["classify", "--llm", "a.jpg"], ["classify", "a.jpg"]]
+    commands.append(["show"])
     said = asked_without_torch(*commands)
-    missing = ["the task caption", "the task caption", "the task classify", "no adapter is trained"]
+    missing = ["the task caption", "the task caption", "the task classify", "no adapter is trained", "no report yet"]
     for line, what in zip(said, missing, strict=True):
         assert line.startswith("2 error: data/demo/") and what in line
         assert "`terraalign try FOLDER`" in line and "`terraalign run` runs the profile demo" in line
@@ -165,6 +168,27 @@ def test_what_a_run_does_not_learn_is_said_in_words(demo: Params, data: str, wor
     check_trained(params, own)
     check_trained(params, "caption", "classify")
     assert finetuned(params, own) == {folder: 1}
+
+
+@pytest.mark.parametrize(("recipe", "cautioned"), [("classes", True), ("captions", False)])
+def test_a_question_to_what_knows_names_alone_is_answered_with_a_caution(
+    demo: Params, monkeypatch: pytest.MonkeyPatch, recipe: str, cautioned: bool
+) -> None:
+    folder = Run.of(demo).finetuned("mlp", recipe)
+    folder.mkdir(parents=True)
+    (folder / "metrics.json").write_text('{"val_loss": 1}')
+    for name in "ab":
+        Image.new("RGB", (8, 8)).save(f"{name}.png")
+    said = Answer("a pear", "mlp", recipe)
+    monkeypatch.setattr(Model, "question", lambda *_: None)
+    monkeypatch.setattr(Model, "names", lambda *_: None)
+    monkeypatch.setattr(Model, "each", lambda self, files, *_: ((file, said) for file in files))
+    done = CliRunner().invoke(app, ["ask", "a.png", "b.png", "Why?"])
+    assert done.stdout == "a.png: a pear\nb.png: a pear\n"
+    notes = [line for line in done.stderr.splitlines() if "taught names alone" in line]
+    assert len(notes) == cautioned
+    if cautioned:
+        assert "taught names" not in CliRunner().invoke(app, ["classify", "--llm", "a.png"]).stderr
 
 
 def test_names_that_lead_nowhere_are_one_line_each(demo: Params) -> None:
@@ -217,8 +241,9 @@ def test_the_help_lists_what_json_has() -> None:
     always = {"photo", "answer", "adapter", "rule"}
     named = Answer("a pear", "mlp", None, "namer", {"a pear": 0.9, "a fig": 0.1}, 0.5)
     assert row_of(Path("a.jpg"), Answer("a pear", "mlp")).keys() == always
-    assert row_of(Path("a.jpg"), named).keys() == always | {"probability", "names", "strangeness"}
+    assert row_of(Path("a.jpg"), named).keys() == always | {"probability", "names", "strangeness", "strange"}
+    assert [row_of(Path("a.jpg"), replace(named, strangeness=one))["strange"] for one in (0.5, 1)] == [False, True]
     ranked = row_of(Path("a.jpg"), replace(named, rule="llm", recipe="classes", strangeness=None))
     assert ranked.keys() == always | {"recipe", "probability", "names"}
     [option] = [one for one in get_command(app).commands["classify"].params if "--json" in one.opts]  # type: ignore[attr-defined]
-    assert all(key in option.help for key in always | ranked.keys() | {"strangeness"})
+    assert all(key in option.help for key in always | ranked.keys() | {"strangeness", "strange"})

@@ -228,9 +228,9 @@ def test_list_and_show(folder: Path) -> None:
 
 
 def test_show_without_a_report(folder: Path) -> None:
-    terraalign("profile", "use", "demo")
+    assert "next: `terraalign run`" in terraalign("profile", "use", "demo")[1]
     code, text = terraalign("show")
-    assert code == 2 and "run `dvc repro` first" in text
+    assert code == 2 and "`terraalign try FOLDER`" in text and "dvc repro" not in text
 
 
 @pytest.mark.parametrize("name", ["prepare", "pretrain", "evaluate", "report", "doctor"])

@@ -307,6 +307,18 @@ def test_what_hints_need_is_said(tiny_params: Params, tiny_clip: None) -> None:
     assert not Path("out").exists()
 
 
+def test_all_that_llava_has_no_room_for_is_said_at_once(tiny_params: Params) -> None:
+    """The encoder first: with another one, nothing that was trained stays."""
+    adapter = build_adapter("linear", 1280, 32, pool=2)
+    trained = fine_tuned(settings({"encoder": "efficientnet_lite0"}), adapter, data="classes")
+    with pytest.raises(UserError) as refused:
+        llava.export(trained, Path("out"))
+    keys = [line.partition(":")[0] for line in str(refused.value).splitlines()]
+    pool = "adapters.mlp.architecture.pool is 2"
+    assert keys == ["vision.encoder efficientnet_lite0", pool, "finetune.recipes.classes.hints is 3"]
+    assert not Path("out").exists()
+
+
 def test_the_command_writes_a_folder_whose_parts_others_read(tiny_params: Params, photo: Path) -> None:
     from peft import PeftConfig
 

@@ -22,7 +22,7 @@ from pipeline.metrics.base import Figure, share_of
 from pipeline.metrics.rules import LABELS
 from pipeline.metrics.speeds import keep_speeds
 from pipeline.naming.rules import LLM_RULES, RULES
-from pipeline.report import convergence, figures, page, sections, tables, ways
+from pipeline.report import convergence, figures, page, sections, tables, verdict, ways
 from pipeline.report.cautions import caution
 from pipeline.report.results import read_results
 from pipeline.runs import Run, stages
@@ -237,6 +237,7 @@ def test_head_of_the_page(params: Params) -> None:
     note = "classes: query; 83 % to 94 % with 95 % confidence, without the language model 78.0 %"
     note += ", chance 25.0 %, linear probe 90.0 %, discriminant analysis 73.0 %"
     assert tiles[0].note.replace("\u00a0", " ") == note
+    assert "; 18\u00a0% to 34\u00a0% with 95" in tiles[1].note
     assert tiles[1].label == "of pictures find their own caption or class name among 100, with no language model"
     text = report(params)
     assert "<h1>demo</h1>" in text and "Data: captions from openmoji_scenes and classes from openmoji_food<" in text
@@ -439,6 +440,99 @@ def test_no_figure_is_demanded(params: Params) -> None:
     ]
     kept = [key for key in json.loads((BASE / "metrics.json").read_text()) if key.startswith(("classes/", "pca/"))]
     assert not kept
+
+
+def difference(key: str, value: float, low: float, high: float) -> Figure:
+    return Figure(key, value, key, (low, high), "number", key == "cider_nearest")
+
+
+NEAREST = difference("cider_nearest", 0.3, 0.2, 0.4)
+CIDER = [Figure("cider", 0.2, "CIDEr-D", (0.1, 0.3), "number"), Figure("cider_shuffled", 0.1, "", (0, 0.2), "number")]
+
+
+@pytest.mark.parametrize(
+    ("found", "said", "mood"),
+    [
+        (
+            [hits("f1", 40, ""), hits("f1_shuffled", 20, "")],
+            "fit their own pictures better than others .things named, F1 40.0 % against 20.0 %",
+            "yes",
+        ),
+        (
+            [hits("f1", 7, ""), hits("f1_shuffled", 6, ""), NEAREST, difference("cider_over_nearest", -0.1, -0.2, 0.1)],
+            "not shown to be any better .*F1 7.0 % against 6.0 %.*scores higher .*0.300.*Add photos .2 for training.",
+            "no",
+        ),
+        ([*CIDER, difference("cider_over_shuffled", 0.1, -0.1, 0.3)], "not shown .*0.200 against 0.100", "no"),
+        ([*CIDER, difference("cider_over_shuffled", 0.1, 0.01, 0.3)], "better .*0.200 against 0.100..$", "yes"),
+        (
+            [
+                *CIDER,
+                difference("cider_over_shuffled", 0.1, 0.01, 0.3),
+                NEAREST,
+                difference("cider_over_nearest", -0.1, -0.2, -0.05),
+            ],
+            "better .*, but worse than the caption of the most similar training picture does .0.300..$",
+            "no",
+        ),
+        ([*CIDER, hits("f1", 40, "")], None, ""),  # nothing beside it
+    ],
+)
+def test_captions_get_a_verdict_by_their_intervals(
+    params: Params, found: list[Figure], said: str | None, mood: str
+) -> None:
+    for name in params.run.adapters:
+        write_figures(f"{name}-captions/captions", found)
+    write("prepare/captions.parquet", "")
+    rows = pd.DataFrame({"split": ["train", "train", "train", "val"], "quarantine": [None, None, "broken", None]})
+    rows.to_parquet(BASE / "prepare/captions.parquet")
+    sets = {"captions": params.data["captions"].model_copy(update={"count": None})}
+    alone = params.model_copy(update={"data": sets, "run": params.run.model_copy(update={"data": ["captions"]})})
+    verdicts = verdict.verdicts(read_results(alone))
+    assert [one.mood for one in verdicts] == ([mood] if said else [])
+    assert not said or re.search(said, verdicts[0].text.replace("\u00a0", " "))
+
+
+def test_names_get_a_verdict_against_guessing_and_the_probe(params: Params, capsys: pytest.CaptureFixture[str]) -> None:
+    results = read_results(params)
+    captions, names = verdict.verdicts(results)
+    text = names.text.replace("\u00a0", " ")
+    assert text.startswith(
+        "classes: 78.0 % of 100 test pictures are named rightly without the language model (guessing: 25.0 %)"
+    )
+    assert (
+        "which is not told apart from a linear probe" in text and "language model's names (90.0 %) are not told" in text
+    )
+    verdict.tell(results)
+    told = " ".join(capsys.readouterr().out.split())
+    assert told.startswith(captions.text[:30]) and told.index("classes: 78.0") < told.index("profile demo")
+    text = report(params)
+    assert text.index('class="card verdict') < text.index('class="grid tiles"')
+    for name in params.run.adapters:
+        shutil.rmtree(BASE / "name" / name)
+        named(f"{name}-classes/classes", 30)
+    [*_, names] = verdict.verdicts(read_results(params))
+    assert "30.0\u00a0% of 100" in names.text and "not shown to be better than guessing" in names.text
+    assert names.mood == "no"
+    for name in params.run.adapters:
+        named(f"{name}-classes/classes", 60)
+    [*_, names] = verdict.verdicts(read_results(params))
+    assert "worse than a linear probe" in names.text and names.mood == "no"
+
+
+def test_few_pictures_make_no_headline_of_captions_found(params: Params) -> None:
+    for name in params.run.adapters:
+        path = BASE / f"pretrain/{name}/metrics.json"
+        path.write_text(path.read_text().replace('"held_out": 100', '"held_out": 29'))
+    results = read_results(params)
+    assert not [tile for tile in page.tiles(results, convergence.collect(params)) if "find their own" in tile.label]
+
+
+def test_two_points_are_no_curve(params: Params) -> None:
+    two = pd.DataFrame({"adapter": "mlp", "recipe": "captions", "start": "emd", "step": [0, 9], "val_loss": [3.0, 1.0]})
+    assert convergence.draw_finetuning(two, BASE) == []
+    three = pd.concat([two, two.tail(1).assign(step=4)])
+    assert [path.name for path in convergence.draw_finetuning(three, BASE)] == ["convergence-others-captions.png"]
 
 
 def test_main_figures(params: Params) -> None:

@@ -33,12 +33,15 @@ from typer.testing import CliRunner
 
 from pipeline import Model
 from pipeline.answers import familiar
+from pipeline.answers.best import check_trained
+from pipeline.answers.model import Answer
 from pipeline.errors import UserError
 from pipeline.naming.table import Named
 from pipeline.runs import Run, stages
 from pipeline.serve import app
 from pipeline.serve.desk import offered
-from pipeline.serve.ledger import command_of
+from pipeline.serve.ledger import command_of, ledger
+from pipeline.serve.words import word_for
 from pipeline.store.reader import CaptionTokens, ImageTokens
 from pipeline.vlm import VLM
 from stages.cli import app as cli
@@ -132,7 +135,7 @@ def test_what_is_said_is_the_models_and_nothing_is_kept(served, model, photos):
         assert dict(said[event]["names"]) == pytest.approx(answer.names, abs=1e-6)
     assert "nothing is fine-tuned for the task classify yet" in said["classes"]["missing"]
     asked = events(f"{served}/api/ask?question=What%20is%20that%3F", content)
-    assert asked["answer"]["text"] == model.ask(content, "What is that?").text
+    assert asked["answer"]["text"] == model.ask(content, "What is that?").text and not asked["answer"]["caution"]
     assert files() == before
 
 
@@ -218,7 +221,9 @@ def test_mistakes_are_those_of_the_namer(served):
 
 def test_curves_are_those_of_the_histories(served):
     found = get(f"{served}/api/runs")
-    assert found["profiles"] == ["tiny"]
+    assert found["profiles"] == ["tiny"] and not found["differ"]
+    counts = {data: len(ImageTokens.open(Run("tiny"), data)) for data in ("captions", "classes")}
+    assert found["pictures"]["tiny"] == ", ".join(f"{count} pictures of {data}" for data, count in counts.items())
     [curve] = [one for one in found["curves"] if one["stage"] == "finetune"]
     history = pd.read_csv("data/tiny/finetune/mlp-captions/history.csv").dropna(subset=["val_loss"])
     assert curve["lines"]["val_loss"] == history[["step", "val_loss"]].values.tolist()
@@ -247,6 +252,50 @@ def test_the_command_behind_a_figure_is_a_stage(key, stage, tiny_params):
     assert stage in {*known, *scratch, *(name.split("@")[0] for name in known)}
 
 
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("emd/mlp/plain_val", "distance to the own picture in plain EMD: mlp"),
+        ("mmd/mlp/image_gain_low", "image gain, lower end of its 95\u00a0% interval: mlp"),
+        ("retrieval/mlp/r1_debiased", "finds its caption, debiased: mlp"),
+        ("retrieval/mlp/r5_raw", "finds its caption among the 5 nearest, raw: mlp"),
+        ("pca/mlp/last/k80", "components for 80\u00a0% of the variance after the last epoch: mlp"),
+        ("classes/mlp/val_loss/namer", "validation loss of the namer: classes, mlp"),
+        ("captions/mlp/captions/scratch_val_loss", "validation loss from scratch: captions, mlp, captions"),
+        ("seconds/finetune@mlp-captions", "seconds of the stage finetune@mlp-captions"),
+        ("captions/mlp/captions/own_figure", None),
+    ],
+)
+def test_keys_have_words(key, words):
+    assert word_for(key) == words
+
+
+def test_figures_are_called_as_their_stages_do_and_runs_of_other_pictures_are_told(project):
+    for profile, label in (("one", "accuracy"), ("two", "accuracy")):
+        folder = Path("data") / profile
+        for name, content in {
+            "evaluate/mlp-own/classes/figures.json": [
+                {"key": "acc", "label": label, "baseline": False},
+                {"key": "probe", "label": "linear probe", "baseline": True},
+            ],
+            "name/mlp/classes/figures.json": [{"key": "acc/emd", "label": "by EMD", "baseline": False}],
+            "metrics.json": {"classes/mlp/own/acc": 1, "classes/probe": 0.5, "classes/mlp/acc/emd": 0.5, "x": 1},
+        }.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(json.dumps(content))
+        (folder / "prepare").mkdir()
+        rows = pd.DataFrame({"id": ["a", "b", "c"], "split": "train", "quarantine": [None, None, "broken"]})
+        rows.to_parquet(folder / "prepare/classes.parquet")
+    found = ledger()
+    assert {key: one["label"] for key, one in found["figures"].items()} == {
+        "classes/mlp/own/acc": "accuracy: classes, mlp, own", "classes/probe": "linear probe: classes",
+        "classes/mlp/acc/emd": "by EMD: classes, mlp", "x": None,
+    }  # fmt: skip
+    assert found["pictures"] == dict.fromkeys(("one", "two"), "2 pictures of classes") and not found["differ"]
+    rows.assign(split="test").to_parquet("data/two/prepare/classes.parquet")
+    assert ledger()["differ"]
+
+
 def test_who_leaves_frees_the_model(served, photos, monkeypatch):
     stopped, until = threading.Event(), time.monotonic() + 60
 
@@ -268,7 +317,10 @@ def test_who_leaves_frees_the_model(served, photos, monkeypatch):
 def test_a_run_that_is_not_trained_says_what_to_do(tiny_params):
     told = app.about(app.Place.of(tiny_params))
     assert told["offered"].startswith("nothing yet; no names: no adapter is trained yet; no captions: ")
-    assert all("dvc repro" in line for line in told["missing"]) and len(told["missing"]) == 2
+    [missing] = told["missing"]  # in the words of `classify`
+    with pytest.raises(UserError) as refused:
+        check_trained(tiny_params, "classify", llm=False)
+    assert missing == str(refused.value) and "`terraalign try FOLDER`" in missing
     assert not told["states"] and not told["tables"] and not told["samples"]
 
 
@@ -290,7 +342,9 @@ def test_what_a_run_can_answer_is_said_in_words(tiny_params):
         f"names (by EMD, discriminant analysis){untaught}{untuned}",
         f"names (by EMD, discriminant analysis, the language model), questions{untaught}",
     ]
-    assert app.about(app.Place.of(params))["ways"] == ["names", "emd", "classes"]
+    place = app.Place.of(params)
+    assert app.about(place)["ways"] == ["names", "emd", "classes"]
+    assert "taught names alone" in str(place.desk._caution(Answer("a pear", "mlp", "classes")))
 
 
 def test_a_port_that_is_taken_is_one_line(tiny_params):
@@ -467,6 +521,7 @@ def test_look_inside_mistakes_and_runs(page):
     page.keyboard.press("Escape")
     page.get_by_role("tab", name="Runs").click()
     expect(page.locator("#curves figure")).to_have_count(2)
+    expect(page.locator("#words-of")).to_have_text("words of captions and class names")
 
 
 @pytest.mark.parametrize("classes", [12, 81])
@@ -508,11 +563,16 @@ def test_each_curve_has_a_look_of_its_own(browser, served, scheme):
         {"profile": profile, "stage": "pretrain", "of": "mlp", "x": "epoch", "command": "", "lines": lines[profile]}
         for profile in profiles
     ]
-    found = {"profiles": profiles, "figures": {}, "curves": curves}
+    figure = {"command": "", "label": "finds its caption: mlp", "values": {"p1": 0.5}}
+    found = {"profiles": profiles, "curves": curves, "pictures": {"p1": "9 pictures of birds"}, "differ": True}
+    found["figures"] = {"retrieval/mlp/r1_raw": figure}
     context.route("**/api/runs*", lambda route: route.fulfill(json=found))
     page = opened(context, served)
     page.get_by_role("tab", name="Runs").click()
     expect(page.locator("#curves figure")).to_have_count(1)
+    expect(page.locator("#figures tbody th")).to_have_text("finds its caption: mlpretrieval/mlp/r1_raw")
+    expect(page.locator("#runs-lead")).to_contain_text("p1 (9 pictures of birds), p2")
+    expect(page.locator("#runs-lead")).to_contain_text("of different pictures")
     for place in ("figure > svg g", ".legend g"):
         looks = page.locator(f"#curves {place}").evaluate_all(
             """all => all.map(one => [getComputedStyle(one.querySelector("polyline")).stroke,

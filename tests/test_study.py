@@ -1,13 +1,17 @@
 """A study: which trainings it is of, the parameters that make them stages, and the page of what they came to."""
 
 import json
+from pathlib import Path
 
 import pytest
 import typer
+from PIL import Image
 
 from pipeline.config import parse_params, read_yaml
-from pipeline.config.study import parameters_of, parse_study
+from pipeline.config.study import fitted, parameters_of, parse_study
 from pipeline.errors import UserError
+from pipeline.first.layout import recognise
+from pipeline.first.profile import written
 from pipeline.report.study import write_study
 from pipeline.runs import Run
 from stages import study as command
@@ -172,3 +176,41 @@ def test_the_command_names_trainings_without_running_any(project, tmp_path, monk
     assert capsys.readouterr().out.split() == ["linear_emd_1", "query_emd_1", "linear_emd_1_5s", "query_emd_1_5s"]
     with pytest.raises((UserError, typer.Exit)):
         command.study(tmp_path / "none.yaml", only=None, jobs=1, dry_run=True, page=False)
+
+
+@pytest.mark.parametrize(("kind", "recipe"), [("classes", "classes"), ("captions", "captions"), ("demo", "captions")])
+def test_the_study_that_is_there_fits_what_try_writes_and_the_demo(
+    project, tmp_path, monkeypatch, capsys, kind, recipe
+):
+    monkeypatch.chdir(tmp_path)
+    names = ("ant.png", "bee.png") if kind == "captions" else ("ant/1.png", "bee/1.png")
+    for name in names:
+        (tmp_path / "own" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "own" / name)
+    if kind == "captions":
+        Path("own/captions.csv").write_text("file,text\nant.png,an ant\nbee.png,a bee\n")
+    own = Path("own").resolve()
+    text = (project / "profiles/demo.yaml").read_text() if kind == "demo" else ""
+    command.PARAMS.write_text(text or written(recognise(own), {}, "own", own, "try"))
+    study = project / "study.yaml"
+    command.study(study, only=["emd", "17", "steps"], jobs=1, dry_run=True, page=False)
+    said = capsys.readouterr()
+    there = ["mlp", "query"] if kind == "demo" else ["mlp"]
+    assert said.out.split() == [f"{adapter}_emd_17" for adapter in there]
+    assert ("adapters.query" in said.err) == (kind != "demo") and ("recipe captions" in said.err) == (kind == "classes")
+    assert len(said.err.splitlines()) == (kind != "demo")
+    compared, _ = fitted(parse_study(study.read_text(), "study"), read_yaml(command.PARAMS.read_text(), "params"))
+    params = parse_params(json.dumps(parameters_of(compared, read_yaml(command.PARAMS.read_text(), "params"))), "study")
+    assert params.run.recipes == [recipe] and len(params.run.adapters) == (84 if kind == "demo" else 54)
+    with pytest.raises(UserError, match="--only none_such: no such training"):
+        command.study(study, only=["none_such", "mlp"], jobs=1, dry_run=True, page=False)
+    assert capsys.readouterr().err == ""  # nothing is said before it
+    if kind != "demo":
+        with pytest.raises(UserError, match="--only query: no such training; there are 17, emd, mlp"):
+            command.study(study, only=["query"], jobs=1, dry_run=True, page=False)
+
+
+def test_an_adapter_that_nobody_knows_is_no_part_that_may_be_missing(project):
+    text = TEXT.replace("[linear, query]", "[linear, qeury]")
+    with pytest.raises(UserError, match="adapters: qeury"):
+        parameters_of(fitted(parse_study(text, "study"), values(project))[0], values(project))

@@ -17,6 +17,14 @@ METRICS = "metrics.json"  # of a fine-tuned adapter
 LEARNED = {"classify": "names", "caption": "captions"}  # by task
 
 
+NAMES_ALONE = "was taught names alone: whatever the question, it will likely answer with one"
+
+
+def taught_names_alone(params: Params, adapter: str, recipe: str) -> bool:
+    """Whether a fine-tuned adapter learned from pictures with names and no other text."""
+    return {params.data[data].task for data in params.finetune_for(adapter, recipe).data} == {"classify"}
+
+
 def namers(params: Params) -> dict[Path, float]:
     """The folders of the namers of the first data set of classes that has any, with their losses on validation.
 
@@ -39,7 +47,7 @@ def pretrained(params: Params) -> dict[Path, float]:
     folders = [Run.of(params).pretrained(adapter) for adapter in params.run.adapters]
     found = {folder: float(place) for place, folder in enumerate(folders) if (folder / "last.safetensors").exists()}
     if not found:
-        raise _not_yet(params, folders[0].parent, "no adapter is trained yet")
+        raise not_yet(params, folders[0].parent, "no adapter is trained yet")
     return found
 
 
@@ -114,10 +122,11 @@ def _of_task(params: Params, task: str) -> list[str]:
 
 
 def _not_finetuned(params: Params, task: str) -> UserError:
-    return _not_yet(params, Run.of(params).base / "finetune", f"nothing is fine-tuned for the task {task} yet")
+    return not_yet(params, Run.of(params).base / "finetune", f"nothing is fine-tuned for the task {task} yet")
 
 
-def _not_yet(params: Params, where: Path, what: str) -> UserError:
+def not_yet(params: Params, where: Path, what: str) -> UserError:
+    """That something of a run is not there, in words that are the same wherever it is missed, and what to do."""
     run = f"`terraalign run` runs the profile {params.profile}, and `terraalign plan` says what that takes"
     return UserError(where, what, f"`terraalign try FOLDER` learns from pictures of your own; {run}")
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, model_validator
 
+from pipeline.config import components
 from pipeline.config.base import Positive, Section, Seed
 from pipeline.config.messages import message_of
 from pipeline.config.params import merged
@@ -97,6 +98,27 @@ def parse_study(text: str, name: str) -> Study:
     if twice:
         raise UserError(name, f"two trainings would be called {twice}", "rename a method")
     return study
+
+
+def fitted(study: Study, values: dict[str, Any]) -> tuple[Study, list[str]]:
+    """A study of what a parameter file has sections for, and what of it is left out, with what would have it in.
+
+    Adapters that TerraAlign knows and recipes may be missing; where all recipes are, those that the file runs take
+    their place. Whatever else is not there stays, and `parameters_of` refuses it.
+    """
+    has, recipes = values["adapters"], values["finetune"]["recipes"]
+    missing = [name for name in study.adapters if name not in has and name in components.known("adapter")]
+    adapters = [name for name in study.adapters if name not in missing]
+    said = [f"adapter {name} (to have it, add a section adapters.{name} to params.yaml)" for name in missing]
+    if not adapters:
+        return study, []
+    kept = {name: own for name, own in study.recipes.items() if own.get("of", name) in recipes}
+    lacking = ", ".join(name for name in study.recipes if name not in kept)
+    if lacking:
+        taken = "" if kept else f"; instead: {', '.join(values['run']['recipes'])}"
+        said.append(f"recipe {lacking} (params.yaml has {', '.join(recipes)}{taken})")
+    kept = kept or {name: {} for name in values["run"]["recipes"]}
+    return study.model_copy(update={"adapters": adapters, "recipes": kept}), said
 
 
 def parameters_of(study: Study, values: dict[str, Any]) -> dict[str, Any]:

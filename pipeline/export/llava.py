@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from pipeline.config import LLM
-from pipeline.errors import UserError
+from pipeline.errors import UserError, UserErrors
 from pipeline.export.card import card_of
 from pipeline.export.folder import new_folder, rendered
 from pipeline.export.processor import image_token, inputs_of, processor_of
@@ -32,19 +32,7 @@ def export(trained: Trained, to: Path) -> list[str]:
     Raises UserError where LLaVA has no room for what was trained, and for a folder with files already. What is written
     has given the logits that ours gives.
     """
-    if trained.hints:
-        raise UserError(
-            f"finetune.recipes.{trained.recipe_name}.hints is {trained.hints}",
-            "names that are found for each picture stand in its prompt, which LLaVA has no room for",
-            "leave out --format llava, export another recipe (--recipe), or train this one with hints: 0",
-        )
-    steps, count = trained.preprocess, trained.shape[0]
-    vision = trained.params.vision
-    tower = tower_of(trained.parts, f"vision.encoder {vision.encoder} {vision.model or ''}".rstrip())
-    projector = projector_of(trained.adapter, trained.adapter_name, count)
-    if steps is None or steps.square:
-        why = "its transform of pictures is none that a processor of transformers has"
-        raise UserError(f"vision.encoder {vision.encoder}", why, "take a CLIP or SigLIP of open_clip")
+    tower, projector, steps = _fitting(trained)
     with new_folder(to) as folder:
         llm = _llm(trained.params.llm)
         check_llm(trained.folder, llm.network.get_input_embeddings())
@@ -54,7 +42,7 @@ def export(trained: Trained, to: Path) -> list[str]:
         place = image_token(llm.tokenizer)
         if place >= network.get_input_embeddings().weight.shape[0]:
             network.resize_token_embeddings(place + 1, mean_resizing=False)
-        model = _assembled(network, tower, projector, place, count)
+        model = _assembled(network, tower, projector, place, trained.shape[0])
         processor = processor_of(llm, steps, tower, trained)
         _check(model, processor, trained, picture, expected)
         model.generation_config = _generation(network, trained, place)
@@ -63,6 +51,32 @@ def export(trained: Trained, to: Path) -> list[str]:
         use = rendered("llava.md.jinja", {"prompt": trained.asked.text.strip(), "tokens": trained.task.max_tokens})
         (folder / "README.md").write_text(card_of(trained, use, "transformers"), encoding="utf-8")
     return sorted(str(path.relative_to(to)) for path in to.rglob("*") if path.is_file())
+
+
+def _fitting(trained: Trained) -> tuple[Tower, Projector, Preprocess]:
+    """The parts as LLaVA has them. Raises UserErrors with all that it has no room for, the encoder's first: who mends
+    one after the other would train as often."""
+    faults: list[UserError] = []
+    vision, tower, projector, steps = trained.params.vision, None, None, trained.preprocess
+    try:
+        tower = tower_of(trained.parts, f"vision.encoder {vision.encoder} {vision.model or ''}".rstrip())
+        if steps is None or steps.square:
+            why = "its transform of pictures is none that a processor of transformers has"
+            faults.append(UserError(f"vision.encoder {vision.encoder}", why, "take a CLIP or SigLIP of open_clip"))
+    except UserError as fault:
+        faults.append(fault)
+    try:
+        projector = projector_of(trained.adapter, trained.adapter_name, trained.shape[0])
+    except UserErrors as several:
+        faults += several.faults
+    if trained.hints:
+        key = f"finetune.recipes.{trained.recipe_name}.hints is {trained.hints}"
+        why = "names that are found for each picture stand in its prompt, which LLaVA has no room for"
+        remedy = "leave out --format llava, export another recipe (--recipe), or train this one with hints: 0"
+        faults.append(UserError(key, why, remedy))
+    if faults or tower is None or projector is None or steps is None:
+        raise UserErrors(faults)
+    return tower, projector, steps
 
 
 def _llm(params: LLM) -> LanguageModel:

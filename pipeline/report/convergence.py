@@ -101,10 +101,14 @@ def name_of(table: pd.DataFrame, adapter: str, recipe: str) -> str:
 
 
 def draw_finetuning(table: pd.DataFrame, folder: Path) -> list[Path]:
-    """A panel for each adapter and recipe with both starts, and one of each recipe's others."""
+    """A panel for each adapter and recipe with both starts, and one of each recipe's others.
+
+    None of what was validated at its start and its end alone: two points are no curve, and stand in the table.
+    """
     paths = []
     for recipe in dict.fromkeys(table["recipe"]):
-        names = list(dict.fromkeys(table[table["recipe"] == recipe]["adapter"]))
+        steps = table[table["recipe"] == recipe].groupby("adapter", sort=False)["step"].nunique()
+        names = list(steps[steps > 2].index)
         both = [name for name in names if not curve(table, name, recipe, "scratch").empty]
         paths += [_draw_both(table, name, recipe, folder / f"convergence-{name}-{recipe}.png") for name in both]
         others = [name for name in names if name not in both]

@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pipeline.config import components
 from pipeline.config.schema import DataSettings
-from pipeline.metrics.base import Figure
+from pipeline.metrics.base import Figure, share_of
 from pipeline.report import convergence
 from pipeline.report.cautions import caution
 from pipeline.report.figures import (
@@ -34,6 +34,7 @@ from pipeline.report.figures import (
 from pipeline.report.results import Results
 from pipeline.report.sections import sections
 from pipeline.report.tables import candidates_of, finetuning_table, pretraining_table, setup_table
+from pipeline.report.verdict import verdicts
 from pipeline.runs import require
 
 PCA_PICTURES = {
@@ -44,6 +45,7 @@ PCA_PICTURES = {
     "finetuned": "After fine-tuning with the language model, which is free to move them again.",
     "explained": "How many directions the tokens really use: the curve's crossing of the 80 % line.",
 }
+FEWEST = 30  # pictures among which each looks for its caption: of fewer the share is no headline
 STATES = {"epoch1": "after one epoch", "last": "after the last", "finetuned": "after fine-tuning"}
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "POT", "scikit-learn", "numpy", "pyarrow", "dvc")
 
@@ -101,6 +103,7 @@ def _context(results: Results, table: pd.DataFrame) -> dict[str, Any]:
         "origins": listed([f"{data} from {_origin(params.data[data])}" for data in params.run.data]),
         "texts": listed(learned_from(params)),
         "gain": gain_of(params),
+        "verdicts": verdicts(results),
         "tiles": tiles(results, table),
         "sections": sections(results),
         "recipes": listed(list(dict.fromkeys(table["recipe"]))),
@@ -153,7 +156,7 @@ def _naming_tile(results: Results, data: str) -> Tile | None:
     warned = caution(results, data)
     label = f"of {'test' if warned else 'unseen'} pictures named"
     label += f", out of {written(classes)} names" if classes else ""
-    spread = "" if accuracy.interval is None else "; {} to {} with 95 % confidence".format(*_rough(accuracy))
+    spread = "" if accuracy.interval is None else f"; {_spread(accuracy)}"
     baselines = [figure for figure in compared(results, data) if figure.kind == "share"]
     others = "".join(f", {figure.label} {written(figure)}" for figure in [*_unaided(results, data), *baselines])
     return Tile(percent(accuracy.value, 0), label, f"{data}: {results.name(best)}{spread}{others}", warned)
@@ -166,8 +169,8 @@ def _unaided(results: Results, data: str) -> list[Figure]:
     return [replace(figure, label="without the language model") for figure in found if figure.key == "acc/namer"]
 
 
-def _rough(figure: Figure) -> list[str]:
-    return [percent(end, 0) for end in figure.interval or ()]
+def _spread(figure: Figure) -> str:
+    return " to ".join(percent(end, 0) for end in figure.interval or ()) + " with 95\u00a0% confidence"
 
 
 def _caption_tile(results: Results, data: str) -> Tile | None:
@@ -192,7 +195,10 @@ def _retrieval_tile(results: Results) -> Tile | None:
         return None
     name = max(shares, key=lambda adapter: float(shares[adapter]))
     candidates, raw = candidates_of(results, name), results.pretrain[name].get("r1_raw")
-    note = f"{name} after pre-training, debiased; chance {percent(1 / candidates)}"
+    if candidates < FEWEST:
+        return None
+    found = share_of("r1_debiased", [at < round(shares[name] * candidates) for at in range(candidates)], "")
+    note = f"{name} after pre-training, debiased; {_spread(found)}; chance {percent(1 / candidates)}"
     note += "" if raw is None else f", raw {percent(raw, 0)}"
     asks = components.find("objective", results.params.pretrain_for(name).objective.name).needs_llm
     own = " or ".join(kind.removesuffix("s") for kind in texts)

@@ -96,7 +96,12 @@ def _score(figure: Figure) -> Cell:
     return Cell(written(figure), interval(figure), news)
 
 
-FINETUNING = {"steps": "steps", "emd": "final loss\npre-trained", "scratch": "final loss\nfrom scratch"}
+FINETUNING = {
+    "steps": "steps",
+    "first": "first loss\npre-trained",
+    "emd": "final loss\npre-trained",
+    "scratch": "final loss\nfrom scratch",
+}
 
 
 def finetuning_table(results: Results, curves: pd.DataFrame) -> Table:
@@ -108,6 +113,7 @@ def finetuning_table(results: Results, curves: pd.DataFrame) -> Table:
             scratch = convergence.curve(curves, name, recipe, "scratch")
             rows[convergence.name_of(curves, name, recipe)] = {
                 "steps": Cell(str(int(pretrained["step"].iloc[-1]))),
+                "first": Cell(f"{pretrained['val_loss'].iloc[0]:.3f}"),
                 "emd": Cell(f"{pretrained['val_loss'].iloc[-1]:.3f}"),
             }
             if compared:

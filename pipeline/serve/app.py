@@ -23,6 +23,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from pipeline.answers.best import pretrained
 from pipeline.answers.model import Model
 from pipeline.config import Params
 from pipeline.errors import UserError
@@ -160,11 +161,20 @@ def about(place: Place) -> dict[str, Any]:
         "ways": place.desk.ways,
         "offered": offered(params),
         "samples": samples,
-        "missing": missing,
+        "missing": _untrained(params) or missing,
         "states": place.inside.states(),
         "tables": mistakes.tables(place.album),
         "limits": {"bytes": MOST_BYTES, "pixels": MOST_PIXELS},
     }
+
+
+def _untrained(params: Params) -> list[str]:
+    """What to do where nothing is trained, whatever else is missing; empty where something is."""
+    try:
+        pretrained(params)
+    except UserError as fault:
+        return [str(fault)]
+    return []
 
 
 # Requests.

@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from pipeline.answers.best import finetuned, namers, pretrained
+from pipeline.answers.best import NAMES_ALONE, finetuned, namers, pretrained, taught_names_alone
 from pipeline.answers.model import Answer, Ask, Model
 from pipeline.config import Params
 from pipeline.errors import UserError
@@ -124,7 +124,7 @@ class Desk:
                 with self._turn:
                     on_text("")
                     [answer] = self.model.question(question, on_text)(tokens)
-                said.put({"event": "answer", **as_json(answer)})
+                said.put({"event": "answer", **as_json(answer), "caution": self._caution(answer)})
             except _Gone:
                 pass
             except UserError as fault:
@@ -143,6 +143,11 @@ class Desk:
                 yield event
         finally:
             gone.set()
+
+    def _caution(self, answer: Answer) -> str | None:
+        """What is to be known of answers to questions."""
+        alone = answer.recipe and taught_names_alone(self.model.params, answer.adapter, answer.recipe)
+        return f"It {NAMES_ALONE}." if alone else None
 
 
 def tasks_of(params: Params) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import subprocess
@@ -11,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow.parquet as pq
 
 from pipeline.errors import UserError
 from pipeline.naming.rules import RULES
 from pipeline.runs import MODELS, RAW, RESULTS, STORE
+from pipeline.serve.words import labels_of, word_for
 
 # Stage, column of x, columns of y.
 CURVES = (
@@ -27,14 +30,36 @@ PATIENCE = 60  # seconds for `dvc exp show`
 
 
 def ledger() -> dict[str, Any]:
-    """The profiles with results below data/; their figures by key, each with its command; their curves."""
+    """The profiles with results below data/, with their pictures in words; figures by key, each with its name for
+    people and its command; curves; and whether pictures differ, so that figures do not compare."""
     profiles = sorted(folder.name for folder in _runs())
     figures: dict[str, dict[str, Any]] = {}
     for profile in profiles:
+        labels = labels_of(RESULTS / profile)
         for key, value in _figures(RESULTS / profile / "metrics.json").items():
-            figures.setdefault(key, {"command": command_of(key), "values": {}})["values"][profile] = value
+            one = figures.setdefault(key, {"command": command_of(key), "label": word_for(key), "values": {}})
+            one["values"][profile], one["label"] = value, labels.get(key) or one["label"]
     curves = [curve for profile in profiles for curve in _curves(profile)]
-    return {"profiles": profiles, "figures": figures, "curves": curves}
+    pictures = {profile: _pictures(profile) for profile in profiles}
+    return {
+        "profiles": profiles, "figures": figures, "curves": curves,
+        "pictures": {profile: ", ".join(found) for profile, found in pictures.items()},
+        "differ": len({tuple(found.values()) for found in pictures.values()}) > 1,
+    }  # fmt: skip
+
+
+def _pictures(profile: str) -> dict[str, str]:
+    """The data sets of a profile in words, each with a digest of its list of pictures; none where that is not here."""
+    found = {}
+    for path in sorted((RESULTS / profile / "prepare").glob("*.parquet")):
+        try:
+            rows = pq.read_table(path, columns=["id", "split", "quarantine"])
+            content = path.read_bytes()
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(path, f"cannot be read ({error})", f"run `dvc repro prepare@{path.stem}`") from None
+        count = f"{rows['quarantine'].null_count:,}"
+        found[f"{count} pictures of {path.stem}"] = hashlib.sha256(content).hexdigest()
+    return found
 
 
 def command_of(key: str) -> str:
@@ -77,7 +102,7 @@ def _measured(revision: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The figures of an experiment, of all the files of metrics it has."""
     files = (revision.get("data") or {}).get("metrics") or {}
     found = {key: value for file in files.values() for key, value in _numbers(file.get("data")).items()}
-    return {key: {"command": command_of(key), "value": value} for key, value in found.items()}
+    return {key: {"command": command_of(key), "label": word_for(key), "value": value} for key, value in found.items()}
 
 
 def _runs() -> list[Path]:

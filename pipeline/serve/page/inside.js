@@ -9,13 +9,17 @@ let pinned = null;
 
 export function startInside(about) {
   by("state").replaceChildren(...Object.entries(about.states).map(([key, text]) => el("option", { value: key, text })));
+  const texts = { caption: "captions", classify: "class names" }, tasks = new Set(Object.values(about.data));
+  const known = Object.keys(texts).filter((task) => tasks.has(task)).map((task) => texts[task]).join(" and ") || "captions";
+  by("of-texts").textContent = `the words of the ${known}`;
+  by("words-of").textContent = `words of ${known}`;
   const looked = () => { stale = true; look(); };
   for (const id of ["state", "of"]) by(id).addEventListener("change", looked);
   const plane = startPlane(about);
   by("state").addEventListener("change", plane);
   onPicture(() => { stale = true; if (!by("inside").hidden) look(); });
   onTab("inside", () => { look(); plane(); });
-  if (!Object.keys(about.states).length) tell("inside-fault", "No adapter is trained yet: run `dvc repro`.");
+  if (!Object.keys(about.states).length) tell("inside-fault", "No adapter is trained yet: run `terraalign try FOLDER` or `terraalign run`.");
 }
 
 async function look() {

@@ -11,7 +11,7 @@ export function startMistakes(about) {
   by("table").addEventListener("change", load);
   for (const id of ["confusions", "classes"]) saysMore(by(id), "button");
   onTab("mistakes", load);
-  if (!options.length) tell("mistakes-fault", "Nothing is evaluated on a data set of classes yet: run `dvc repro`.");
+  if (!options.length) tell("mistakes-fault", "Nothing is evaluated on a data set of classes yet: run `terraalign try FOLDER` or `terraalign run`.");
 }
 
 async function load() {

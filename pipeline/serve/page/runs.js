@@ -27,9 +27,10 @@ async function load() {
     tell("runs-fault", error);
     return;
   }
+  const of = found.profiles.map((profile) => (found.pictures[profile] ? `${profile} (${found.pictures[profile]})` : profile));
   by("runs-lead").textContent = found.profiles.length
-    ? `Profiles with results here: ${found.profiles.join(", ")}. The command beside a figure makes it anew, where the profile is the active one.`
-    : "No profile has results yet: run `dvc repro`.";
+    ? `Profiles with results here: ${of.join(", ")}. ${found.differ ? "These are of different pictures: their figures and curves do not compare. " : ""}The command beside a figure makes it anew, where the profile is the active one.`
+    : "No profile has results yet: run `terraalign try FOLDER` or `terraalign run`.";
   const groups = Map.groupBy(found.curves, (curve) => `${curve.of}: ${STAGES[curve.stage]}`);
   by("curves").replaceChildren(...[...groups].map(([title, curves]) => chart(title, curves)));
   table();
@@ -43,8 +44,8 @@ async function experiments() {
     const listed = await ask("/api/experiments");
     for (const { name, figures } of listed) {
       if (!found.profiles.includes(name)) found.profiles.push(name);
-      for (const [key, { command, value }] of Object.entries(figures)) {
-        found.figures[key] ??= { command, values: {} };
+      for (const [key, { command, label, value }] of Object.entries(figures)) {
+        found.figures[key] ??= { command, label, values: {} };
         found.figures[key].values[name] = value;
       }
     }
@@ -61,10 +62,10 @@ const written = (value) => (value === undefined ? "" : Number.isInteger(value) ?
 function table() {
   if (!found) return;
   const wanted = by("filter").value.trim().toLowerCase();
-  const rows = Object.entries(found.figures).filter(([key]) => key.toLowerCase().includes(wanted));
+  const rows = Object.entries(found.figures).filter(([key, { label }]) => `${key} ${label ?? ""}`.toLowerCase().includes(wanted));
   const head = el("tr", {}, ...["figure", ...found.profiles, "command"].map((text) => el("th", { scope: "col", text })));
-  by("figures").replaceChildren(el("thead", {}, head), el("tbody", {}, ...rows.map(([key, { command, values }]) => el("tr", {},
-    el("th", { scope: "row", text: key }), ...found.profiles.map((profile) => el("td", { text: written(values[profile]) })),
+  by("figures").replaceChildren(el("thead", {}, head), el("tbody", {}, ...rows.map(([key, { command, label, values }]) => el("tr", {},
+    el("th", { scope: "row" }, el("span", { text: label ?? key }), ...(label ? [el("small", { text: key })] : [])), ...found.profiles.map((profile) => el("td", { text: written(values[profile]) })),
     el("td", {}, el("code", { text: command }))))));
 }
 

@@ -156,7 +156,7 @@ async function question(text) {
       if (event.text !== undefined) by("reply").textContent = event.text;
       if (event.event === "answer") {
         if (!event.missing && !event.text) by("reply").textContent = "(nothing)";
-        by("reply-note").textContent = event.missing ?? `By ${event.adapter}, fine-tuned on ${event.recipe}: the further a question is from that, the less its answer is worth.`;
+        by("reply-note").textContent = event.missing ?? `By ${event.adapter}, fine-tuned on ${event.recipe}: the further a question is from that, the less its answer is worth.${event.caution ? ` ${event.caution}` : ""}`;
       }
     }
   } catch (error) {
