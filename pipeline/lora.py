@@ -32,20 +32,20 @@ def insert_lora(network: nn.Module, folder: Path) -> list[RemovableHandle]:
     """Have a network answer with the LoRA that PEFT has saved; returns hooks, which take it out again when removed.
 
     PEFT itself takes two seconds to import and two more to wrap the 210 layers of a small LLM.
-    Raises UserError when its files are missing, or do not fit together or the network.
+    Raises UserError, with the network as it was, when its files are missing, or are not of modules that it has.
     """
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        tensors, handles = load_file(folder / "adapter_model.safetensors"), []
+        tensors, found = load_file(folder / "adapter_model.safetensors"), []
         for key in [key for key in tensors if key.endswith(".lora_A.weight")]:
             name = key.removesuffix(".lora_A.weight")
             module = network.get_submodule(name.removeprefix(ROOT))
             place = next(module.parameters()).device
             down, up = tensors.pop(key).to(place), tensors.pop(f"{name}.lora_B.weight").to(place)
-            handles.append(module.register_forward_hook(LowRank(down, up, config["lora_alpha"] / config["r"])))
+            found.append((module, LowRank(down, up, config["lora_alpha"] / config["r"])))
         if tensors:
             raise ValueError(f"{min(tensors)} belongs to another method")
     except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(folder, f"cannot be loaded as a LoRA of this LLM ({reason})", "run `dvc repro`") from None
-    return handles
+    return [module.register_forward_hook(hook) for module, hook in found]  # all, or none: others share the network

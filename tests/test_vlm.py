@@ -396,7 +396,7 @@ def saved_lora(model: VLM, folder: Path) -> None:
 
 def test_a_damaged_lora_is_told(params, tmp_path):
     saved_lora(VLM(build_adapter("linear", 8, 32), load_llm(params)), tmp_path)
-    file = tmp_path / "lora" / "adapter_model.safetensors"
+    file, llm = tmp_path / "lora" / "adapter_model.safetensors", load_llm(params)
     tensors = load_file(file)
     key = max(tensors)
     for content, reason in (
@@ -405,8 +405,12 @@ def test_a_damaged_lora_is_told(params, tmp_path):
         ({name: value for name, value in tensors.items() if name != key}, key),
     ):
         save_file(content, file)
-        with pytest.raises(UserError, match=f"cannot be loaded as a LoRA of this LLM.*{reason}"):
-            load_vlm(params, tmp_path, "adapter")
+        with (
+            pytest.raises(UserError, match=f"cannot be loaded as a LoRA of this LLM.*{reason}"),
+            tuned(llm, tmp_path, "adapter"),
+        ):
+            pass
+        assert not any(module._forward_hooks for module in llm.network.modules())  # which serves others, too
     file.unlink()
     with pytest.raises(UserError, match="cannot be loaded as a LoRA of this LLM"):
         load_vlm(params, tmp_path, "adapter")
