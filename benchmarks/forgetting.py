@@ -5,10 +5,10 @@
 
 FOLDER is a project whose adapter is pre-trained and whose pictures are named (stage `name`); nothing is written there
 but data/models and checkpoints. Each way starts from the same pre-trained adapter, with the recipe's prompts, batch
-and rates and a fresh LoRA, and differs from `thesis` (LoRA on the queries and values, no hints) in what VARIANTS says.
-All figures are of validation pictures, and of half as many training pictures; the test part is not read. Every finished run adds a
-line of JSON to the file, and a run that has its line is not repeated. In the end (with --table at once) the means over seeds
-are printed.
+and rates and a fresh LoRA, and differs from `thesis` (LoRA on the queries and values, no hints) in what VARIANTS
+says. All figures are of validation pictures, and of half as many training pictures; the test part is not read. Every
+finished run adds a line of JSON to the file, and a run that has its line is not repeated. In the end (with --table at
+once) the means over seeds are printed.
 
 Figures, in percent:
     said, valid      greedy answers that hold the right name (the thesis's rule); that hold the name of any class
