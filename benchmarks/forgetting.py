@@ -79,10 +79,11 @@ class Variant:
     """What a way of fine-tuning changes; without any, it is the thesis's."""
 
     trains: bool = True
-    frozen: bool = False  # the adapter
+    frozen: float = 0.0  # for this share of the steps, the adapter
     modules: tuple[str, ...] = QV
     hints: int = 0
     pictures: bool = True  # or hints alone
+    pictures_first: bool = False  # `[INST] image tokens, prompt [/INST]`
     emd: float = 0.0  # weight of pre-training's loss, with that of the names, as a second one
     shaken: float = 0.0  # brightness and contrast of cached tokens
     mixed: float | None = None  # tokens become mixtures of words, by their squared distances over this
@@ -96,15 +97,17 @@ class Variant:
 VARIANTS = {
     "before": Variant(trains=False, probed=True),
     "thesis": Variant(probed=True),
-    "adapter frozen": Variant(frozen=True),
+    "adapter frozen": Variant(frozen=1.0),
+    "adapter frozen first": Variant(frozen=0.5),
+    "picture before the words": Variant(pictures_first=True),
     "all linear layers": Variant(modules=ALL),
     "EMD kept": Variant(emd=1.0),
     "hints": Variant(hints=5),
     "hints, all linear layers": Variant(hints=5, modules=ALL),
     "hints, words only": Variant(hints=5, modules=ALL, pictures=False),
-    "hints, adapter frozen": Variant(hints=5, modules=ALL, frozen=True),
-    "unseen tokens": Variant(modules=ALL, frozen=True, unseen=True),
-    "hints, unseen tokens": Variant(hints=5, modules=ALL, frozen=True, unseen=True),
+    "hints, adapter frozen": Variant(hints=5, modules=ALL, frozen=1.0),
+    "unseen tokens": Variant(modules=ALL, frozen=1.0, unseen=True),
+    "hints, unseen tokens": Variant(hints=5, modules=ALL, frozen=1.0, unseen=True),
     "brightness and contrast": Variant(shaken=0.5),
     "mixtures of words": Variant(mixed=0.5),
     "label smoothing": Variant(smoothing=0.1),
@@ -121,12 +124,12 @@ class Altered(nn.Module):
     def __init__(self, adapter: Adapter, variant: Variant, words: Tensor):
         super().__init__()
         self.words: Tensor
-        self.inner, self.variant = adapter.requires_grad_(not variant.frozen), variant
+        self.inner, self.variant = adapter.requires_grad_(variant.frozen < 1), variant
         self.register_buffer("words", words, persistent=False)
 
     def train(self, mode: bool = True) -> Altered:
         super().train(mode)
-        self.inner.train(mode and not self.variant.frozen)
+        self.inner.train(mode and self.variant.frozen < 1)
         return self
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -174,9 +177,12 @@ def shaken(tokens: Tensor, most: float) -> Tensor:
 class Model(VLM):
     """The model of a variant."""
 
-    smoothing = 0.0
+    smoothing, pictures_first = 0.0, False
     head: nn.Linear | None  # set on every model: a default here would hide the layer
     names: list[str]
+
+    def prompt(self, text: str, hint: str = "") -> tuple[list[int], list[int]]:
+        return super().prompt("", f"{text} {hint}") if self.pictures_first else super().prompt(text, hint)
 
     def loss(
         self, tokens: Tensor, prompt: str, answers: Sequence[str], hints: Sequence[str] | None = None
@@ -199,7 +205,7 @@ class Bench:
     """A project's data, and what all variants share."""
 
     def __init__(self, params: Params, adapter: str, recipe: str, steps: int, images: int):
-        self.params, self.adapter, self.run = params, adapter, Run.of(params)
+        self.params, self.adapter, self.run, self.steps = params, adapter, Run.of(params), steps
         self.recipe = params.finetune_for(adapter, recipe).model_copy(update={"max_steps": steps, "epochs": 10**6})
         (self.data,) = self.recipe.data
         self.images = ImageTokens.open(self.run, self.data)
@@ -234,7 +240,7 @@ class Bench:
         lora = add_lora(llm, LoRA(modules=list(variant.modules))) if variant.trains else None
         adapter = Altered(load_adapter(self.run.pretrained(self.adapter), "last"), variant, self.words)
         model = Model(adapter, llm)  # type: ignore[arg-type]  # an adapter in all that is asked of it here
-        model.smoothing, model.names = variant.smoothing, self.names
+        model.smoothing, model.pictures_first, model.names = variant.smoothing, variant.pictures_first, self.names
         model.head = nn.Linear(llm.width, len(self.names), device=model.device) if variant.head else None
         found: dict[str, Any] = {"variant": name, "seed": seed, "batch": settings.batch, "steps": 0, "seconds": 0.0}
         found |= {"lr": settings.lr, "adapter_lr": settings.adapter_lr}
@@ -281,6 +287,7 @@ class Bench:
         validating = 0.0
 
         def loss(number: int) -> Started:
+            model.adapter.requires_grad_(number >= variant.frozen * self.steps)
             batch = batch_at(number, settings.batch, len(examples.train), seed)
             tokens, prompt, answers, hints = examples.draw(batch)
             total, count = self.task.loss(model, tokens, prompt, answers, hints)

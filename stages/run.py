@@ -147,7 +147,7 @@ def _repro(stage: str, jobs: int) -> str:
     """Have DVC run a single stage; returns what there is to say of it. Raises UserError with its output on failure."""
     cores = str(max(1, (os.cpu_count() or 1) // jobs))
     environment = {"OMP_NUM_THREADS": cores, **os.environ}
-    command = [sys.executable, "-m", "dvc", "repro", "--single-item", stage]
+    command = [sys.executable, "-P", str(Path(__file__).with_name("repro.py")), stage]
     began = time.monotonic()
     while True:
         done = subprocess.run(

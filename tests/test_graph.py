@@ -16,8 +16,10 @@ from typing import Any
 import pytest
 import yaml
 from dulwich import porcelain
+from dvc.utils.serialize import dumps_yaml, parse_yaml
 
 from pipeline.config.study import parameters_of, parse_study
+from stages.repro import with_stage
 
 PROJECT = Path(__file__).parents[1]
 ADAPTERS = ("mlp", "query")  # two are enough to see what one change spares the other; DVC takes its time per stage
@@ -73,19 +75,8 @@ def commands(graph: dict[str, Any], params: dict[str, Any]) -> dict[str, list[st
     return found
 
 
-# For each stage DVC reads and writes all of dvc.lock twice, by a parser in Python that keeps comments; here by C's.
-SITE = """
-from dvc.utils.serialize import _yaml
-
-def fast():
-    from ruamel.yaml import YAML
-    yaml = YAML(typ="safe")
-    yaml.default_flow_style = False
-    yaml.Representer.add_representer(_yaml.OrderedDict, yaml.Representer.represent_dict)
-    return yaml
-
-_yaml._get_yaml, _yaml.parse_yaml_for_update = fast, _yaml.parse_yaml
-"""
+# DVC as `terraalign run` has it.
+DVC = "import sys; from stages.repro import dvc; sys.exit(dvc(*sys.argv[1:]))"
 
 
 class Repo:
@@ -95,11 +86,9 @@ class Repo:
         self.root, self.log = folder / "project", folder / "log.txt"
         self.all = self._copy(run)
         self._fake(folder / "bin", folder / "outputs.json")
-        (folder / "site").mkdir()
-        (folder / "site" / "sitecustomize.py").write_text(SITE)
         self.env = {
             **os.environ,
-            "PYTHONPATH": os.pathsep.join(map(str, (folder / "site", PROJECT))),
+            "PYTHONPATH": str(PROJECT),
             "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}",
             "GIT_CONFIG_GLOBAL": os.devnull,
             "GIT_PYTHON_REFRESH": "quiet",  # there need not be a git program
@@ -145,7 +134,7 @@ class Repo:
         return done.stdout
 
     def dvc(self, *command: str) -> str:
-        return self.run(sys.executable, "-m", "dvc", *command)
+        return self.run(sys.executable, "-c", DVC, *command)
 
     def commit(self) -> None:
         porcelain.add(self.root)
@@ -239,6 +228,19 @@ def side_by_side(repo: Repo) -> tuple[int, list[str], str]:
     command = [sys.executable, "-m", "stages.cli", "run"]
     done = subprocess.run(command, cwd=repo.root, env=repo.env, capture_output=True, text=True, check=False)
     return done.returncode, repo.log.read_text().splitlines()[before:], done.stderr
+
+
+def test_a_stage_is_written_into_the_lock_file_as_dvc_does_it(repo: Repo) -> None:
+    text = (repo.root / "dvc.lock").read_text()
+    stages = parse_yaml(text, "dvc.lock")["stages"]
+    for name, locked in stages.items():
+        assert with_stage(text, name, locked) == text
+    new = {"cmd": "terraalign new", "params": {"params.yaml": {"text": "a\n\nb: 'c' # d", "none": None, "on": "no"}}}
+    for changed in ({"pretrain@mlp": new}, {"pretrain@new": new}):
+        [(name, locked)] = changed.items()
+        assert with_stage(text, name, locked) == dumps_yaml({"schema": "2.0", "stages": stages | changed})
+    for other in ("", "stages: {}\n", f"{text}datasets: []\n", text.removesuffix("\n")):
+        assert with_stage(other, "new", new) is None  # left to DVC
 
 
 def test_an_adapter_that_is_not_trained_concerns_the_report_alone(repo: Repo) -> None:
