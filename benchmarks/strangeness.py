@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from pipeline.answers.familiar import HELD_OUT, KNOWN, STRANGE, Familiar, distances, means
+from pipeline.answers.familiar import STRANGE, Familiar, distances
+from pipeline.extraction.near import HELD_OUT, KNOWN, mean_tokens
 from pipeline.runs import Run
 from pipeline.store.reader import ImageTokens
 
@@ -26,15 +27,19 @@ def opened(name: str) -> ImageTokens:
         return ImageTokens.open(Run(path.name), data)
 
 
+def unit(images: ImageTokens, part: str, most: int) -> torch.Tensor:
+    return torch.nn.functional.normalize(mean_tokens(images, [part], most), dim=1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sets", nargs="+", metavar="RUN:DATA")
     names = parser.parse_args().sets
     images = {name: opened(name) for name in names}
-    tests = {name: means(one, ("test",), KNOWN) for name, one in images.items()}
+    tests = {name: unit(one, "test", KNOWN) for name, one in images.items()}
     for name, one in images.items():
-        known = means(one, ("train",), KNOWN)
-        familiar = Familiar(known, distances(means(one, ("val",), HELD_OUT), known).sort().values)
+        known = unit(one, "train", KNOWN)
+        familiar = Familiar(known, distances(unit(one, "val", HELD_OUT), known).sort().values)
         shares = {
             other: sum(share >= STRANGE for share in familiar.of_means(pictures)) / len(pictures)
             for other, pictures in tests.items()

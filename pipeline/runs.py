@@ -54,6 +54,10 @@ class Run:
         """How many pictures for validation and test are almost the same as one for training."""
         return self.base / "images" / data / "near.json"
 
+    def sample(self, data: str) -> Path:
+        """Mean tokens of some pictures, which others are set beside."""
+        return self.base / "images" / data / "sample.safetensors"
+
     def tars(self, data: str) -> Path:
         """Where `terraalign store export` is expected to have put a data set's tars."""
         return self.base / "webdataset" / data

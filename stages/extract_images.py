@@ -25,8 +25,9 @@ def extract_images(
 ) -> None:
     """Run the frozen vision encoder over all pictures once and keep their image tokens in data/store.
 
-    Writes data/<profile>/images/<data>/manifest.json, which names the shards, and near.json: how many pictures for
-    validation and test are almost the same as one for training, of which many are told. Shards that exist are not
+    Writes data/<profile>/images/<data>/manifest.json, which names the shards; near.json: how many pictures for
+    validation and test are almost the same as one for training, of which many are told; and sample.safetensors: mean
+    tokens, by which a picture unlike these is told. Shards that exist are not
     computed again, so an interrupted run goes on, and switching encoders and back costs nothing; of a shard that
     changed, only the pictures that changed are encoded.
 

@@ -24,6 +24,8 @@ from pipeline.answers.model import Answer, Model
 from pipeline.answers.pictures import content_of
 from pipeline.config import Params, load_params
 from pipeline.errors import UserError, UserErrors
+from pipeline.extraction import near
+from pipeline.extraction.near import sample_of
 from pipeline.media.pictures import decode
 from pipeline.runs import Run
 from pipeline.sources.folders import pictures_below
@@ -50,7 +52,7 @@ def images(counts: dict[str, int], around: torch.Tensor) -> ImageTokens:
 def test_a_picture_unlike_the_training_pictures_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     here, elsewhere = torch.eye(16)[0], torch.eye(16)[1]
     sets = {"a": images({"train": 300, "val": 60, "test": 60}, here)}
-    monkeypatch.setattr(ImageTokens, "open", lambda run, data: sets[data])
+    monkeypatch.setattr(familiar, "read_sample", lambda run, data: sample_of(sets[data]))
     known = Familiar.of(Run("any"), ["a"])
     like, unlike = images({"test": 200}, here), images({"test": 50}, elsewhere)
     usual = known.strangeness(like.tokens(list(range(200))))
@@ -84,16 +86,18 @@ def test_none_of_few_held_out_pictures_is_strange(count: int) -> None:
 def test_too_few_pictures_tell_nothing(
     demo: Params, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(ImageTokens, "open", lambda run, data: images({"train": 300, "val": 19}, torch.eye(16)[0]))
+    sample = sample_of(images({"train": 300, "val": 19}, torch.eye(16)[0]))
+    monkeypatch.setattr(familiar, "read_sample", lambda run, data: sample)
     with pytest.raises(UserError, match="19 pictures are held out, fewer than the 20 that tell"):
         Familiar.of(Run("any"), ["a"])
     model = Model(demo)
     for _ in range(2):  # said once
         assert model._familiar_with(["classes"])(torch.zeros(3, 3, 16)) == [None] * 3
     assert capsys.readouterr().err.count("whether pictures are like those trained on is not told: 19") == 1
-    monkeypatch.setattr(ImageTokens, "open", lambda run, data: images({"train": 5000, "val": 900}, torch.eye(16)[0]))
+    sample = sample_of(images({"train": 5000, "val": 900}, torch.eye(16)[0]))
+    monkeypatch.setattr(familiar, "read_sample", lambda run, data: sample)
     known = Familiar.of(Run("any"), ["a"])
-    assert len(known.known) <= familiar.KNOWN and len(known.usual) <= familiar.HELD_OUT
+    assert len(known.known) <= near.KNOWN and len(known.usual) <= near.HELD_OUT
 
 
 def test_an_answer_says_when_it_is_worth_little() -> None:

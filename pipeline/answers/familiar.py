@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import UserError
+from pipeline.extraction.near import read_sample
 from pipeline.runs import Run
-from pipeline.store.reader import ImageTokens
 
-KNOWN, HELD_OUT = 1000, 500  # pictures looked at: of a large data set every so manyth
 FEWEST = 20  # held-out pictures; fewer say nothing of what is usual
 STRANGE = 0.99
 MARGIN = 2  # over the number of held-out pictures: by this share further than any of them is strange, if few they are
@@ -38,15 +37,12 @@ class Familiar:
 
     @classmethod
     def of(cls, run: Run, sets: list[str]) -> Familiar:
-        """Of some data sets whose image tokens are in the store.
+        """Of some data sets whose images are extracted.
 
-        Raises UserError when there are none, or too few pictures are held out.
+        Raises UserError when they are not, or too few pictures are held out.
         """
-        images = [ImageTokens.open(run, data) for data in sets]
-        known, held_out = (
-            torch.cat([means(some, parts, most) for some in images])
-            for parts, most in ((("train",), KNOWN), (("val", "test"), HELD_OUT))
-        )
+        samples = [read_sample(run, data) for data in sets]
+        known, held_out = (torch.cat([sample[key] for sample in samples]) for key in ("known", "held_out"))
         if not len(known) or len(held_out) < FEWEST:
             what = f"{len(held_out)} pictures are held out, fewer than the {FEWEST} that tell what is usual"
             raise UserError("", what if len(known) else "there are no training pictures")
@@ -57,7 +53,7 @@ class Familiar:
 
         Of one that is further than any of these by a share of MARGIN / m it is 1.
         """
-        return self.of_means(_unit(tokens))
+        return self.of_means(torch.nn.functional.normalize(tokens.float().mean(1), dim=1))
 
     def of_means(self, pictures: Tensor) -> list[float]:
         """The same from mean tokens of length 1, [B, D]."""
@@ -74,18 +70,6 @@ def familiar_with(run: Run, sets: list[str]) -> Familiar | None:
     except UserError as fault:
         print(f"whether pictures are like those trained on is not told: {fault}", file=sys.stderr)
         return None
-
-
-def means(images: ImageTokens, parts: tuple[str, ...], most: int) -> Tensor:
-    """Mean tokens, of length 1, of at most so many pictures of some parts."""
-    at = [position for part in parts for position in images.split(part)]
-    at = at[:: -(-len(at) // most) or 1]
-    found = [_unit(images.tokens(at[i : i + 64])) for i in range(0, len(at), 64)]
-    return torch.cat(found) if found else torch.zeros(0, images.shape[-1])
-
-
-def _unit(tokens: Tensor) -> Tensor:
-    return torch.nn.functional.normalize(tokens.float().mean(1), dim=1)
 
 
 def distances(pictures: Tensor, known: Tensor) -> Tensor:

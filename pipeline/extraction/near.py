@@ -1,4 +1,4 @@
-"""Pictures that are almost the same on both sides of a split, told as soon as there are image tokens."""
+"""What mean tokens tell as soon as there are any: which pictures are almost the same, and what pictures are usual."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import json
 from collections.abc import Mapping, Sequence
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from pipeline.config import Params
+from pipeline.errors import UserError
 from pipeline.files import atomically
-from pipeline.runs import Run
+from pipeline.runs import Run, remedy, require
 from pipeline.store.reader import ImageTokens
 
 NEAR = 0.85
@@ -28,11 +31,12 @@ part, 97 % of one by hash, and 72 to 74 % of the official test part whichever it
 """
 TOLD = 0.1  # of a part
 MOST = {"train": 20_000, "val": 2_000, "test": 2_000}  # pictures looked at: seconds, however large a data set is
+KNOWN, HELD_OUT = 1000, 500  # pictures that others are set beside, for training and not
 
 
 def near_pictures(images: ImageTokens) -> dict[str, tuple[int, int]]:
     """For val and test: how many pictures have one in train that is as near as NEAR, and how many were looked at."""
-    pooled = {part: _pooled(images, part) for part in MOST}
+    pooled = {part: mean_tokens(images, [part], most) for part, most in MOST.items()}
     centre = pooled["train"].mean(0)
     train, found = torch.nn.functional.normalize(pooled["train"] - centre, dim=1), {}
     for part in ("val", "test"):
@@ -51,7 +55,7 @@ def series_of(images: ImageTokens) -> list[str]:
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    pooled = _means(images, list(range(len(images))))
+    pooled = mean_tokens(images, [])
     x = torch.nn.functional.normalize(pooled - pooled.mean(0), dim=1)
     first = list(range(len(images)))
     for at in images.rows.groupby(images.rows["label"].fillna("")).indices.values():
@@ -66,30 +70,44 @@ def series_of(images: ImageTokens) -> list[str]:
     return [images.ids[position] for position in first]
 
 
-def _pooled(images: ImageTokens, part: str) -> Tensor:
-    """Mean tokens [n, D] of the pictures of a part; of a large one, of every so manyth."""
-    at = images.split(part)
-    return _means(images, at[:: -(-len(at) // MOST[part]) or 1])
-
-
-def _means(images: ImageTokens, at: list[int]) -> Tensor:
+def mean_tokens(images: ImageTokens, parts: Sequence[str], most: int | None = None) -> Tensor:
+    """Mean tokens [n, D] of the pictures of some parts, none: of all; of more than `most` of every so manyth."""
+    at = [i for part in parts for i in images.split(part)] if parts else list(range(len(images)))
+    at = at[:: -(-len(at) // most) or 1] if most else at
     means = [images.tokens(at[i : i + 64]).mean(1) for i in range(0, len(at), 64)]
     return torch.cat(means) if means else torch.zeros(0, images.shape[-1])
 
 
+def sample_of(images: ImageTokens) -> dict[str, Tensor]:
+    """Mean tokens, of length 1, of some pictures for training, `known`, and of some `held_out`."""
+    parts = {"known": (["train"], KNOWN), "held_out": (["val", "test"], HELD_OUT)}
+    return {key: torch.nn.functional.normalize(mean_tokens(images, *part), dim=1) for key, part in parts.items()}
+
+
+def read_sample(run: Run, data: str) -> dict[str, Tensor]:
+    """The same of a data set, as `look` has written it; UserError where it can't be read."""
+    path = require(run.sample(data))
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError):
+        raise UserError(path, "not what `extract-images` writes", remedy(path, force=True)) from None
+
+
 def look(params: Params, data: str) -> str | None:
-    """Write Run.near of a data set whose tokens are in the store; what there is to say of it, None if nothing."""
+    """Write Run.near and Run.sample of a data set whose tokens are in the store; what to say of it, None if nothing."""
     run = Run.of(params)
     images = ImageTokens.open(run, data)
     found = near_pictures(images) if images.split("train") else {}
     with atomically(run.near(data)) as file:
         file.write((json.dumps(found) + "\n").encode())
+    with atomically(run.sample(data)) as file:
+        file.write(save(sample_of(images)))
     told = too_near(found)
     if not told:
         return None
     return (
         f"data.{data}: pictures almost the same as one for training, as shots of a series are: {' and '.join(told)}; "
-        f"figures there promise too much; {remedy(params, data)}"
+        f"figures there promise too much; {apart(params, data)}"
     )
 
 
@@ -98,8 +116,8 @@ def too_near(found: Mapping[str, Sequence[int]]) -> list[str]:
     return [f"{near} of {count} in {part}" for part, (near, count) in found.items() if near > TOLD * count]
 
 
-def remedy(params: Params, data: str) -> str:
-    """What is to be done where pictures of one series are on both sides."""
+def apart(params: Params, data: str) -> str:
+    """What keeps pictures of one series on one side."""
     blocks = f"set data.{data}.split to blocks; if that does not help, "
     blocks = "" if params.data_set(data).split == "blocks" else blocks
     return f"{blocks}`terraalign series {data}` finds series, and says how to keep each on one side"

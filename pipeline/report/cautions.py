@@ -37,7 +37,7 @@ def _near(results: Results, data: str) -> list[tuple[str, str]]:
     except (ValueError, TypeError, AttributeError):
         raise UserError(path, "not what `extract-images` writes", remedy(path, force=True)) from None
     what = f"{' and '.join(told)} are almost the same as a picture for training, as shots of a series are"
-    return [(what, near.remedy(results.params, data))] if told else []
+    return [(what, near.apart(results.params, data))] if told else []
 
 
 def _copies(results: Results, data: str) -> list[tuple[str, str]]:
