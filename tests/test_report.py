@@ -284,7 +284,7 @@ def test_a_run_of_classes_alone_is_not_told_of_captions(params: Params) -> None:
         "of unseen pictures named, out of 4 names"
     ]
     assert not {"finds its caption\nraw / debiased", "chance"} & {*tables.pretraining_table(results).head}
-    assert figures.terminal_table(results).caption == "image gain: " + figures.gain_of(alone)
+    assert figures.terminal_table(results).caption.endswith("\nimage gain: " + figures.gain_of(alone))
     assert figures.gain_of(alone).startswith("by how much a class name is nearer to its own picture than to another")
 
 
@@ -545,7 +545,12 @@ def test_main_figures(params: Params) -> None:
     assert found["validation loss from scratch", "captions", "self_attention"] == "2.500"
     assert found["classes", "classes", ""] == "4"
     assert "without 1 stage restored" in found["time of all stages, added up", "", ""]
-    assert figures.terminal_table(read_results(params)).row_count == len(found)
+    table = figures.terminal_table(read_results(params))
+    assert [column.header for column in table.columns] == ["", "", *dict.fromkeys(name for *_, name in found if name)]
+    shown = {(row[0], name): cell for row in zip(*(column.cells for column in table.columns), strict=True)
+             for name, cell in zip([column.header for column in table.columns][1:], row[1:], strict=True)}  # fmt: skip
+    assert shown["accuracy", "query"].replace("\u00a0", " ") == "90.0 %\n(82.6 % to 94.5 %)"
+    assert shown["linear probe", ""].startswith("90.0") and not shown["linear probe", "mlp"]
 
 
 def test_figures_of_several_objectives_are_told_apart(params: Params) -> None:

@@ -49,16 +49,26 @@ def flat_metrics(results: Results) -> dict[str, float | None]:
 
 
 def terminal_table(results: Results) -> Table:
-    """The main figures: what, on which data set, by which adapter and recipe, and the value with its interval."""
-    from rich.table import Table
+    """The main figures with their intervals: a row each, a column for each adapter and recipe, and one for the rest."""
+    from rich.table import Column, Table
 
-    params = results.params
-    table = Table("figure", "data set", "of", "value", title=f"profile {params.profile}", title_justify="left")
-    for row in main_figures(results):
-        table.add_row(*row)
+    params, rows = results.params, dict[tuple[str, str], dict[str, str]]()
+    for label, data, name, value in main_figures(results):
+        rows.setdefault((data, label), {})[name] = value
+    names = ["", *dict.fromkeys(name for row in rows.values() for name in row if name)]
+    columns = (Column(name, overflow="fold") for name in ("", *names))
+    table = Table(*columns, title=f"profile {params.profile}", title_justify="left")
+    for data in dict.fromkeys(data for data, _ in rows):
+        table.add_section()
+        if data and len(results.measured) > 1:
+            table.add_row(f"[bold]{data}")
+        for (of, label), row in rows.items():
+            if of == data:
+                table.add_row(label, *(row.get(name, "").replace(" (", "\n(", 1) for name in names))
+    table.caption_justify = "left"
+    table.caption = "what figures are: docs/measures.md (captions), docs/naming.md (names)"
     if any("image_gain" in found for found in results.pretrain.values()):
-        table.caption = f"image gain: {gain_of(params)}"
-        table.caption_justify = "left"
+        table.caption += f"\nimage gain: {gain_of(params)}"
     return table
 
 
