@@ -6,6 +6,7 @@ import functools
 import hashlib
 import os
 from contextlib import suppress
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from pipeline.runs import MODELS
 
 # bitsandbytes decorates functions that are not used here with torch.compile, whose compiler takes seconds to import.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+# On processors with AVX-512 and bfloat16 it asks a hub for a kernel as it is imported, and warns that there is none.
+getLogger("bitsandbytes.backends.cpu.ops").setLevel(ERROR)
 
 
 def dequantised(file: Path) -> Path:
