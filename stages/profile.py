@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 from ruamel.yaml import YAML
+from ruamel.yaml.representer import RoundTripRepresenter
 
 from pipeline.config import check_project, keys_of, load_params, parse_params, read_yaml, reads_text
 from pipeline.errors import UserError
@@ -103,14 +104,19 @@ def _read(path: Path) -> str:
         raise UserError(path, f"cannot be read as text: {error}") from None
 
 
+class _Explicit(RoundTripRepresenter):
+    """Writes null as a word. Of a class of its own: what is added to ruamel's is added for DVC, too."""
+
+
+_Explicit.add_representer(type(None), lambda self, _: self.represent_scalar("tag:yaml.org,2002:null", "null"))
+
+
 def changed(text: str, values: dict[str, Any], settings: list[str]) -> tuple[str, dict[str, Any]]:
     """A file's text and its values with every KEY=VALUE applied; comments and order of the text stay."""
     editor = YAML()
     editor.preserve_quotes = True
     editor.width = 1_000_000  # lines stay as they are
-    editor.representer.add_representer(
-        type(None), lambda representer, _: representer.represent_scalar("tag:yaml.org,2002:null", "null")
-    )
+    editor.Representer = _Explicit
     tree = editor.load(text)
     before, values = _copied(values), _copied(values)
     wanted = _roughly(values, settings)

@@ -203,7 +203,7 @@ def test_an_architecture_concerns_its_adapter_alone(repo: Repo) -> None:
 
 def test_side_by_side_runs_what_one_after_the_other_would(tmp_path: Path) -> None:
     """`terraalign run`: the same stages in an order that holds; what depends on one that failed waits."""
-    repo = Repo(tmp_path, data=["classes"], recipes=["classes"], scratch=[], scratch_recipes=[])
+    repo = Repo(tmp_path, data=["classes"], adapters=["mlp"], recipes=["classes"], scratch=[], scratch_recipes=[])
     repo.set("pretrain.data", ["classes"])
     repo.set("pca", {"data": "classes", "recipe": "classes"})
     repo.write_outputs()
