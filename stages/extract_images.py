@@ -27,9 +27,9 @@ def extract_images(
 
     Writes data/<profile>/images/<data>/manifest.json, which names the shards; near.json: how many pictures for
     validation and test are almost the same as one for training, of which many are told; and sample.safetensors: mean
-    tokens, by which a picture unlike these is told. Shards that exist are not
-    computed again, so an interrupted run goes on, and switching encoders and back costs nothing; of a shard that
-    changed, only the pictures that changed are encoded.
+    tokens, by which a picture unlike these is told. Shards that exist are not computed again, so an interrupted run
+    goes on, and switching encoders and back costs nothing; of a shard that changed, only the pictures that changed are
+    encoded.
 
     With --workers, --worker or runtime.engine: ray, many processes make the shards, with the same bytes. docs/store.md
     has a job array for SLURM.

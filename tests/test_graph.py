@@ -241,6 +241,7 @@ def test_a_stage_is_written_into_the_lock_file_as_dvc_does_it(repo: Repo) -> Non
         assert with_stage(text, name, locked) == dumps_yaml({"schema": "2.0", "stages": stages | changed})
     for other in ("", "stages: {}\n", f"{text}datasets: []\n", text.removesuffix("\n")):
         assert with_stage(other, "new", new) is None  # left to DVC
+    assert with_stage(text, "n" * 200, new) is None
 
 
 def test_an_adapter_that_is_not_trained_concerns_the_report_alone(repo: Repo) -> None:
