@@ -1,7 +1,7 @@
 """One stage by DVC, as `terraalign run` has it: `python stages/repro.py STAGE` is `dvc repro --single-item STAGE`.
 
-But for dvc.lock. DVC reads all of it by a parser in Python that keeps comments and writes all of it anew, after every
-stage: a second in the demo, 19 in a study of 84 trainings (docs/benchmarks.md). Here the stage's lines are set in place.
+But for dvc.lock. After every stage DVC reads all of it by a parser in Python that keeps comments, and writes it anew: a
+second in the demo, 19 in a study of 84 trainings (docs/benchmarks.md). Here the stage's lines are set in place.
 """
 
 from __future__ import annotations
