@@ -287,7 +287,7 @@ class Bench:
         validating = 0.0
 
         def loss(number: int) -> Started:
-            model.adapter.requires_grad_(number >= variant.frozen * self.steps)
+            model.adapter.requires_grad_(number // settings.accumulate >= variant.frozen * self.steps)
             batch = batch_at(number, settings.batch, len(examples.train), seed)
             tokens, prompt, answers, hints = examples.draw(batch)
             total, count = self.task.loss(model, tokens, prompt, answers, hints)

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save
 from sklearn.neighbors import NearestNeighbors
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -98,6 +99,20 @@ def test_too_few_pictures_tell_nothing(
     monkeypatch.setattr(familiar, "read_sample", lambda run, data: sample)
     known = Familiar.of(Run("any"), ["a"])
     assert len(known.known) <= near.KNOWN and len(known.usual) <= near.HELD_OUT
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"junk", b"", save({"known": torch.ones(2, 3)}), save({"known": torch.ones(2), "held_out": torch.ones(2)})],
+)
+def test_a_sample_that_is_none_is_told(demo: Params, content: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    path = Run.of(demo).sample("classes")
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    assert familiar.familiar_with(Run.of(demo), ["classes"]) is None
+    assert (
+        "sample.safetensors: not what `extract-images` writes; run `dvc repro --force extr" in capsys.readouterr().err
+    )
 
 
 def test_an_answer_says_when_it_is_worth_little() -> None:

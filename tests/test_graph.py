@@ -239,9 +239,24 @@ def test_a_stage_is_written_into_the_lock_file_as_dvc_does_it(repo: Repo) -> Non
     for changed in ({"pretrain@mlp": new}, {"pretrain@new": new}):
         [(name, locked)] = changed.items()
         assert with_stage(text, name, locked) == dumps_yaml({"schema": "2.0", "stages": stages | changed})
-    for other in ("", "stages: {}\n", f"{text}datasets: []\n", text.removesuffix("\n")):
-        assert with_stage(other, "new", new) is None  # left to DVC
-    assert with_stage(text, "n" * 200, new) is None
+    # What stands in two places is written twice: in a file of two stages the same anchor would stand for both.
+    shared = ["a", "b"]
+    twice = {"cmd": "c", "params": {"params.yaml": {"x": shared, "y": shared}}}
+    found = with_stage(with_stage(text, "one", twice) or "", "two", twice) or ""
+    assert parse_yaml(found, "dvc.lock")["stages"] == stages | {"one": twice, "two": twice}
+    # Left to DVC, as are files that are not as it writes them.
+    assert with_stage(text, "n" * 200, new) is None and with_stage(text, "it's", new) is None
+    other = [
+        "",
+        "stages: {}\n",
+        f"{text}datasets: []\n",
+        text.removesuffix("\n"),
+        text.replace("  inputs:", "  'inputs':"),
+    ]
+    other += [text.replace("  inputs:\n", "  inputs:  # mine\n"), text.replace("    cmd: ", "   cmd: ", 1)]
+    other += [dumps_yaml({"schema": "2.0", "stages": stages | {"one": twice}})]
+    for wrong in other:
+        assert wrong != text and with_stage(wrong, "new", new) is None
 
 
 def test_an_adapter_that_is_not_trained_concerns_the_report_alone(repo: Repo) -> None:

@@ -535,7 +535,7 @@ def test_two_points_are_no_curve(params: Params) -> None:
     assert [path.name for path in convergence.draw_finetuning(three, BASE)] == ["convergence-others-captions.png"]
 
 
-def test_main_figures(params: Params) -> None:
+def test_main_figures(params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
     found = {row[:3]: row[3].replace("\u00a0", " ") for row in figures.main_figures(read_results(params))}
     assert found["accuracy", "classes", "query"] == "90.0 % (82.6 % to 94.5 %)"
     assert found[LABELS["namer"], "classes", "mlp"] == "78.0 % (68.9 % to 85.0 %)"
@@ -551,6 +551,9 @@ def test_main_figures(params: Params) -> None:
              for name, cell in zip([column.header for column in table.columns][1:], row[1:], strict=True)}  # fmt: skip
     assert shown["accuracy", "query"].replace("\u00a0", " ") == "90.0 %\n(82.6 % to 94.5 %)"
     assert shown["linear probe", ""].startswith("90.0") and not shown["linear probe", "mlp"]
+    monkeypatch.setattr(figures, "COLUMNS", 2)  # too many of them: a row for each figure of each
+    table = figures.terminal_table(read_results(params))
+    assert len(table.columns) == 2 and "accuracy, query" in table.columns[0].cells
 
 
 def test_figures_of_several_objectives_are_told_apart(params: Params) -> None:

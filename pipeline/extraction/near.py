@@ -71,9 +71,10 @@ def series_of(images: ImageTokens) -> list[str]:
 
 
 def mean_tokens(images: ImageTokens, parts: Sequence[str], most: int | None = None) -> Tensor:
-    """Mean tokens [n, D] of the pictures of some parts, none: of all; of more than `most` of every so manyth."""
+    """Mean tokens [n, D] of the pictures of some parts, none: of all; of more than `most` of as many, evenly spread."""
     at = [i for part in parts for i in images.split(part)] if parts else list(range(len(images)))
-    at = at[:: -(-len(at) // most) or 1] if most else at
+    if most and len(at) > most:
+        at = [at[i * len(at) // most] for i in range(most)]
     means = [images.tokens(at[i : i + 64]).mean(1) for i in range(0, len(at), 64)]
     return torch.cat(means) if means else torch.zeros(0, images.shape[-1])
 
@@ -88,9 +89,14 @@ def read_sample(run: Run, data: str) -> dict[str, Tensor]:
     """The same of a data set, as `look` has written it; UserError where it can't be read."""
     path = require(run.sample(data))
     try:
-        return load_file(path)
-    except (SafetensorError, OSError):
-        raise UserError(path, "not what `extract-images` writes", remedy(path, force=True)) from None
+        found = load_file(path)
+    except OSError as error:
+        raise UserError(path, f"cannot be read ({error.strerror or error})", remedy(path, force=True)) from None
+    except SafetensorError:
+        found = {}
+    if {*found} != {"known", "held_out"} or any(means.ndim != 2 for means in found.values()):
+        raise UserError(path, "not what `extract-images` writes", remedy(path, force=True))
+    return found
 
 
 def look(params: Params, data: str) -> str | None:

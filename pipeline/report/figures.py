@@ -15,6 +15,7 @@ from pipeline.report.ways import is_detail
 if TYPE_CHECKING:
     from rich.table import Table
 
+COLUMNS = 5  # of figures in a terminal
 RETRIEVAL = re.compile(r"r\d+_\w+")  # r1_raw, r5_debiased: of what pre-training measures, the rest are distances
 
 
@@ -49,13 +50,22 @@ def flat_metrics(results: Results) -> dict[str, float | None]:
 
 
 def terminal_table(results: Results) -> Table:
-    """The main figures with their intervals: a row each, a column for each adapter and recipe, and one for the rest."""
+    """The main figures with their intervals: a row each, a column for each adapter and recipe, and one for the rest.
+
+    Where columns are too many to be read, each figure of each has a row.
+    """
     from rich.table import Column, Table
 
-    params, rows = results.params, dict[tuple[str, str], dict[str, str]]()
-    for label, data, name, value in main_figures(results):
+    params, found = results.params, list(main_figures(results))
+    names = ["", *dict.fromkeys(name for *_, name, _ in found if name)]
+    if len(names) > COLUMNS:
+        found, names = (
+            [(f"{label}, {name}" if name else label, data, "", text) for label, data, name, text in found],
+            [""],
+        )
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for label, data, name, value in found:
         rows.setdefault((data, label), {})[name] = value
-    names = ["", *dict.fromkeys(name for row in rows.values() for name in row if name)]
     columns = (Column(name, overflow="fold") for name in ("", *names))
     table = Table(*columns, title=f"profile {params.profile}", title_justify="left")
     for data in dict.fromkeys(data for data, _ in rows):
