@@ -71,7 +71,11 @@ def classify(
 
 def ask(
     words: Annotated[
-        list[str], typer.Argument(metavar="PHOTO... QUESTION", help="Pictures as above, and a question about each.")
+        list[str],
+        typer.Argument(
+            metavar="PHOTO... QUESTION",
+            help="Pictures, folders of them, globs, or - for names on standard input; then a question, in quotes.",
+        ),
     ],
     as_json: AsJSON = False,
     batch: Batch = None,
@@ -84,6 +88,12 @@ def ask(
     *photos, question = words
     if not photos or _is_there(Path(question)):
         raise UserError("ask", "no question", 'put it last, in quotes: terraalign ask PHOTO... "What is this?"')
+    if lost := next(
+        (word for word in photos if not re.search(r"[./\\*?\[-]", word) and not _is_there(Path(word))), None
+    ):
+        raise UserError(
+            "ask", f"{lost}: no such file", 'a question goes in quotes: terraalign ask PHOTO... "What is this?"'
+        )
     params = load_params()
     check_trained(params, "caption", "classify")
     answer(params, photos, lambda model: model.question(question), as_json, batch, is_question=True)

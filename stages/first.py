@@ -18,15 +18,17 @@ from pipeline.errors import UserError
 from pipeline.files import atomically
 from pipeline.progress import new_progress
 from pipeline.runs import Run
+from pipeline.sources.texts import number
 from stages import TOLD
 from stages.plan import planned, reckoned, show
 from stages.profile import PARAMS, PROFILES, changed, write_params
-from stages.run import stages_with
+from stages.run import stages_with, stale_stages
 
 if TYPE_CHECKING:
     from pipeline.first.layout import Layout
 
 JOBS = 2  # stages side by side
+FEW = 20  # test pictures
 KEPT = Path("params-before.yaml")
 FOLDER = typer.Argument(metavar="FOLDER", help="Pictures in a folder per class, or with a file of captions, or both.")
 NAME = typer.Option("--name", help="What the profile is called; else after the folder.")
@@ -101,6 +103,8 @@ def _begin(folder: Path, name: str | None, asks: bool, dry_run: bool, command: s
     from pipeline.first.profile import checked_name, fitted, name_of, of_same
 
     folder = folder.expanduser().resolve()
+    if Path.cwd().resolve().is_relative_to(folder):
+        raise UserError(folder, "this project is in it", "name a folder that holds your pictures alone")
     profile = checked_name(name) if name is not None else name_of(folder)
     layout = recognise(folder)
     typer.echo("\n".join([*(one.said for one in layout.sets.values()), *(f"not used: {one}" for one in layout.unused)]))
@@ -124,6 +128,15 @@ def _begin(folder: Path, name: str | None, asks: bool, dry_run: bool, command: s
     for name in (name for name, one in layout.sets.items() if one.section["task"] not in tasks):
         typer.echo(f"not in it, as it was not there: {name}; to have it, take another --name, or remove {path}")
     rows = {data: look.rows for data, look in looks.items()}
+    for data, one in rows.items():
+        if one.test < FEW:
+            few = number(one.test, "test picture", "test pictures")
+            typer.echo(
+                f"warning: {data}: {few}: figures will say little; give more, twenty of a kind at least", err=True
+            )
+    if dry_run and PARAMS.is_file() and PARAMS.read_text(encoding="utf-8") == text and not stale_stages()[1]:
+        show({"profile": params.profile, "stages": {}})
+        return None
     if dry_run:
         began, graph = time.monotonic(), stages_with(text)
         show(reckoned(params, JOBS, rows, graph, set(graph), time.monotonic() - began))

@@ -162,7 +162,7 @@ def _show_check(found: Mapping[str, Any]) -> None:
         f"planned {_time(found['planned'])}, took {_time(found['took'])}: {off:+.0%}, {verdict} {WITHIN:.0%} off"
     )
     if abs(off) > WITHIN:
-        typer.echo("other work on the machine, while it was measured or while the stages ran, makes it so")
+        typer.echo("other work on the machine, while it was measured or while the stages ran, may be why")
 
 
 def _size(count: float) -> str:

@@ -115,6 +115,12 @@ def test_a_sample_that_is_none_is_told(demo: Params, content: bytes, capsys: pyt
     )
 
 
+def test_a_question_without_quotes_is_told(project: Path) -> None:
+    Image.new("RGB", (9, 9)).save("a.png")
+    said = CliRunner().invoke(app, ["ask", "a.png", "What", "is", "that?"])
+    assert said.exit_code == 2 and "ask: What: no such file; a question goes in quotes" in said.output
+
+
 def test_an_answer_says_when_it_is_worth_little() -> None:
     answer = Answer("a pear", "mlp", strangeness=0.995)
     assert answer.is_strange and str(answer) == "a pear"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -281,6 +282,24 @@ def test_the_command_says_only_what_it_would_do_in_a_dry_run(monkeypatch: pytest
     assert "2 class folders (ant, bee)" in said.output and "classes: pictures: 16" in said.output
     assert "\nclasses: 2, with 8 pictures each\n" in said.output
     assert not Path("profiles").exists() and not Path("params.yaml").exists()
+    assert re.search(r"warning: classes: \d test pictures?: figures will say little", said.output)
+    for own in ("", ".", "birds/.."):  # an empty name, as of a variable that is not set, is the current folder
+        said = runner.invoke(cli.app, ["try", own, "--dry-run"])
+        assert said.exit_code == 2 and "this project is in it; name a folder" in said.output
+
+
+def test_a_dry_run_of_what_is_up_to_date_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    classes("birds")
+    Path("dvc.yaml").touch()
+    monkeypatch.setattr("stages.first.planned", lambda *more: {"profile": "birds", "stages": {}})
+    runner = CliRunner()
+    assert runner.invoke(cli.app, ["init", "birds"]).exit_code == 0
+    monkeypatch.setattr("stages.first.stale_stages", lambda: ({}, set()))
+    said = runner.invoke(cli.app, ["try", "birds", "--dry-run"])
+    assert said.exit_code == 0 and "profile birds: nothing to do, everything is up to date" in said.output
+    shutil.copy(Path(__file__).parent.parent / "profiles/demo.yaml", "profiles/demo.yaml")
+    said = runner.invoke(cli.app, ["try", "birds", "--name", "demo"])
+    assert "profiles/demo.yaml: one of the project's own profiles; take another --name\n" in said.output
 
 
 def test_a_profile_that_is_there_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

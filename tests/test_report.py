@@ -493,7 +493,9 @@ def test_captions_get_a_verdict_by_their_intervals(
     assert not said or re.search(said, verdicts[0].text.replace("\u00a0", " "))
 
 
-def test_names_get_a_verdict_against_guessing_and_the_probe(params: Params, capsys: pytest.CaptureFixture[str]) -> None:
+def test_names_get_a_verdict_against_guessing_and_the_probe(
+    params: Params, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     results = read_results(params)
     captions, names = verdict.verdicts(results)
     text = names.text.replace("\u00a0", " ")
@@ -503,9 +505,11 @@ def test_names_get_a_verdict_against_guessing_and_the_probe(params: Params, caps
     assert (
         "which is not told apart from a linear probe" in text and "language model's names (90.0 %) are not told" in text
     )
+    monkeypatch.setattr(verdict, "caution", lambda results, data: "Too much." if data == "classes" else "")
     verdict.tell(results)
     told = " ".join(capsys.readouterr().out.split())
-    assert told.startswith(captions.text[:30]) and told.index("classes: 78.0") < told.index("profile demo")
+    order = [told.index(part) for part in (captions.text[:30], "classes: 78.0", "classes: Too much.", "profile demo")]
+    assert order[0] == 0 and order == sorted(order)
     text = report(params)
     assert text.index('class="card verdict') < text.index('class="grid tiles"')
     for name in params.run.adapters:

@@ -31,6 +31,7 @@ SERIES = 0.5  # share of names that follow on one another by number, from which 
 BROKEN = 0.1  # share of broken pictures that is no reason to stop: each is named
 _LAST_NUMBER = re.compile(r"(\d+)\D*$")
 RESERVED = {"store", "raw", "models"}
+SHIPPED = {"demo", "photos", "thesis"}
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,9 @@ def of_same(params: Params, layout: Layout, path: Path, progress: Progress) -> d
     roots = {Path(str(getattr(one, "root", ""))).absolute() for one in params.data.values()}
     if not {Path(one.section["root"]) for one in layout.sets.values()} <= roots:
         others = listed(sorted(map(str, roots)))
-        raise UserError(path, f"the profile of other pictures, {others}", "take another --name, or remove it")
+        own = path.stem in SHIPPED
+        whose = "one of the project's own profiles" if own else f"the profile of other pictures, {others}"
+        raise UserError(path, whose, f"take another --name{'' if own else ', or remove it'}")
     return {name: _looked_at(params, name, progress) for name in params.run.data}
 
 

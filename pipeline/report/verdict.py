@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import pyarrow.parquet as pq
 
 from pipeline.metrics.base import Figure
+from pipeline.report.cautions import caution
 from pipeline.report.figures import learned_from, terminal_table, written
 from pipeline.report.results import Outcome, Results
 
@@ -25,13 +26,16 @@ class Verdict:
 
 
 def tell(results: Results) -> None:
-    """Print the verdicts, and below them the table of the main figures."""
+    """Print the verdicts, what makes them promise too much, and the table of the main figures."""
     from rich.console import Console
 
     console = Console()
     for verdict in verdicts(results):
         style = {"yes": "green", "no": "bold red"}.get(verdict.mood)
         console.print(verdict.text, style=style, markup=False, highlight=False)
+    for data in results.measured:
+        if said := caution(results, data):
+            console.print(f"{data}: {said}", style="bold red", markup=False, highlight=False)
     console.print(terminal_table(results))
 
 
