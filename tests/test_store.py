@@ -40,13 +40,17 @@ class Counting:
 
     def __init__(self, name="one", by_place=False):
         self.identity = {"encoder": name}
-        self.pictures, self.by_place = 0, by_place
+        self.seen, self.by_place = list[int](), by_place  # of each batch: they are encoded side by side
+
+    @property
+    def pictures(self):
+        return sum(self.seen)
 
     def preprocess(self, image):
         return torch.from_numpy(np.asarray(image.resize((8, 8)), np.float32)).permute(2, 0, 1) / 255
 
     def encode(self, pixels):
-        self.pictures += int((pixels.flatten(1).any(1)).sum())
+        self.seen.append(int((pixels.flatten(1).any(1)).sum()))
         place = torch.arange(len(pixels)).view(-1, 1, 1) if self.by_place else 0
         return pixels.flatten(2).transpose(1, 2) - 0.5 + place
 
@@ -209,7 +213,7 @@ def active(pictures: Params, monkeypatch) -> tuple[Counting, Manifest]:
     monkeypatch.setattr("pipeline.encoders.vision.load_vision_encoder", lambda *_: encoder)
     Path("params.yaml").write_text(yaml.safe_dump(pictures.model_dump(mode="json")))
     manifest = extract(pictures, encoder)
-    encoder.pictures = 0
+    encoder.seen.clear()
     return encoder, manifest
 
 
