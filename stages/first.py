@@ -26,6 +26,7 @@ from stages.run import stages_with, stale_stages
 
 if TYPE_CHECKING:
     from pipeline.first.layout import Layout
+    from pipeline.plan.rows import Rows
 
 JOBS = 2  # stages side by side
 FEW = 20  # test pictures
@@ -128,23 +129,32 @@ def _begin(folder: Path, name: str | None, asks: bool, dry_run: bool, command: s
     for name in (name for name, one in layout.sets.items() if one.section["task"] not in tasks):
         typer.echo(f"not in it, as it was not there: {name}; to have it, take another --name, or remove {path}")
     rows = {data: look.rows for data, look in looks.items()}
+    _warn_of_few(rows)
+    if dry_run:
+        _show_plan(params, text, rows)
+        return None
+    _take(path, text)
+    found = planned(params, JOBS, rows)
+    show(found)
+    return params, bool(found["stages"])
+
+
+def _warn_of_few(rows: dict[str, Rows]) -> None:
     for data, one in rows.items():
         if one.test < FEW:
             few = number(one.test, "test picture", "test pictures")
             typer.echo(
                 f"warning: {data}: {few}: figures will say little; give more, twenty of a kind at least", err=True
             )
-    if dry_run and PARAMS.is_file() and PARAMS.read_text(encoding="utf-8") == text and not stale_stages()[1]:
+
+
+def _show_plan(params: Params, text: str, rows: dict[str, Rows]) -> None:
+    """Of a profile with this text, which need not be the active one."""
+    if PARAMS.is_file() and PARAMS.read_text(encoding="utf-8") == text and not stale_stages()[1]:
         show({"profile": params.profile, "stages": {}})
-        return None
-    if dry_run:
-        began, graph = time.monotonic(), stages_with(text)
-        show(reckoned(params, JOBS, rows, graph, set(graph), time.monotonic() - began))
-        return None
-    _take(path, text)
-    found = planned(params, JOBS, rows)
-    show(found)
-    return params, bool(found["stages"])
+        return
+    began, graph = time.monotonic(), stages_with(text)
+    show(reckoned(params, JOBS, rows, graph, set(graph), time.monotonic() - began))
 
 
 def _asked(layout: Layout) -> Layout:
