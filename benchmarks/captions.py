@@ -20,9 +20,9 @@ from pipeline.llms.load import load_llm
 from pipeline.metrics.evaluate import Candidate
 from pipeline.metrics.things import Things, f_score
 from pipeline.runs import Run
-from pipeline.store.reader import ImageTokens
+from pipeline.store.reader import ImageTokens, evenly
 from pipeline.tasks.base import Task
-from pipeline.tasks.captioning import common_tokens
+from pipeline.tasks.captioning import COUNTED, common_tokens
 from pipeline.training.finetune import finetune
 
 
@@ -68,12 +68,13 @@ def row(params: Params, arguments: argparse.Namespace, decoding: dict[str, Any])
     val = images.split("val")
     order = torch.randperm(len(val), generator=torch.Generator().manual_seed(params.seed)).tolist()
     positions = sorted(val[i] for i in order[: arguments.pictures])
+    taught = images.rows["captions"].iloc[evenly(images.split("train"), COUNTED)].tolist()
     began = time.process_time()
     with Candidate(load_llm(params.llm, "cpu"), run, arguments.adapter, "captions").finetuned() as model:
         if "once" in decoding:
-            decoding["may_repeat"] = common_tokens(images.rows, model, decoding.pop("once"))
+            decoding["may_repeat"] = common_tokens(taught, model, decoding.pop("once"))
         texts = model.answers(
-            images, positions, task.prompt, task.max_tokens, 32, **task.decoding(model, images.rows) | decoding
+            images, positions, task.prompt, task.max_tokens, 32, **task.decoding(model, taught) | decoding
         )
     seconds = time.process_time() - began
     captions = [list(texts) for texts in images.rows["captions"]]

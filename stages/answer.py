@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import glob
 import json
 import os
@@ -109,10 +110,13 @@ def answer(
         raise UserErrors(faults) if faults else UserError(photos[0], "no picture in it", FORMATS)
     for fault in faults:
         print(f"error: {fault}", file=sys.stderr)
+    gc.disable()  # what is imported and loaded stays: looking through it is a quarter of a second of the first answer
     from pipeline.answers.model import Model
 
     model = Model(params)
     asked: Ask = how(model)
+    gc.freeze()
+    gc.enable()
     failed, first = len(faults), True
     for file, found in model.each(files, asked, batch):
         if isinstance(found, ValueError):

@@ -167,9 +167,11 @@ class Model:
         look, decoding = self._familiar_with(sets), dict[str, Any]()
         if trained:
             with self._at_work(folder, "adapter") as model, self._in_project():
-                from pipeline.store.reader import usable_rows
+                from pipeline.store.reader import training_captions
+                from pipeline.tasks.captioning import COUNTED
 
-                decoding = task.decoding(model, usable_rows(self.run, self._data_of("caption", sets)))
+                captions = training_captions(self.run, self._data_of("caption", sets), COUNTED)
+                decoding = task.decoding(model, captions)
 
         def answers(tokens: Tensor) -> list[Answer]:
             weights = (folder, "adapter") if trained else (self.run.pretrained(adapter), "last")

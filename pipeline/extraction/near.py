@@ -14,7 +14,7 @@ from pipeline.config import Params
 from pipeline.errors import UserError
 from pipeline.files import atomically
 from pipeline.runs import Run, remedy, require
-from pipeline.store.reader import ImageTokens
+from pipeline.store.reader import ImageTokens, evenly
 
 NEAR = 0.85
 """Cosine of mean tokens, less the mean of the training part, from which on two pictures are of one series.
@@ -73,8 +73,7 @@ def series_of(images: ImageTokens) -> list[str]:
 def mean_tokens(images: ImageTokens, parts: Sequence[str], most: int | None = None) -> Tensor:
     """Mean tokens [n, D] of the pictures of some parts, none: of all; of more than `most` of as many, evenly spread."""
     at = [i for part in parts for i in images.split(part)] if parts else list(range(len(images)))
-    if most and len(at) > most:
-        at = [at[i * len(at) // most] for i in range(most)]
+    at = evenly(at, most or len(at))
     means = [images.tokens(at[i : i + 64]).mean(1) for i in range(0, len(at), 64)]
     return torch.cat(means) if means else torch.zeros(0, images.shape[-1])
 
@@ -94,7 +93,8 @@ def read_sample(run: Run, data: str) -> dict[str, Tensor]:
         raise UserError(path, f"cannot be read ({error.strerror or error})", remedy(path, force=True)) from None
     except SafetensorError:
         found = {}
-    if {*found} != {"known", "held_out"} or any(means.ndim != 2 for means in found.values()):
+    known, held_out = (found.get(key, torch.empty(0)) for key in ("known", "held_out"))
+    if len(found) != 2 or known.ndim != 2 or known.shape[1:] != held_out.shape[1:]:
         raise UserError(path, "not what `extract-images` writes", remedy(path, force=True))
     return found
 

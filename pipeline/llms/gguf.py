@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline.errors import UserError
@@ -21,12 +23,14 @@ class GGUF(Loader):
         from pipeline.llms.quantise import dequantised
 
         file = self.file()
-        _check(file)
-        return str(dequantised(file)), None
+        with _refusing(file):
+            return str(dequantised(file)), None
 
     def fault(self) -> Fault | None:
         try:
-            _check(self.file())
+            file = self.file()
+            with _refusing(file):
+                check_header(file)
         except UserError as error:
             return Fault(error.what, error.remedy)
         return None
@@ -59,9 +63,10 @@ class GGUF(Loader):
         return files[0]
 
 
-def _check(path: Path) -> None:
-    """Raises UserError, with its remedy, when a GGUF file is not one, or not whole."""
+@contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    """A GGUF file that is not one, or not whole, raises UserError with its remedy."""
     try:
-        check_header(path)
+        yield
     except Damaged as error:
         raise UserError("", error, f"fetch {path} again (`git lfs pull` where it is in a repository)") from None

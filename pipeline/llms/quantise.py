@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from pipeline.files import atomic_folder
+from pipeline.llms.gguf_header import check_header
 from pipeline.runs import MODELS
 
 # bitsandbytes decorates functions that are not used here with torch.compile, whose compiler takes seconds to import.
@@ -26,15 +27,17 @@ def dequantised(file: Path) -> Path:
     """A GGUF file as a safetensors folder below data/models, converted once.
 
     Converting takes 16 s; and transformers refuses a bitsandbytes configuration beside a GGUF file.
+    Raises Damaged when the file is not one, or not whole.
     """
-    import gguf
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, modeling_gguf_pytorch_utils
-    from transformers.utils import logging
-
     with file.open("rb") as content:
         folder = MODELS / f"{file.stem}-{hashlib.file_digest(content, 'sha256').hexdigest()[:16]}"
     if folder.exists():
         return folder
+    check_header(file)
+    import gguf
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, modeling_gguf_pytorch_utils
+    from transformers.utils import logging
+
     options = {"gguf_file": file.name}
     logging.disable_progress_bar()
     vars(modeling_gguf_pytorch_utils)["tqdm"] = logging.tqdm  # its own bar, which is not switched off with the others

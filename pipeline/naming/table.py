@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -18,6 +18,9 @@ from pipeline.files import atomically
 from pipeline.naming.rules import RULES
 from pipeline.naming.weigh import LOWEST
 from pipeline.runs import Run, remedy, require
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 TABLE = "names.parquet"
 COLUMNS = ("split", "label", "candidates", "probabilities", *RULES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -74,10 +75,10 @@ class Task(ABC):
     def max_tokens(self) -> int:
         """How long an answer may be."""
 
-    def decoding(self, model: VLM, rows: pd.DataFrame) -> dict[str, Any]:
+    def decoding(self, model: VLM, captions: Sequence[Sequence[str]]) -> dict[str, Any]:
         """How a fine-tuned model's answers are decoded: what `VLM.generate` takes besides; nothing: greedily.
 
-        `rows` are those of the data set's manifest.
+        `captions` are those of each of at most captioning.COUNTED training pictures.
         """
         return {}
 

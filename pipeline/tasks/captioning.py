@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from pipeline.store.reader import ImageTokens
     from pipeline.vlm import VLM
 
-COUNTED = 1000  # training pictures, whose captions say which tokens are common
+COUNTED = 1000  # training pictures, whose captions say which tokens are common: an answer waits for it
 
 
 class CaptioningSettings(Section):
@@ -62,9 +63,9 @@ class Captioning(Task):
     def max_tokens(self) -> int:
         return self.settings.caption_tokens
 
-    def decoding(self, model: VLM, rows: pd.DataFrame) -> dict[str, Any]:
+    def decoding(self, model: VLM, captions: Sequence[Sequence[str]]) -> dict[str, Any]:
         own = self.settings
-        once = {"may_repeat": common_tokens(rows, model, own.finetuned_once)} if own.finetuned_once else {}
+        once = {"may_repeat": common_tokens(captions, model, own.finetuned_once)} if own.finetuned_once else {}
         return {"beams": own.finetuned_beams, "no_repeat": own.finetuned_no_repeat, **once}
 
     def answers(self, rows: pd.DataFrame) -> list[list[str]]:
@@ -72,6 +73,8 @@ class Captioning(Task):
 
     def predict(self, models: Models, images: ImageTokens, batch: int, seed: int) -> pd.DataFrame:
         """A seeded choice of test pictures: id, image, references, and the captions pretrained and finetuned."""
+        from pipeline.store.reader import evenly
+
         settings = self.settings
         positions = choose(images, settings.captions, seed)
         table = images.rows.iloc[positions][["id", "image"]].reset_index(drop=True)
@@ -80,7 +83,8 @@ class Captioning(Task):
             asked = settings.before_finetuning
             before = model.answers(images, positions, max_new_tokens=self.max_tokens, batch=batch, **asked)
         with models.finetuned() as model:
-            decoding = self.decoding(model, images.rows)
+            known = images.rows["captions"].iloc[evenly(images.split("train"), COUNTED)]
+            decoding = self.decoding(model, known.tolist())
             after = model.answers(images, positions, self.prompt, self.max_tokens, batch, **decoding)
         for column, answers in (("pretrained", before), ("finetuned", after)):
             table[column] = [answer.split("\n")[0] for answer in answers]  # a caption is one line
@@ -106,18 +110,11 @@ class Captioning(Task):
         return table
 
 
-def common_tokens(rows: pd.DataFrame, model: VLM, share: float) -> set[int]:
-    """Tokens in the captions of more than a share of the training pictures: what a caption may say twice.
-
-    Counted in 1,000 of them, evenly spread, if there are more: an answer waits for it.
-    """
-    train = rows[rows["split"] == "train"]
-    if len(train) > COUNTED:
-        train = train.iloc[[i * len(train) // COUNTED for i in range(COUNTED)]]
-    captions = [list(texts) for texts in train["captions"]]
+def common_tokens(captions: Sequence[Sequence[str]], model: VLM, share: float) -> set[int]:
+    """Tokens in the captions of more than a share of training pictures: what a caption may say twice."""
     ids = iter(model.texts.ids([text for texts in captions for text in texts]))  # at once: a fifth of the time
     counts = Counter(token for texts in captions for token in {t for _ in texts for t in next(ids)})
-    return {token for token, count in counts.items() if count > share * len(train)}
+    return {token for token, count in counts.items() if count > share * len(captions)}
 
 
 def choose(images: ImageTokens, count: int, seed: int) -> list[int]:
