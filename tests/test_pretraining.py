@@ -146,9 +146,13 @@ def test_nearest_words_of_the_own_and_of_another_picture():
 
 def test_plain_figures_do_not_depend_on_the_objective():
     tables, figures = torch.randn(IMAGES, 5), []
+
+    def adapter(tokens):
+        return tables[tokens.view(-1).long()][:, None] + 0.5
+
     for objective in ({}, {"cost": "cosine", "space": "whitened", "word_weights": "idf", "unmatched": 0.2}):
         measured = emd(pairs_of([[[i, i // 2]] for i in range(IMAGES)], tables), **objective)
-        figures.append(held_out_figures(measured, lambda tokens: tables[tokens.view(-1).long()][:, None] + 0.5, seed=1))
+        figures.append(held_out_figures(measured, adapter, HeldOut.of(measured, adapter, seed=1), seed=1))
     plain, other = figures
     assert {key: plain[key] for key in plain if "plain" in key} == {key: other[key] for key in other if "plain" in key}
     distances = [torch.cdist(tables[i, None] + 0.5, tables[[i, i // 2]]).mean().item() for i in range(IMAGES)]

@@ -51,7 +51,8 @@ def pretrain(params: Params, name: str) -> float:
     trainer = _trainer(params, name, settings, objective, adapter, blind)
     history = trainer.run()
     last = {key: value for key, value in history[-1].items() if key not in ("step", "epoch", "seconds", "train_loss")}
-    metrics = last | held_out_figures(objective, adapter, params.seed)
+    held_out = HeldOut(**trainer.extras["held_out"])  # of the last validation, so of this adapter
+    metrics = last | held_out_figures(objective, adapter, held_out, params.seed)
     # Among as many for every adapter, also where an objective is too dear for so many of its own distances.
     candidates = _candidates(pairs, params.pretrain, params.seed)
     plain = retrieval(_plain(objective), adapter, candidates, params.seed)
@@ -130,6 +131,7 @@ def _trainer(
         if "first" not in extras and step >= min(epoch, total):
             extras["first"] = {key: value.clone() for key, value in adapter.state_dict().items()}
         held_out = HeldOut.of(objective, adapter, params.seed)
+        extras["held_out"] = vars(held_out)
         values = {"val": held_out.matched.mean().item(), "shuffled": held_out.shuffled.mean().item()}
         return {"epoch": step / epoch, **values, **blind, **retrieval(objective, adapter, candidates, params.seed)}
 
@@ -204,13 +206,13 @@ def retrieval(objective: Objective, adapter: Adapter, positions: list[int], seed
     return found
 
 
-def held_out_figures(objective: Objective, adapter: Adapter, seed: int) -> dict[str, float]:
+def held_out_figures(objective: Objective, adapter: Adapter, held_out: HeldOut, seed: int) -> dict[str, float]:
     """What is measured once, at the end: image gains with their intervals, and the nearest words.
 
-    Gains are in the objective's own measure, and as plain_* in the plain one (Euclidean, all words alike), which is the
-    same for every objective; there also relative to the matched EMD.
+    Gains are by `held_out` in the objective's own measure, and as plain_* in the plain one (Euclidean, all words
+    alike), which is the same for every objective; there also relative to the matched EMD.
     """
-    gain, low, high = HeldOut.of(objective, adapter, seed).gain(seed)
+    gain, low, high = held_out.gain(seed)
     figures = {"image_gain": gain, "image_gain_low": low, "image_gain_high": high, "held_out": len(objective.pairs.val)}
     plain = HeldOut.of(_plain(objective), adapter, seed)
     gain, low, high = plain.gain(seed)
