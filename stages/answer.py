@@ -35,14 +35,16 @@ AsJSON = Annotated[
     bool,
     typer.Option(
         "--json",
-        help="One JSON object a line: photo, answer, adapter, rule; of the fine-tuned language model also recipe, of "
-        "classify probability and names; strangeness, and whether it is strange, where enough pictures are held out to "
+        help="One JSON object a line: photo, answer, adapter, rule, and trained_on, whether that was done on this very "
+        "picture; of the fine-tuned language model also recipe, of classify probability and names; strangeness, and whether it is strange, where enough pictures are held out to "
         "tell.",
     ),
 ]
 Batch = Annotated[int | None, typer.Option(min=1, help="Pictures at a time; default: evaluate.batch.")]
 FORMATS = "give JPEG, PNG, WebP, GIF, BMP or TIFF files, or folders of them"
 TOP = 5  # names in JSON
+NAMED = 3  # pictures, of which something is to be known
+KNOWN = "answers about them say little of how good those about new pictures are"
 
 
 def caption(photos: Photos, as_json: AsJSON = False, batch: Batch = None) -> None:
@@ -118,6 +120,7 @@ def answer(
     gc.freeze()
     gc.enable()
     failed, first = len(faults), True
+    strange, known = list[Path](), list[Path]()
     for file, found in model.each(files, asked, batch):
         if isinstance(found, ValueError):
             failed += 1
@@ -128,12 +131,26 @@ def answer(
             if is_question and found.recipe and taught_names_alone(params, found.adapter, found.recipe):
                 print(f"note: {found.adapter} {NAMES_ALONE}", file=sys.stderr)
             first = False
-        say(row_of(file, found), as_json, top)
-        if found.is_strange:
+        trained_on = model.trained_on(file)
+        say(row_of(file, found, trained_on), as_json, top)
+        known += [file] if trained_on and not found.is_strange else []  # strange to what it is asked for, then
+        strange += [file] if found.is_strange else []
+        if found.is_strange and len(strange) <= NAMED:
             print(f"warning: {readable(file)}: {_strange(found)}", file=sys.stderr)
+    _sum_up(files, strange, known, as_json)
     if failed:
         print(f"{failed} of {len(files) + len(faults)} without an answer", file=sys.stderr)
         raise typer.Exit(1)
+
+
+def _sum_up(files: list[Path], strange: list[Path], known: list[Path], as_json: bool) -> None:
+    """What is to be known of many answers: how many pictures are strange, or were trained on."""
+    if more := strange[NAMED:]:
+        which = "" if as_json else "; --json says which"
+        print(f"warning: so are {len(more)} more of the {len(files)} pictures{which}", file=sys.stderr)
+    if known:
+        named = ", ".join(readable(file) for file in known[:NAMED]) + (", ..." if len(known) > NAMED else "")
+        print(f"note: trained on {len(known)} of {len(files)} ({named}): {KNOWN}", file=sys.stderr)
 
 
 def _source(found: Answer) -> str:
@@ -150,9 +167,10 @@ def _strange(found: Answer) -> str:
     return f"unlike {known}: expect nothing of the answer"
 
 
-def row_of(file: Path, found: Answer) -> Row:
-    """An answer as `--json` prints it."""
+def row_of(file: Path, found: Answer, known: bool) -> Row:
+    """An answer as `--json` prints it; `known`: the picture was trained on."""
     row: Row = {"photo": str(file), "answer": found.text, "adapter": found.adapter, "rule": found.rule}
+    row["trained_on"] = known
     if found.recipe is not None:
         row["recipe"] = found.recipe
     if found.strangeness is not None:

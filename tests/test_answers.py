@@ -31,6 +31,7 @@ from pipeline.media.pictures import decode
 from pipeline.runs import Run
 from pipeline.sources.folders import pictures_below
 from pipeline.store.reader import ImageTokens
+from stages.answer import answer as tell
 from stages.answer import row_of
 from stages.cli import app
 
@@ -113,6 +114,25 @@ def test_a_sample_that_is_none_is_told(demo: Params, content: bytes, capsys: pyt
     assert (
         "sample.safetensors: not what `extract-images` writes; run `dvc repro --force extr" in capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_what_is_to_be_known_of_many_answers_is_summed_up(
+    demo: Params, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], as_json: bool
+) -> None:
+    names = [f"{i}.jpg" for i in range(9)]
+    for name in names:
+        Image.new("RGB", (8, 8)).save(name)
+    found = [Answer("a pear", "mlp", None, "emd", {}, 1.0 if i < 5 else 0.5) for i in range(9)]
+    monkeypatch.setattr(Model, "each", lambda self, files, ask, batch: zip(files, found, strict=True))
+    monkeypatch.setattr(Model, "trained_on", lambda self, file: file.name in ("4.jpg", "7.jpg"))
+    tell(demo, names, lambda model: model.encode, as_json, None)  # type: ignore[arg-type, return-value]
+    told = capsys.readouterr().err.splitlines()[1:]
+    assert [line[: len("warning: 0.jpg: unlike")] for line in told[:3]] == [
+        f"warning: {i}.jpg: unlike" for i in range(3)
+    ]
+    assert told[3] == "warning: so are 2 more of the 9 pictures" + ("" if as_json else "; --json says which")
+    assert told[4].startswith("note: trained on 1 of 9 (7.jpg): ") and len(told) == 5
 
 
 def test_a_question_without_quotes_is_told(project: Path) -> None:
@@ -263,12 +283,15 @@ def test_an_array_is_the_picture_that_it_holds() -> None:
 
 
 def test_the_help_lists_what_json_has() -> None:
-    always = {"photo", "answer", "adapter", "rule"}
+    always = {"photo", "answer", "adapter", "rule", "trained_on"}
     named = Answer("a pear", "mlp", None, "namer", {"a pear": 0.9, "a fig": 0.1}, 0.5)
-    assert row_of(Path("a.jpg"), Answer("a pear", "mlp")).keys() == always
-    assert row_of(Path("a.jpg"), named).keys() == always | {"probability", "names", "strangeness", "strange"}
-    assert [row_of(Path("a.jpg"), replace(named, strangeness=one))["strange"] for one in (0.5, 1)] == [False, True]
-    ranked = row_of(Path("a.jpg"), replace(named, rule="llm", recipe="classes", strangeness=None))
+    assert row_of(Path("a.jpg"), Answer("a pear", "mlp"), True).keys() == always
+    assert row_of(Path("a.jpg"), named, False).keys() == always | {"probability", "names", "strangeness", "strange"}
+    assert [row_of(Path("a.jpg"), replace(named, strangeness=one), False)["strange"] for one in (0.5, 1)] == [
+        False,
+        True,
+    ]
+    ranked = row_of(Path("a.jpg"), replace(named, rule="llm", recipe="classes", strangeness=None), False)
     assert ranked.keys() == always | {"recipe", "probability", "names"}
     [option] = [one for one in get_command(app).commands["classify"].params if "--json" in one.opts]  # type: ignore[attr-defined]
     assert all(key in option.help for key in always | ranked.keys() | {"strangeness", "strange"})

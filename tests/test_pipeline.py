@@ -192,6 +192,13 @@ def _check_the_model_in_python(photos, broken):
         assert model.captions(trained=False)(model.encode(there))[0].recipe is None
         with pytest.raises(ValueError, match="no picture by its content"):
             model.caption(project / broken)
+    parts = ImageTokens.open(Run("tiny"), "classes").rows.set_index("image")["split"]
+    everything = [Path(name) for name in parts.index]
+    with contextlib.chdir("/"):
+        assert [model.trained_on(project / photo) for photo in everything] == [part == "train" for part in parts]
+        assert not model.trained_on(Image.open(project / everything[0]))
+    said = answers("classify", "--json", *everything)
+    assert [row["trained_on"] for row in said] == [part == "train" for part in parts]
     script = SCRIPT.replace("PHOTO", repr(str(photos[0])))  # a process that ends while the adapter is in the LLM
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, env=_environment(), timeout=120)
     assert done.returncode == 0 and done.stdout.decode().strip() == alone[0].text

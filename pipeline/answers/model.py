@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import sys
 import threading
 import warnings
@@ -93,7 +94,7 @@ class Model:
 
         Its parameters are those of params.yaml or, where another profile is active, of profiles/<profile>.yaml.
         """
-        folder = Path(folder).resolve()
+        folder = Path(folder).expanduser().resolve()
         if not folder.is_dir() or folder.parent.name != RESULTS.name:
             raise UserError(folder, "not the results of a run", "give data/<profile> in a project's folder")
         project = folder.parents[1]
@@ -133,6 +134,13 @@ class Model:
             while ahead:
                 now, ahead = ahead, loading()
                 yield from self._answered(now, ask)
+
+    def trained_on(self, picture: Picture) -> bool:
+        """Whether a file is one that this run trained on: what is said of it says little about new ones.
+
+        By its SHA-256: a copy that was saved again, or an open picture, is not found. Raises OSError if it can't be read.
+        """
+        return hashlib.sha256(content_of(picture)).hexdigest() in self._digests
 
     def encode(self, pictures: Sequence[Picture]) -> Tensor:
         """Image tokens of pictures, float32 [B, N, D_img] on the CPU: those of extraction, but for its decoder.
@@ -288,6 +296,14 @@ class Model:
         return Task.of(name, self.params.evaluate)
 
     # Models, loaded when they are first asked for.
+
+    @cached_property
+    def _digests(self) -> set[str]:
+        from pipeline.store.reader import training_digests
+
+        with self._in_project():
+            sets = [data for data in self.params.run.data if self.run.manifest(data).exists()]
+            return {digest for data in sets for digest in training_digests(self.run, data)}
 
     @cached_property
     def _encoder(self) -> VisionEncoder:

@@ -27,7 +27,7 @@ def content_of(picture: Picture) -> bytes:
     if isinstance(picture, bytes):
         return picture
     if isinstance(picture, str | os.PathLike):
-        return read(str(picture))
+        return read(str(Path(picture).expanduser()))
     if isinstance(picture, np.ndarray):
         if picture.dtype != np.uint8 or picture.shape[2:] != (3,):
             raise TypeError(f"picture: an array has to be uint8 [H, W, 3], not {picture.dtype} {list(picture.shape)}")

@@ -74,7 +74,7 @@ class Desk:
         """
         picture = checked(content)
         tokens = self.model.encode([content])
-        return self._parts(picture, tokens)
+        return self._parts(picture, tokens, self.model.trained_on(content))
 
     def ask(self, content: bytes, question: str) -> Generator[Event, None, None]:
         """The answer to a question as it grows: events "text", then "answer". Raises as `answer`, and UserError."""
@@ -83,8 +83,11 @@ class Desk:
         checked(content)
         return self._said(self.model.encode([content]), question)
 
-    def _parts(self, picture: Image.Image, tokens: Tensor) -> Generator[Event, None, None]:
-        yield {"event": "picture", "width": picture.width, "height": picture.height, "uri": data_uri(picture)}
+    def _parts(self, picture: Image.Image, tokens: Tensor, known: bool) -> Generator[Event, None, None]:
+        yield {
+            "event": "picture", "width": picture.width, "height": picture.height, "uri": data_uri(picture),
+            "trained_on": known,
+        }  # fmt: skip
         for way in self.ways:
             if way not in WITHOUT_LLM and self._turn.locked():
                 yield {"event": "waiting", "for": way}

@@ -34,9 +34,20 @@ def training_captions(run: Run, data: str, most: int) -> list[list[str]]:
     Without pandas and pyarrow.compute, for which a first answer would wait.
     """
     table = _manifest(run, data)
+    return [table["captions"][row].as_py() for row in evenly(_training_rows(table), most)]
+
+
+def training_digests(run: Run, data: str) -> set[str]:
+    """The SHA-256, in hexadecimal digits, of each training picture's file."""
+    table = _manifest(run, data)
+    return {table["sha256"][row].as_py() for row in _training_rows(table)}
+
+
+def _training_rows(table: pa.Table) -> list[int]:
+    """In the order of their ids."""
     ids, splits, faults = (table[column].to_pylist() for column in ("id", "split", "quarantine"))
     train = [row for row, split in enumerate(splits) if split == "train" and faults[row] is None]
-    return [table["captions"][row].as_py() for row in evenly(sorted(train, key=ids.__getitem__), most)]
+    return sorted(train, key=ids.__getitem__)
 
 
 def evenly(positions: list[int], most: int) -> list[int]:

@@ -76,7 +76,7 @@ async function look(picture, limits) {
   const mine = ++turn;
   tell("fault", null);
   by("before").hidden = true;
-  for (const id of ["caption-strange", "names-strange", "answers"]) by(id).hidden = true;
+  for (const id of ["known", "caption-strange", "names-strange", "answers"]) by(id).hidden = true;
   for (const id of ["caption", "caption-note", "bars-note", "reply", "reply-note"]) by(id).textContent = "";
   for (const id of ["bars", "stages", "try-similar"]) by(id).replaceChildren();
   if (shownUrl) URL.revokeObjectURL(shownUrl);
@@ -111,7 +111,10 @@ async function look(picture, limits) {
 /** One event of an answer. */
 function part(event) {
   by("answers").hidden = false;
-  if (event.event === "picture") by("shown").src = event.uri;
+  if (event.event === "picture") {
+    by("shown").src = event.uri;
+    by("known").hidden = !event.trained_on;
+  }
   if (event.event === "waiting" && event.for === "caption") by("caption-note").textContent = "Another question is being answered; this one is next.";
   if (event.event === "names") {
     by("bars-note").classList.remove("waits");
