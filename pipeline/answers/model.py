@@ -138,7 +138,7 @@ class Model:
     def trained_on(self, picture: Picture) -> bool:
         """Whether a file is one that this run trained on: what is said of it says little about new ones.
 
-        By its SHA-256: a copy that was saved again, or an open picture, is not found. Raises OSError if it can't be read.
+        By its SHA-256: a copy that was saved again, or an open picture, is not found. Raises OSError as reading does.
         """
         return hashlib.sha256(content_of(picture)).hexdigest() in self._digests
 
