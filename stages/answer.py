@@ -35,9 +35,9 @@ AsJSON = Annotated[
     bool,
     typer.Option(
         "--json",
-        help="One JSON object a line: photo, answer, adapter, rule, and whether the photo itself was one to be trained on "
-        "(trained_on); of the fine-tuned language model also recipe, of classify probability and names; strangeness, and "
-        "whether it is strange, where enough pictures are held out to tell.",
+        help="One JSON object a line: photo, answer, adapter, rule, and whether the photo itself was trained on "
+        "(trained_on); of the fine-tuned language model also recipe, of classify probability and names; strangeness, "
+        "and whether it is strange, where enough pictures are held out to tell.",
     ),
 ]
 Batch = Annotated[int | None, typer.Option(min=1, help="Pictures at a time; default: evaluate.batch.")]
