@@ -182,6 +182,45 @@ def test_nothing_to_learn_from_is_told() -> None:
         recognise(Path("gone").resolve())
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("captions.csv", b"file,text\ngone.png,a text\n", "no file that it names is there; the first is gone.png"),
+        (
+            "captions.csv",
+            b"0.png;a bird\n1.png;a cat\n",
+            "its first line, '0.png;a bird', has no columns file and text",
+        ),
+        ("captions.csv", b"file,text\n,a bird\n", "no entry has a file and a text"),
+        ("captions.csv", b"file,text\n0.png,\xe9\xe8 bird\n", "not UTF-8 text"),
+        ("captions.csv", b"", "empty"),
+        ("captions.jsonl", b'{"file": "0.png"}\n', "no entry has a file and a text"),
+        ("captions.json", b'{"images": [', "Expecting value: line 1 column 13"),
+        ("captions.json", b"3", "no entry has a file and a text"),
+    ],
+)
+def test_a_file_of_captions_that_is_none_is_named_with_the_reason(name: str, content: bytes, reason: str) -> None:
+    for kind in ("robin", "crow"):
+        picture(f"birds/{kind}/0.png")
+    Path("birds", name).write_bytes(content)
+    [told] = recognise(Path("birds").resolve()).unused
+    assert told.startswith(f"{Path('birds', name).resolve()}: no captions (") and reason in told
+    for at in range(3):
+        picture(f"flat/{at}.png")
+    Path("flat", name).write_bytes(content)
+    with pytest.raises(UserError, match="3 pictures, and nothing that says what they show") as error:
+        recognise(Path("flat").resolve())
+    assert reason in str(error.value)
+
+
+def test_a_folder_of_pictures_that_are_not_read_says_so() -> None:
+    Path("phone").mkdir()
+    for at in range(5):
+        Path(f"phone/IMG_{at}.HEIC").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    with pytest.raises(UserError, match=r"no picture in it; .*save it as JPEG or PNG \(5: .*IMG_0.HEIC"):
+        recognise(Path("phone").resolve())
+
+
 def test_numbered_names_are_split_in_blocks() -> None:
     assert split_for([f"a/IMG_{number:04}.jpg" for number in range(40)])[0] == "blocks"
     assert split_for([f"{number * 977 % 9973}.jpg" for number in range(40)])[0] == "hash"

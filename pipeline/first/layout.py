@@ -9,11 +9,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, readable
 from pipeline.sources import table
-from pipeline.sources.folders import SUFFIXES, is_hidden
+from pipeline.sources.folders import SUFFIXES, is_hidden, pictures_below
 from pipeline.sources.imagefolder import PARTS
-from pipeline.sources.texts import decode, listed, parse_json
+from pipeline.sources.texts import by_reason, decode, listed, parse_json
 
 # Folders that are called so only because something has to be their name.
 GENERIC = {"images", "image", "imgs", "img", "pictures", "photos", "pics", "jpg", "jpegs", "jpegimages", "data"}
@@ -57,10 +57,11 @@ def recognise(folder: Path) -> Layout:
     if not folder.is_dir():
         what = "not a folder" if folder.exists() else "no such folder"
         raise UserError(folder, what, "give the path of the folder that your pictures are in")
-    found = sorted(_files_of_captions(folder), key=lambda one: (-len(one.names), str(one.section)))
+    faults: list[str] = []
+    found = sorted(_files_of_captions(folder, faults), key=lambda one: (-len(one.names), str(one.section)))
     captions = found[0] if found else None
     classes = _classes(folder, captions)
-    unused = [one.said for one in found[1:]]
+    unused = [one.said for one in found[1:]] + faults
     if classes is not None and len(classes.classes) == 1:
         only = classes.section["root"] / classes.classes[0]
         if captions is None:
@@ -70,21 +71,33 @@ def recognise(folder: Path) -> Layout:
     sets = {"captions": captions, "classes": classes}
     known = {name: one for name, one in sets.items() if one is not None}
     if not known:
-        count = sum(1 for _ in _pictures(folder))
-        what = f"{count} pictures, and nothing that says what they show" if count else "no picture in it"
-        raise UserError(folder, what, REMEDY)
+        raise UserError(folder, _nothing_in(folder, faults), REMEDY)
     return Layout(known, unused)
 
 
-def _files_of_captions(folder: Path) -> Iterator[DataSet]:
-    """The files of captions in a folder and in those right below it, with the pictures they name."""
+def _nothing_in(folder: Path, faults: list[str]) -> str:
+    """Why there is nothing to learn from in a folder, whose tables have these faults."""
+    if count := sum(1 for _ in _pictures(folder)):
+        return "; ".join([f"{count} pictures, and nothing that says what they show", *faults[:3]])
+    left_out = [(str(one), one.reason) for one in pictures_below(folder, any_name=True).left_out if not one.hidden]
+    return f"no picture in it; {by_reason(left_out)}" if left_out else "no picture in it"
+
+
+def _files_of_captions(folder: Path, faults: list[str]) -> Iterator[DataSet]:
+    """The files of captions in a folder and in those right below it, with the pictures they name.
+
+    Why others are none goes to `faults`.
+    """
     for place in [folder, *_folders(folder)]:
         kinds = {JSON, *TABLES}
         files = sorted(path for path in place.iterdir() if path.suffix.lower() in kinds and not is_hidden(path.name))
         for path in files if len(files) < SIDECARS else []:
-            names, source = _named_by(path)
-            images = _where(names, path.parent, folder) if names else None
-            if images is None:
+            try:
+                names, source = _named_by(path)
+                images = _where(names, path.parent, folder)
+            except (OSError, ValueError) as fault:
+                reason = fault.strerror if isinstance(fault, OSError) else fault
+                faults.append(f"{path}: no captions ({readable(reason)})")
                 continue
             key = "captions" if source == "coco" else "table"
             relative = {key: path.relative_to(folder), "images": images.relative_to(folder)}
@@ -95,21 +108,27 @@ def _files_of_captions(folder: Path) -> Iterator[DataSet]:
 
 
 def _named_by(path: Path) -> tuple[list[str], str]:
-    """The pictures that a file of captions names, and its source; nothing where it is none."""
-    suffix = path.suffix.lower()
-    try:
-        if suffix == JSON and path.stat().st_size < LARGEST:
-            content = parse_json(path.read_bytes())
-            return (_of_coco(content), "coco") if isinstance(content, dict) else (_of_entries(content), "table")
-        if suffix in table.LINES:
-            lines = (line for line in decode(path.read_bytes()).split("\n") if line.strip())
-            return _of_entries(map(_parsed, lines)), "table"
-        if suffix in TABLES:
-            first = decode(path.read_bytes()).partition("\n")[0].strip()
-            return (_of_csv(path), "table") if table.header_of(first) else ([], "")
-    except (OSError, ValueError):
-        return [], ""  # what is wrong with it, its source says better; here it is only not recognised
-    return [], ""
+    """The pictures that a file of captions names, and its source. Raises OSError, ValueError with why it is none."""
+    suffix, size = path.suffix.lower(), path.stat().st_size
+    if suffix == JSON and size >= LARGEST:
+        raise ValueError(f"larger than {LARGEST >> 30} GiB")
+    content = path.read_bytes()
+    if suffix == JSON:
+        value = parse_json(content)
+        names, source = (_of_coco(value), "coco") if isinstance(value, dict) else (_of_entries(value), "table")
+    elif suffix in table.LINES:
+        lines = (line for line in decode(content).split("\n") if line.strip())
+        names, source = _of_entries(map(_parsed, lines)), "table"
+    else:
+        first = decode(content).partition("\n")[0].strip()
+        if not first:
+            raise ValueError("empty" if not content.strip() else "its first line is empty")
+        if not table.header_of(first):
+            raise ValueError(f"its first line, {first[:60]!r}, has no columns {table.FILE[0]} and {table.TEXT[0]}")
+        names, source = _of_csv(path), "table"
+    if not names:
+        raise ValueError("no entry has a file and a text")
+    return names, source
 
 
 def _parsed(line: str) -> Any:
@@ -133,8 +152,8 @@ def _of_entries(entries: Any) -> list[str]:
     found: dict[str, None] = {}
     for entry in entries if not isinstance(entries, str | int | float | None) else []:
         file, text = table.columns_of(entry) if isinstance(entry, dict) else (None, None)
-        if file and text and isinstance(entry[file], str):
-            found[entry[file].strip().replace("\\", "/")] = None
+        if file and text and isinstance(entry[file], str) and (name := entry[file].strip()):
+            found[name.replace("\\", "/")] = None
     return list(found)
 
 
@@ -142,14 +161,16 @@ def _of_csv(path: Path) -> list[str]:
     return _of_entries(entry for _, entry in table.entries(path, []))
 
 
-def _where(names: list[str], beside: Path, folder: Path) -> Path | None:
-    """The folder that most of some names are relative to; None where none of them is there."""
+def _where(names: list[str], beside: Path, folder: Path) -> Path:
+    """The folder that most of some names are relative to. Raises ValueError where none of them is there."""
     places = dict.fromkeys([beside, folder, *_folders(beside), *_folders(folder)])
     places |= dict.fromkeys(inner for place in list(places) for inner in _folders(place))
     few = names[:: max(1, len(names) // LOOKED_AT)]
     counts = {place: sum((place / name).is_file() for name in few) for place in places}
     best = max(counts, key=lambda place: counts[place])
-    return best if counts[best] else None
+    if not counts[best]:
+        raise ValueError(f"no file that it names is there; the first is {names[0]}")
+    return best
 
 
 def _classes(folder: Path, captions: DataSet | None) -> DataSet | None:
