@@ -149,24 +149,22 @@ def tiles(results: Results, table: pd.DataFrame) -> list[Tile]:
 
 
 def _naming_tile(results: Results, data: str) -> Tile | None:
-    best = results.best(data)
-    accuracy, classes = best.figure("acc"), best.figure("classes")
+    """What `terraalign classify` answers by: the namer or, where there is none, the LLM."""
+    best, alone = results.best(data), results.best_without_llm(data)
+    said, classes = best.figure("acc"), best.figure("classes")
+    unaided = next((figure for figure in alone.figures if figure.key == "acc/namer"), None) if alone else None
+    accuracy = unaided or said
     if accuracy is None:
         return None
     warned = caution(results, data)
     label = f"of {'test' if warned else 'unseen'} pictures named"
     label += f", out of {written(classes)} names" if classes else ""
+    who = f"{alone.adapter}, no language model" if alone and unaided else results.name(best)
     spread = "" if accuracy.interval is None else f"; {_spread(accuracy)}"
-    baselines = [figure for figure in compared(results, data) if figure.kind == "share"]
-    others = "".join(f", {figure.label} {written(figure)}" for figure in [*_unaided(results, data), *baselines])
-    return Tile(percent(accuracy.value, 0), label, f"{data}: {results.name(best)}{spread}{others}", warned)
-
-
-def _unaided(results: Results, data: str) -> list[Figure]:
-    """The accuracy of the namer that answers without the LLM."""
-    best = results.best_without_llm(data)
-    found = best.figures if best else []
-    return [replace(figure, label="without the language model") for figure in found if figure.key == "acc/namer"]
+    others = [replace(said, label=f"the language model ({results.name(best)})")] if said and unaided else []
+    others += [figure for figure in compared(results, data) if figure.kind == "share"]
+    listing = "".join(f", {figure.label} {written(figure)}" for figure in others)
+    return Tile(percent(accuracy.value, 0), label, f"{data}: {who}{spread}{listing}", warned)
 
 
 def _spread(figure: Figure) -> str:
