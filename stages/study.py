@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +15,7 @@ from pipeline.config import parse_params, read_yaml
 from pipeline.config.study import Cell, Study, fitted, parameters_of, parse_study, profile_of
 from pipeline.errors import UserError, UserErrors
 from pipeline.files import atomically
-from pipeline.runs import RESULTS
+from pipeline.runs import RESULTS, Run
 from stages.run import run_stages, stages_of_graph
 
 PARAMS = Path("params.yaml")
@@ -57,6 +57,7 @@ def study(
     params = parse_params(active, f"{file} with {PARAMS}")
     if dry_run:
         typer.echo("\n".join(cell.name for cell in cells))
+        typer.echo(_costs(Run.of(params), cells, compared.recipes), err=True)
         return
     faults = [] if page else _run(active, compared, cells, jobs)
     from pipeline.report.study import write_study
@@ -67,6 +68,23 @@ def study(
         faults.append(error)
     if faults:
         raise UserErrors([*faults, UserError("", "mend it, and run the same command again: it goes on from there")])
+
+
+def _costs(run: Run, cells: list[Cell], recipes: Iterable[str]) -> str:
+    """How many trainings there are, and what those that have not run will take by those that have."""
+    from pipeline.report.figures import duration
+    from pipeline.report.results import timed
+    from pipeline.sources.texts import number
+
+    stages = [list(cell.stages(recipes)) for cell in cells]
+    seconds = [[timed(run.seconds(stage)).get("seconds") for stage in some] for some in stages]
+    known = [sum(filter(None, some)) for some in seconds if None not in some]
+    told = f"{number(len(cells), 'training', 'trainings')}, {len(known)} of them run"
+    left = len(cells) - len(known)
+    if not known or not left:
+        return told
+    rest = duration(left * sum(known) / len(known))
+    return f"{told}; the other {left} take {rest}, one after the other, if they take as long each"
 
 
 def _check_words(whole: Study, compared: Study, only: list[str]) -> None:

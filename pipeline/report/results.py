@@ -119,8 +119,8 @@ def read_results(params: Params) -> Results:
             adapter: {recipe: _metrics(run.finetuned(adapter, recipe)) for recipe in params.run.recipes}
             for adapter in params.run.adapters
         },
-        {stage: _measured(run.seconds(stage)).get("seconds") for stage in stages(params)},
-        {stage: _memory(_measured(run.seconds(stage))) for stage in stages(params)},
+        {stage: timed(run.seconds(stage)).get("seconds") for stage in stages(params)},
+        {stage: _memory(timed(run.seconds(stage))) for stage in stages(params)},
     )
 
 
@@ -177,7 +177,7 @@ def _metrics(folder: Path) -> dict[str, Any]:
     return values
 
 
-def _measured(path: Path) -> dict[str, float]:
+def timed(path: Path) -> dict[str, float]:
     """A stage's seconds and bytes; nothing when it did not run here or its file is not readable: a timing is worth no
     failure."""
     try:
