@@ -37,7 +37,7 @@ def diagnose(params: Params) -> Diagnosis:
     checks = [_data(params, name) for name in params.run.data]
     checks += [*_encoder(params), *dict.fromkeys(Loader.of(llm).need() for llm in _llms(params))]
     checks.append(_gpu(params))
-    checks += [_disk(costs.disk_bytes(params)), _memory(params, costs.memory_bytes(params))]
+    checks += [_disk(costs.disk_bytes(params)), _memory(params)]
     return Diagnosis(params.profile, checks, hub.answer())
 
 
@@ -99,11 +99,11 @@ def _disk(needed: float) -> Need:
     return Need("disk", free >= needed, f"{gib(free)} free, about {gib(needed)} needed", remedy)
 
 
-def _memory(params: Params, needed: float) -> Need:
+def _memory(params: Params) -> Need:
     import psutil
 
     total = psutil.virtual_memory().total
     on_gpu = costs.needs_gpu(params) or bool(cuda(params.runtime.device)[0])
-    need = 8 * GIB if on_gpu else needed
+    need = 8 * GIB if on_gpu else costs.memory_bytes(params, on_cpu=True)
     remedy = "" if total >= need else "a smaller finetune.recipes.*.batch with accumulate, or llm.quantization: nf4"
     return Need("memory", total >= need, f"{gib(total)} in all, about {gib(need)} needed", remedy)
