@@ -39,19 +39,19 @@ def use(
     typer.echo("next: `terraalign run`, which does what is not done yet")
 
 
-def write_params(source: Path, settings: list[str]) -> None:
-    """Write params.yaml as `use` has it; UserError when anything is wrong with the file or a setting."""
+def write_params(source: Path, settings: list[str], to: Path = PARAMS) -> None:
+    """Write a file of parameters as `use` has it; UserError when anything is wrong with the file or a setting."""
     text = _read(source)
     title = f"{source} with --set" if settings else str(source)
     wanted = read_yaml(text, str(source))
     if settings:
         text, wanted = changed(text, wanted, settings)
-    with atomically(PARAMS) as file:
+    with atomically(to) as file:
         file.write(text.encode())
         file.flush()
         written = _read(Path(file.name))
         if read_yaml(written, title) != wanted:
-            raise UserError(title, "a value would read back as another", "edit params.yaml instead")
+            raise UserError(title, "a value would read back as another", f"edit {to} instead")
         parse_params(written, title)
 
 

@@ -230,19 +230,26 @@ def test_series_are_listed_with_the_lines_that_keep_them_on_one_side(monkeypatch
     for path in ("params.yaml", "profiles/demo.yaml"):
         Path(path).write_text(yaml.safe_dump({**DEMO, "data": data}))
 
-    def lines() -> dict[str, str]:
-        """What is to be put into the profile."""
-        said = CliRunner().invoke(cli.app, ["series", "classes"]).output
-        assert said.startswith("data/demo/series/classes.csv: 20 pictures in 4 series\nto keep each on one side, have")
-        assert "lines in profiles/demo.yaml, in place" in said
-        assert said.endswith("then `terraalign profile use demo`, `terraalign run`\n")
-        found: dict[str, str] = yaml.safe_load(said[said.index("data:") : said.index("then ")])["data"]["classes"]
-        return found
+    def said(*options: str) -> str:
+        return CliRunner().invoke(cli.app, ["series", "classes", *options]).output.replace("\n", " ")
 
-    first = lines()
-    assert first == {"split": "blocks", "groups": "data/demo/series/classes.csv"}
-    Path("params.yaml").write_text(yaml.safe_dump({**DEMO, "data": {**data, "classes": {**data["classes"], **first}}}))
-    assert list(lines()) == ["seen"], "the rest is there; with another text DVC has prepare read the file again"
+    first = {"split": "blocks", "groups": "data/demo/series/classes.csv"}
+    found = "data/demo/series/classes.csv: 20 pictures in 4 series "
+    assert said() == (
+        f"{found}to keep each on one side, have data.classes.split: blocks and data.classes.groups: "
+        f"{first['groups']} in profiles/demo.yaml and params.yaml: `terraalign series classes --use`, "
+        "then `terraalign run` "
+    )
+    used = "profiles/demo.yaml and params.yaml keep each on one side now; next: `terraalign run` "
+    assert said("--use") == found + used
+    for path in ("params.yaml", "profiles/demo.yaml"):
+        wanted = {**DEMO, "data": {**data, "classes": {**data["classes"], **first}}}
+        assert yaml.safe_load(Path(path).read_text()) == wanted
+    assert "have data.classes.seen: " in said(), (
+        "the rest is there; with another text DVC has prepare read the file again"
+    )
+    said("--use")
+    assert isinstance(yaml.safe_load(Path("params.yaml").read_text())["data"]["classes"]["seen"], str)
     assert pd.read_csv("data/demo/series/classes.csv")["group"].tolist() == [i - i % 5 for i in range(20)]
 
 
