@@ -113,12 +113,14 @@ def answer(
     for fault in faults:
         print(f"error: {fault}", file=sys.stderr)
     gc.disable()  # what is imported and loaded stays: looking through it is a quarter of a second of the first answer
-    from pipeline.answers.model import Model
+    try:
+        from pipeline.answers.model import Model
 
-    model = Model(params)
-    asked: Ask = how(model)
-    gc.freeze()
-    gc.enable()
+        model = Model(params)
+        asked: Ask = how(model)
+        gc.freeze()
+    finally:
+        gc.enable()
     failed, first = len(faults), True
     strange, known = list[Path](), list[Path]()
     for file, found in model.each(files, asked, batch):
@@ -133,7 +135,7 @@ def answer(
             first = False
         trained_on = model.trained_on(file)
         say(row_of(file, found, trained_on), as_json, top)
-        known += [file] if trained_on and not found.is_strange else []  # strange to what it is asked for, then
+        known += [file] if trained_on else []
         strange += [file] if found.is_strange else []
         if found.is_strange and len(strange) <= NAMED:
             print(f"warning: {readable(file)}: {_strange(found)}", file=sys.stderr)
@@ -163,14 +165,15 @@ def _source(found: Answer) -> str:
 
 def _strange(found: Answer) -> str:
     held_out = f"{'any' if found.strangeness == 1 else f'{found.strangeness:.1%}'} of those held out"
-    known = f"the pictures that {found.adapter} was trained on (further from them than {held_out})"
+    known = f"the pictures that {found.adapter} was trained on for this (further from them than {held_out})"
     return f"unlike {known}: expect nothing of the answer"
 
 
-def row_of(file: Path, found: Answer, known: bool) -> Row:
-    """An answer as `--json` prints it; `known`: the picture was trained on."""
+def row_of(file: Path, found: Answer, known: bool | None) -> Row:
+    """An answer as `--json` prints it; `known`: the picture was trained on, None: that cannot be told."""
     row: Row = {"photo": str(file), "answer": found.text, "adapter": found.adapter, "rule": found.rule}
-    row["trained_on"] = known
+    if known is not None:
+        row["trained_on"] = known
     if found.recipe is not None:
         row["recipe"] = found.recipe
     if found.strangeness is not None:

@@ -50,13 +50,14 @@ def run(
 
 
 def run_stages(
-    stages: dict[str, list[str]], jobs: int, urgency: Callable[[str], int], go_on: bool = False
-) -> list[UserError]:
+    stages: dict[str, list[str]], jobs: int, urgency: Callable[[str], int], go_on: bool = False,
+    threads: int | None = None,
+) -> list[UserError]:  # fmt: skip
     """Run stages side by side, given with those that each depends on; returns what failed, with its output.
 
     The most urgent of those that wait is next; of equals one whose kind is not being run already: two of a kind may
     prepare the same thing, such as an LLM's weights, at the same time. After a failure none is begun any more, or with
-    `go_on` none that depends on it.
+    `go_on` none that depends on it. Each has so many `threads`; default: its share of the cores.
     """
     sorter = TopologicalSorter(stages)
     sorter.prepare()
@@ -72,7 +73,8 @@ def run_stages(
                 stage = max(waiting, key=lambda stage: (urgency(stage), _kind(stage) not in kinds))
                 waiting.remove(stage)
                 # One that nothing else can run beside has all cores: none becomes ready before it is done.
-                running[pool.submit(_repro, stage, jobs if running or waiting else 1)] = stage
+                share = (os.cpu_count() or 1) // (jobs if running or waiting else 1)
+                running[pool.submit(_repro, stage, threads or max(1, share))] = stage
             if not running:
                 break  # all that is left depends on what failed
             done, _ = wait(running, return_when=FIRST_COMPLETED)
@@ -143,10 +145,9 @@ def _asked(
         raise UserError("dvc.yaml", " ".join(str(error).split()), "run `dvc repro` to see more") from None
 
 
-def _repro(stage: str, jobs: int) -> str:
+def _repro(stage: str, threads: int) -> str:
     """Have DVC run a single stage; returns what there is to say of it. Raises UserError with its output on failure."""
-    cores = str(max(1, (os.cpu_count() or 1) // jobs))
-    environment = {"OMP_NUM_THREADS": cores, **os.environ}
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
     command = [sys.executable, "-P", str(Path(__file__).with_name("repro.py")), stage]
     began = time.monotonic()
     while True:

@@ -54,6 +54,7 @@ def series(
 def _lines(params: Params, data: str) -> dict[str, str]:
     """What has `prepare` keep each series on one side: values of the data set's section, which `try` keeps."""
     settings, path = params.data_set(data), Run.of(params).series(data)
+    lines = {"split": "blocks", "groups": path.as_posix()}
     if settings.split == "blocks" and settings.groups == path:  # DVC knows nothing of the file
-        return {"seen": datetime.now().isoformat(" ", "seconds")}
-    return {"split": "blocks", "groups": path.as_posix()}
+        lines["seen"] = datetime.now().isoformat(" ", "seconds")
+    return lines

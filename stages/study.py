@@ -32,8 +32,8 @@ def study(
             "after equal steps. Repeatable: all of these, e.g. --only mlp --only 17.",
         ),
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Stages side by side; each gets its share of the cores.")] = 2,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Name the trainings, and run none.")] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Stages side by side, each on a core.")] = 2,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Name and reckon the trainings, and run none.")] = False,
     page: Annotated[bool, typer.Option("--page", help="Write the page of what is there, and run nothing.")] = False,
 ) -> None:
     """Compare adapters and ways to train them on the data of params.yaml, e.g. `terraalign study --only mlp`.
@@ -79,7 +79,7 @@ def _costs(run: Run, cells: list[Cell], recipes: Iterable[str]) -> str:
     stages = [list(cell.stages(recipes)) for cell in cells]
     seconds = [[timed(run.seconds(stage)).get("seconds") for stage in some] for some in stages]
     known = [sum(filter(None, some)) for some in seconds if None not in some]
-    told = f"{number(len(cells), 'training', 'trainings')}, {len(known)} of them run"
+    told = f"{number(len(cells), 'training', 'trainings')}, {len(known)} of them run here before"
     left = len(cells) - len(known)
     if not known or not left:
         return told
@@ -119,7 +119,8 @@ def _run(active: str, compared: Study, cells: list[Cell], jobs: int) -> list[Use
             if stage not in found:
                 found[stage] = graph[stage]
                 wanted += graph[stage]
-        return run_stages(found, jobs, lambda stage: -own.get(stage, -1), go_on=True)
+        # On a core each: equal seconds are no others where more, or none, run beside.
+        return run_stages(found, jobs, lambda stage: -own.get(stage, -1), go_on=True, threads=1)
 
 
 @contextmanager

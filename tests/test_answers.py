@@ -1,5 +1,6 @@
 """Whether a picture is like those that were trained on, on tokens made up; and whose parameters a run has."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -104,7 +105,13 @@ def test_too_few_pictures_tell_nothing(
 
 @pytest.mark.parametrize(
     "content",
-    [b"junk", b"", save({"known": torch.ones(2, 3)}), save({"known": torch.ones(2), "held_out": torch.ones(2)})],
+    [
+        b"junk",
+        b"",
+        save({"known": torch.ones(2, 3)}),
+        save({"known": torch.ones(2), "held_out": torch.ones(2)}),
+        save({"known": torch.ones(2, 3), "held_out": torch.ones(2, 4)}),
+    ],
 )
 def test_a_sample_that_is_none_is_told(demo: Params, content: bytes, capsys: pytest.CaptureFixture[str]) -> None:
     path = Run.of(demo).sample("classes")
@@ -132,7 +139,7 @@ def test_what_is_to_be_known_of_many_answers_is_summed_up(
         f"warning: {i}.jpg: unlike" for i in range(3)
     ]
     assert told[3] == "warning: so are 2 more of the 9 pictures" + ("" if as_json else "; --json says which")
-    assert told[4].startswith("note: trained on 1 of 9 (7.jpg): ") and len(told) == 5
+    assert told[4].startswith("note: trained on 2 of 9 (4.jpg, 7.jpg): ") and len(told) == 5
 
 
 def test_a_question_without_quotes_is_told(project: Path) -> None:
@@ -234,6 +241,42 @@ def test_a_question_to_what_knows_names_alone_is_answered_with_a_caution(
     assert len(notes) == cautioned
     if cautioned:
         assert "taught names" not in CliRunner().invoke(app, ["classify", "--llm", "a.png"]).stderr
+
+
+def test_a_name_with_a_tilde_is_that_file_or_one_in_the_home_folder(
+    demo: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for name, size in (("home/a.png", 1), ("~/b.png", 2), ("home/b.png", 3), ("~c.png", 4)):
+        Path(name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (size, 1)).save(name)
+    pictures = [decode(content_of(name)) for name in ("~/a.png", "~/b.png", Path("~c.png"))]
+    assert [picture.width for picture in pictures] == [1, 2, 4]
+    Path("home/d.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(40))
+    with pytest.raises(ValueError, match="save it as JPEG or PNG"):
+        Model(demo).encode(["~/d.heic"])
+
+
+def test_whether_a_picture_was_trained_on_is_told_or_said_to_be_unknown(
+    demo: Params, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, photo = Run.of(demo), Path("a.png")
+    Image.new("RGB", (8, 8)).save(photo)
+    digest = hashlib.sha256(photo.read_bytes()).hexdigest()
+    run.manifest("captions").parent.mkdir(parents=True)
+    for data, split, quarantine in (("captions", "test", None), ("classes", "train", None)):
+        rows = {"id": ["1"], "sha256": [digest], "split": [split], "quarantine": [quarantine], "captions": [[]]}
+        pd.DataFrame(rows).to_parquet(run.manifest(data))
+    assert Model(demo).trained_on(photo) is True and Model(demo).trained_on("gone.png") is None
+    assert Model(demo).trained_on(b"another") is False and capsys.readouterr().err == ""
+    pd.DataFrame(rows | {"quarantine": ["broken"]}).to_parquet(run.manifest("classes"))
+    assert Model(demo).trained_on(photo) is False
+    for content, words in ((b"PAR1", "cannot be read ("), (None, "no such manifest")):
+        run.manifest("classes").write_bytes(content) if content else run.manifest("classes").unlink()
+        model = Model(demo)
+        assert model.trained_on(photo) is None and model.trained_on(photo) is None
+        [said] = capsys.readouterr().err.splitlines()
+        assert said.startswith("whether pictures were trained on is not told: ") and words in said
 
 
 def test_names_that_lead_nowhere_are_one_line_each(demo: Params) -> None:

@@ -201,7 +201,7 @@ def test_the_command_exits_with_the_diagnosis(tmp_path: Path) -> None:
 def test_the_command_exits_with_0_when_all_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "params.yaml").write_text(profile("demo"))
     monkeypatch.setattr(costs, "disk_bytes", lambda params: 0.0)
-    monkeypatch.setattr(costs, "memory_bytes", lambda params, on_cpu: 0.0)
+    monkeypatch.setattr(costs, "memory_bytes", lambda params, on_cpu=False: 0.0)
     assert runner.invoke(cli.app, ["doctor"]).exit_code == 0
 
 

@@ -33,6 +33,7 @@ from pipeline.answers.model import Model
 from pipeline.answers.names import likeliest
 from pipeline.config import Params, load_params
 from pipeline.config.schema import LoRA
+from pipeline.devices import pick_dtype
 from pipeline.encoders.base import Parts
 from pipeline.encoders.timm_network import TimmTokens
 from pipeline.encoders.vision import load_vision_encoder
@@ -212,6 +213,7 @@ ENCODERS = [
     {"encoder": "open_clip", "model": "tiny-clip", "pretrained": "random"},
     {"encoder": "timm", "model": "test_vit", "pretrained": "random"},
 ]
+DTYPES = ["bfloat16", "auto", "float32", "float32"]  # of the LLM
 NAMES = ["a cat", "a red apple", "crème brûlée", "dog"]
 
 
@@ -224,7 +226,7 @@ def test_the_example_answers_as_we_do_where_there_is_no_terraalign(
         Path(str(number)).mkdir()
         os.chdir(tmp_path / str(number))
         Path("params.yaml").write_text((tmp_path / "params.yaml").read_text())
-        params = settings(vision, "nf4" if number == 2 else "none", "float32" if number else "bfloat16")
+        params = settings(vision, "nf4" if number == 2 else "none", DTYPES[number])
         trained = fine_tuned(params, data="captions" if number < 3 else "classes")
         if number == 3:
             named(trained, NAMES)
@@ -248,7 +250,9 @@ def test_the_example_answers_as_we_do_where_there_is_no_terraalign(
     assert done.stdout.splitlines() == [*said[:3], *shown, said[3]]
     for number, own in expected.items():
         soft_prompt, after, found = torch.load(tmp_path / "out" / f"{number}.pt")
-        error = 1e-5 if soft_prompt.dtype == torch.float32 else 0.01  # which is bfloat16
+        dtype = pick_dtype(DTYPES[number], torch.device("cpu"))
+        assert soft_prompt.dtype == dtype
+        error = 1e-5 if dtype == torch.float32 else 0.01
         torch.testing.assert_close(soft_prompt.float(), own.soft_prompt, atol=error, rtol=error)
         assert after == own.after
         assert dict(found or []) == pytest.approx(own.names or {}, abs=1e-4)

@@ -213,6 +213,26 @@ def test_a_file_of_captions_that_is_none_is_named_with_the_reason(name: str, con
     assert reason in str(error.value)
 
 
+def test_what_is_not_meant_to_hold_captions_is_not_called_unused() -> None:
+    for kind in ("ant", "bee"):
+        picture(f"food/images/{kind}/1.png")
+        picture(f"kinds/{kind}/1.png")
+        text(f"kinds/{kind}/1.txt", "an insect\n")
+    for name in ("classes", "labels", "train", "test"):
+        text(f"food/meta/{name}.txt", "ant\nbee\n")
+    text("food/meta/train.json", '{"ant": ["ant/1"]}')
+    text("kinds/README.txt", "Notes\rin old lines, " + "very " * 40_000)
+    for name in ("food", "kinds"):
+        assert recognise(Path(name).resolve()).unused == []
+
+
+def test_a_long_name_does_not_hide_the_others() -> None:
+    for at in range(3):
+        picture(f"long/{at}.png")
+    text("long/captions.csv", "file,text\n0.png,a\n1.png,b\n" + "x" * 300 + ".png,c\n")
+    assert recognise(Path("long").resolve()).sets["captions"].section["table"] == "captions.csv"
+
+
 def test_a_folder_of_pictures_that_are_not_read_says_so() -> None:
     Path("phone").mkdir()
     for at in range(5):

@@ -245,11 +245,14 @@ def test_series_are_listed_with_the_lines_that_keep_them_on_one_side(monkeypatch
     for path in ("params.yaml", "profiles/demo.yaml"):
         wanted = {**DEMO, "data": {**data, "classes": {**data["classes"], **first}}}
         assert yaml.safe_load(Path(path).read_text()) == wanted
-    assert "have data.classes.seen: " in said(), (
+    assert " and data.classes.seen: " in said(), (
         "the rest is there; with another text DVC has prepare read the file again"
     )
+    Path("profiles/demo.yaml").write_text(yaml.safe_dump({**DEMO, "data": data}))  # as where params.yaml alone has them
     said("--use")
-    assert isinstance(yaml.safe_load(Path("params.yaml").read_text())["data"]["classes"]["seen"], str)
+    for path in ("params.yaml", "profiles/demo.yaml"):
+        section = yaml.safe_load(Path(path).read_text())["data"]["classes"]
+        assert isinstance(section.pop("seen"), str) and section == {**data["classes"], **first}
     assert pd.read_csv("data/demo/series/classes.csv")["group"].tolist() == [i - i % 5 for i in range(20)]
 
 

@@ -1,6 +1,7 @@
 """A study: which trainings it is of, the parameters that make them stages, and the page of what they came to."""
 
 import json
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,19 @@ def test_params_come_back_also_after_a_kill(tmp_path, monkeypatch):
     assert not list(tmp_path.rglob(command.KEPT))
 
 
+def test_each_training_has_a_core_of_its_own(tmp_path, project, monkeypatch):
+    """So that equal seconds are the same however many run side by side."""
+    monkeypatch.chdir(tmp_path)
+    command.PARAMS.write_text((project / "profiles/demo.yaml").read_text())
+    (tmp_path / "study.yaml").write_text(TEXT)
+    asked = []
+    monkeypatch.setattr(command, "stages_of_graph", lambda: defaultdict(list))
+    monkeypatch.setattr(command, "run_stages", lambda *_, **options: asked.append(options) or [])
+    monkeypatch.setattr("pipeline.report.study.write_study", lambda *_: "study.html")
+    command.study(tmp_path / "study.yaml", only=["emd", "1"], jobs=1, dry_run=False, page=False)
+    assert asked == [{"go_on": True, "threads": 1}]
+
+
 def test_a_study_at_work_is_left_alone(tmp_path, project, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     own = (project / "profiles/demo.yaml").read_text()
@@ -120,7 +134,7 @@ def test_a_study_at_work_is_left_alone(tmp_path, project, monkeypatch, capsys):
     with command._active("profile: demo-study\n"):
         command.study(tmp_path / "study.yaml", only=["late", "1", "steps"], jobs=1, dry_run=True, page=False)
         said = capsys.readouterr()
-        assert said.out.split() == ["query_late_1"] and said.err == "1 training, 0 of them run\n"
+        assert said.out.split() == ["query_late_1"] and said.err == "1 training, 0 of them run here before\n"
         with pytest.raises(UserError, match="a study is at work"):
             command.study(tmp_path / "study.yaml", only=None, jobs=1, dry_run=False, page=False)
         assert command.PARAMS.read_text() == "profile: demo-study\n"
@@ -175,7 +189,7 @@ def test_the_command_names_trainings_without_running_any(project, tmp_path, monk
     (tmp_path / "mine.yaml").write_text(TEXT)
     command.study(tmp_path / "mine.yaml", only=["emd", "1"], jobs=1, dry_run=True, page=False)
     names, said = ["linear_emd_1", "query_emd_1", "linear_emd_1_5s", "query_emd_1_5s"], capsys.readouterr()
-    assert said.out.split() == names and said.err == "4 trainings, 0 of them run\n"
+    assert said.out.split() == names and said.err == "4 trainings, 0 of them run here before\n"
     study = parse_study(TEXT, "mine.yaml")
     for stage in study.cells()[0].stages(study.recipes):
         path = Run("demo-study").seconds(stage)
@@ -183,7 +197,9 @@ def test_the_command_names_trainings_without_running_any(project, tmp_path, monk
         path.write_text('{"seconds": 20.0}')
     command.study(tmp_path / "mine.yaml", only=["emd", "1"], jobs=1, dry_run=True, page=False)
     said = capsys.readouterr()
-    assert "4 trainings, 1 of them run; the other 3 take 6\u00a0min 0\u00a0s, one after the other" in said.err
+    assert (
+        "4 trainings, 1 of them run here before; the other 3 take 6\u00a0min 0\u00a0s, one after the other" in said.err
+    )
     with pytest.raises((UserError, typer.Exit)):
         command.study(tmp_path / "none.yaml", only=None, jobs=1, dry_run=True, page=False)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import sys
 import threading
 import warnings
@@ -94,7 +95,7 @@ class Model:
 
         Its parameters are those of params.yaml or, where another profile is active, of profiles/<profile>.yaml.
         """
-        folder = Path(folder).expanduser().resolve()
+        folder = Path(os.path.expanduser(folder)).resolve()  # noqa: PTH111 - which raises nothing
         if not folder.is_dir() or folder.parent.name != RESULTS.name:
             raise UserError(folder, "not the results of a run", "give data/<profile> in a project's folder")
         project = folder.parents[1]
@@ -135,12 +136,17 @@ class Model:
                 now, ahead = ahead, loading()
                 yield from self._answered(now, ask)
 
-    def trained_on(self, picture: Picture) -> bool:
+    def trained_on(self, picture: Picture) -> bool | None:
         """Whether a file is one that this run trained on: what is said of it says little about new ones.
 
-        By its SHA-256: a copy that was saved again, or an open picture, is not found. Raises OSError as reading does.
+        By its SHA-256: a copy that was saved again, or an open picture, is not found. None where it cannot be told:
+        the file cannot be read any more, or a list of the run's pictures not either, which is said on stderr, once.
         """
-        return hashlib.sha256(content_of(picture)).hexdigest() in self._digests
+        try:
+            content = content_of(picture)
+        except OSError:
+            return None
+        return None if self._digests is None else hashlib.sha256(content).hexdigest() in self._digests
 
     def encode(self, pictures: Sequence[Picture]) -> Tensor:
         """Image tokens of pictures, float32 [B, N, D_img] on the CPU: those of extraction, but for its decoder.
@@ -298,12 +304,18 @@ class Model:
     # Models, loaded when they are first asked for.
 
     @cached_property
-    def _digests(self) -> set[str]:
+    def _digests(self) -> set[str] | None:
         from pipeline.store.reader import training_digests
 
-        with self._in_project():
-            sets = [data for data in self.params.run.data if self.run.manifest(data).exists()]
-            return {digest for data in sets for digest in training_digests(self.run, data)}
+        params = self.params
+        sets = {data for name in params.run.adapters for data in params.pretrain_for(name).data}
+        sets |= {data for recipe in params.run.recipes for data in params.finetune.recipes[recipe].data}
+        try:
+            with self._in_project():
+                return {digest for data in sorted(sets) for digest in training_digests(self.run, data)}
+        except UserError as fault:
+            print(f"whether pictures were trained on is not told: {fault}", file=sys.stderr)
+            return None
 
     @cached_property
     def _encoder(self) -> VisionEncoder:

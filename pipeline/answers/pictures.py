@@ -27,7 +27,7 @@ def content_of(picture: Picture) -> bytes:
     if isinstance(picture, bytes):
         return picture
     if isinstance(picture, str | os.PathLike):
-        return read(str(Path(picture).expanduser()))
+        return read(_name_of(picture))
     if isinstance(picture, np.ndarray):
         if picture.dtype != np.uint8 or picture.shape[2:] != (3,):
             raise TypeError(f"picture: an array has to be uint8 [H, W, 3], not {picture.dtype} {list(picture.shape)}")
@@ -40,6 +40,12 @@ def content_of(picture: Picture) -> bytes:
     return file.getvalue()
 
 
+def _name_of(picture: str | os.PathLike[str]) -> str:
+    """A file's name, of which ~ is the home folder if no file is so called."""
+    name = str(picture)
+    return name if os.path.exists(name) else os.path.expanduser(name)  # noqa: PTH110, PTH111 - Path merges // of URLs
+
+
 @contextlib.contextmanager
 def explained(picture: Picture) -> Iterator[None]:
     """What fails is a ValueError, of a file with the reason for which one in a folder is left out."""
@@ -48,7 +54,7 @@ def explained(picture: Picture) -> Iterator[None]:
     except OSError as error:
         raise ValueError(error.strerror or str(error)) from None
     except ValueError as error:
-        reason = no_picture(Path(picture)) if isinstance(picture, str | os.PathLike) else None
+        reason = no_picture(Path(_name_of(picture))) if isinstance(picture, str | os.PathLike) else None
         raise ValueError(reason or str(error)) from None
 
 

@@ -9,17 +9,18 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError, readable
+from pipeline.errors import UserError
 from pipeline.sources import table
 from pipeline.sources.folders import SUFFIXES, is_hidden, pictures_below
 from pipeline.sources.imagefolder import PARTS
-from pipeline.sources.texts import by_reason, decode, listed, parse_json
+from pipeline.sources.texts import by_reason, decode, listed, one_line, parse_json
 
 # Folders that are called so only because something has to be their name.
 GENERIC = {"images", "image", "imgs", "img", "pictures", "photos", "pics", "jpg", "jpegs", "jpegimages", "data"}
 TABLES, JSON = (".csv", ".tsv", ".txt", *table.LINES), ".json"
 LOOKED_AT = 200  # names of a file of captions that are looked for
 SIDECARS = 50  # so many texts in a folder are one for each picture, and no table
+LONGEST = 200  # characters of a reason
 LARGEST = 2**30  # bytes of a JSON file that is read whole
 NEARLY = 0.9  # share of a folder's pictures that have captions, from which it is a folder of these
 ALONE = "the only class folder, and so nothing to tell apart"
@@ -86,7 +87,7 @@ def _nothing_in(folder: Path, faults: list[str]) -> str:
 def _files_of_captions(folder: Path, faults: list[str]) -> Iterator[DataSet]:
     """The files of captions in a folder and in those right below it, with the pictures they name.
 
-    Why others are none goes to `faults`.
+    Why others are none, which seem meant to be, goes to `faults`.
     """
     for place in [folder, *_folders(folder)]:
         kinds = {JSON, *TABLES}
@@ -95,9 +96,10 @@ def _files_of_captions(folder: Path, faults: list[str]) -> Iterator[DataSet]:
             try:
                 names, source = _named_by(path)
                 images = _where(names, path.parent, folder)
-            except (OSError, ValueError) as fault:
+            except (OSError, ValueError, UserError) as fault:
                 reason = fault.strerror if isinstance(fault, OSError) else fault
-                faults.append(f"{path}: no captions ({readable(reason)})")
+                if "caption" in path.stem.lower() or (place == folder and path.suffix.lower() != ".txt"):
+                    faults.append(f"{path}: no captions ({one_line(reason)[:LONGEST]})")
                 continue
             key = "captions" if source == "coco" else "table"
             relative = {key: path.relative_to(folder), "images": images.relative_to(folder)}
@@ -166,7 +168,7 @@ def _where(names: list[str], beside: Path, folder: Path) -> Path:
     places = dict.fromkeys([beside, folder, *_folders(beside), *_folders(folder)])
     places |= dict.fromkeys(inner for place in list(places) for inner in _folders(place))
     few = names[:: max(1, len(names) // LOOKED_AT)]
-    counts = {place: sum((place / name).is_file() for name in few) for place in places}
+    counts = {place: sum(os.path.isfile(place / name) for name in few) for place in places}  # noqa: PTH113 - any name
     best = max(counts, key=lambda place: counts[place])
     if not counts[best]:
         raise ValueError(f"no file that it names is there; the first is {names[0]}")

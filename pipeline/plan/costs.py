@@ -17,7 +17,7 @@ TOKEN_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "int8": 1}
 BYTES_PER_WEIGHT = {"none": 2.0, "nf4": 0.6}
 # Activation bytes per token, unit of width and layer: as measured at 7 billion parameters (docs/benchmarks.md, GPU).
 ACTIVATION_BYTES = {"keep": 50, "recompute": 5}
-# On a CPU they are float32, and what is freed is kept; weights are expanded, to float32 at most: as measured at 135
+# On a CPU they are float32, as are weights that are not in 4 bits, and what is freed is kept: as measured at 135
 # million parameters. torch and transformers alone hold more than a GiB there.
 CPU_ACTIVATIONS, CPU_WEIGHT, CPU_LIBRARIES = 6, 4.0, 1.2 * GIB
 PROMPT_TOKENS = 40
@@ -84,7 +84,7 @@ def memory_bytes(params: Params, on_cpu: bool = False) -> float:
     """Fine-tuning: LLM, adapter with gradients and Adam's moments (16 bytes), activations; on a CPU libraries, too."""
     batch = max(params.finetune_for(*pair).batch for pair in fine_tunings(params))
     activations = batch * sequence(params) * activation_bytes(params, on_cpu)
-    each = CPU_WEIGHT if on_cpu else BYTES_PER_WEIGHT[params.llm.quantization]
+    each = CPU_WEIGHT if on_cpu and params.llm.quantization == "none" else BYTES_PER_WEIGHT[params.llm.quantization]
     held = each * llm_shape(params)[0] + 16 * adapter_parameters(params) + activations
     return held + (CPU_LIBRARIES if on_cpu else 0.0)
 

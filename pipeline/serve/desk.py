@@ -59,6 +59,7 @@ class Desk:
     def warm(self) -> None:
         """Load what the first answer needs; what is not there yet is told when it is asked for."""
         missing = lacking(self.model.params)
+        self.model.trained_on(b"")  # before the LLM is loaded, for which its list would wait
         for way in (way for way in self.ways if way not in missing):
             try:
                 ask = self._ask(way)
@@ -83,7 +84,7 @@ class Desk:
         checked(content)
         return self._said(self.model.encode([content]), question)
 
-    def _parts(self, picture: Image.Image, tokens: Tensor, known: bool) -> Generator[Event, None, None]:
+    def _parts(self, picture: Image.Image, tokens: Tensor, known: bool | None) -> Generator[Event, None, None]:
         yield {
             "event": "picture", "width": picture.width, "height": picture.height, "uri": data_uri(picture),
             "trained_on": known,

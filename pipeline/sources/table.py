@@ -110,7 +110,10 @@ def columns_of(entry: Iterable[str]) -> tuple[str | None, str | None]:
 def header_of(line: str) -> tuple[list[str], str] | None:
     """The names of the columns in the first line of a CSV file, and what parts them; None where they say nothing."""
     for delimiter in DELIMITERS:
-        names = next(csv.reader([line], delimiter=delimiter), [])
+        try:
+            names = next(csv.reader([line], delimiter=delimiter), [])
+        except csv.Error:  # no table: other line ends, or a line without end
+            return None
         if all(columns_of(names)):
             return names, delimiter
     return None

@@ -60,7 +60,11 @@ def _manifest(run: Run, data: str) -> pa.Table:
     path = run.manifest(data)
     if not path.exists():
         raise UserError(path, "no such manifest", remedy(path))
-    return pq.ParquetFile(path).read()  # not read_table, which imports pandas
+    try:
+        return pq.ParquetFile(path).read()  # not read_table, which imports pandas
+    except (OSError, pa.ArrowException) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(path, f"cannot be read ({reason})", remedy(path, force=True)) from None
 
 
 class ImageTokens:
