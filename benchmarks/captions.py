@@ -20,9 +20,9 @@ from pipeline.llms.load import load_llm
 from pipeline.metrics.evaluate import Candidate
 from pipeline.metrics.things import Things, f_score
 from pipeline.runs import Run
-from pipeline.store.reader import ImageTokens, evenly
+from pipeline.store.reader import COUNTED, ImageTokens, evenly
 from pipeline.tasks.base import Task
-from pipeline.tasks.captioning import COUNTED, common_tokens
+from pipeline.tasks.captioning import common_tokens
 from pipeline.training.finetune import finetune
 
 

@@ -56,7 +56,6 @@ from pipeline.naming.nearest import Nearest
 from pipeline.naming.table import hinted
 from pipeline.origin import ENCODER, Origin, Words, weights_of
 from pipeline.store.reader import training_captions
-from pipeline.tasks.captioning import COUNTED
 from pipeline.vlm import add_lora, load_vlm
 from stages.cli import app
 
@@ -195,7 +194,7 @@ def ours(trained: Trained, photo: Path) -> Ours:
         hint = task.hint(hinted(names.items(), trained.recipe.hints))
         text = answering.classify(photo, llm=True).text
         return Ours(text, soft_prompt, model.prompt(task.prompt, hint)[1], names)
-    decoding = task.decoding(model, training_captions(trained.run, "captions", COUNTED))
+    decoding = task.decoding(model, training_captions(trained.run, "captions"))
     [text] = model.generate(tokens, task.prompt, task.max_tokens, **decoding)
     return Ours(text, soft_prompt, model.prompt(task.prompt)[1])
 

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pipeline.config import Params
 from pipeline.errors import UserError
 from pipeline.extraction.near import read_sample
 from pipeline.runs import Run
+from pipeline.store.reader import training_digests
 
 FEWEST = 20  # held-out pictures; fewer say nothing of what is usual
 STRANGE = 0.99
@@ -69,6 +71,17 @@ def familiar_with(run: Run, sets: list[str]) -> Familiar | None:
         return Familiar.of(run, sets)
     except UserError as fault:
         print(f"whether pictures are like those trained on is not told: {fault}", file=sys.stderr)
+        return None
+
+
+def digests_of(params: Params) -> set[str] | None:
+    """SHA-256 of the files that a run trains on, or None where a list of them cannot be read, and why on stderr."""
+    sets = {data for name in params.run.adapters for data in params.pretrain_for(name).data}
+    sets |= {data for recipe in params.run.recipes for data in params.finetune.recipes[recipe].data}
+    try:
+        return {digest for data in sorted(sets) for digest in training_digests(Run.of(params), data)}
+    except UserError as fault:
+        print(f"whether pictures were trained on is not told: {fault}", file=sys.stderr)
         return None
 
 

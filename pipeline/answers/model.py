@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import os
 import sys
 import threading
 import warnings
@@ -22,9 +20,9 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.answers.best import best_adapter, best_finetuned, classes, namers, pretrained
-from pipeline.answers.familiar import STRANGE, Familiar, familiar_with
+from pipeline.answers.familiar import STRANGE, Familiar, digests_of, familiar_with
 from pipeline.answers.names import NamedBy, emd_at_work, hints_at_work, likeliest, namer_at_work
-from pipeline.answers.pictures import Picture, content_of, explained, naming
+from pipeline.answers.pictures import Picture, content_of, digest_of, explained, name_of, naming
 from pipeline.config import Params, load_params
 from pipeline.devices import pick_device
 from pipeline.encoders.base import Encoder
@@ -33,6 +31,7 @@ from pipeline.errors import UserError
 from pipeline.media.decoding import Broken, Decoder, Loaded
 from pipeline.media.pictures import decode
 from pipeline.runs import RESULTS, Run
+from pipeline.store.reader import training_captions
 
 if TYPE_CHECKING:
     from pipeline.llms.load import LanguageModel
@@ -41,7 +40,6 @@ if TYPE_CHECKING:
 P = TypeVar("P", str, Path, bytes, Image.Image, np.ndarray)
 Rule = Literal["llm", "namer", "emd", "discriminant"]
 ANSWER_TOKENS, NO_REPEAT = 40, 4  # of an answer to a question of one's own; and a run of tokens that stands there once
-TOP = 5
 # What libraries warn of that is meant so (VLM.generate), or that is between them (PEFT asks transformers).
 MEANT = "Passing `(repetition_penalty|no_repeat_ngram_size)`|`is_gradient_checkpointing` is deprecated"
 
@@ -95,7 +93,7 @@ class Model:
 
         Its parameters are those of params.yaml or, where another profile is active, of profiles/<profile>.yaml.
         """
-        folder = Path(os.path.expanduser(folder)).resolve()  # noqa: PTH111 - which raises nothing
+        folder = Path(name_of(folder)).resolve()
         if not folder.is_dir() or folder.parent.name != RESULTS.name:
             raise UserError(folder, "not the results of a run", "give data/<profile> in a project's folder")
         project = folder.parents[1]
@@ -108,7 +106,7 @@ class Model:
         """What is to be seen in a picture. Raises ValueError, as `encode`, where it is none."""
         return self.captions()(self.encode([picture]))[0]
 
-    def classify(self, picture: Picture, llm: bool = False, top: int = TOP) -> Answer:
+    def classify(self, picture: Picture, llm: bool = False, top: int = 5) -> Answer:
         """Which of its classes a picture is of, with probabilities; `llm`: said and ranked by the fine-tuned LLM."""
         return self.names(llm, top)(self.encode([picture]))[0]
 
@@ -137,16 +135,12 @@ class Model:
                 yield from self._answered(now, ask)
 
     def trained_on(self, picture: Picture) -> bool | None:
-        """Whether a file is one that this run trained on: what is said of it says little about new ones.
+        """Whether a file, by its SHA-256, is one that this run trained on: its answers say little about new ones.
 
-        By its SHA-256: a copy that was saved again, or an open picture, is not found. None where it cannot be told:
-        the file cannot be read any more, or a list of the run's pictures not either, which is said on stderr, once.
+        None where it cannot be told: the file or, which stderr says once, a list of the run's pictures can't be read.
         """
-        try:
-            content = content_of(picture)
-        except OSError:
-            return None
-        return None if self._digests is None else hashlib.sha256(content).hexdigest() in self._digests
+        known, digest = self._digests, digest_of(picture)
+        return None if known is None or digest is None else digest in known
 
     def encode(self, pictures: Sequence[Picture]) -> Tensor:
         """Image tokens of pictures, float32 [B, N, D_img] on the CPU: those of extraction, but for its decoder.
@@ -181,11 +175,7 @@ class Model:
         look, decoding = self._familiar_with(sets), dict[str, Any]()
         if trained:
             with self._at_work(folder, "adapter") as model, self._in_project():
-                from pipeline.store.reader import training_captions
-                from pipeline.tasks.captioning import COUNTED
-
-                captions = training_captions(self.run, self._data_of("caption", sets), COUNTED)
-                decoding = task.decoding(model, captions)
+                decoding = task.decoding(model, training_captions(self.run, self._data_of("caption", sets)))
 
         def answers(tokens: Tensor) -> list[Answer]:
             weights = (folder, "adapter") if trained else (self.run.pretrained(adapter), "last")
@@ -198,7 +188,7 @@ class Model:
 
         return answers
 
-    def names(self, llm: bool = False, top: int = TOP, rule: Rule = "namer") -> Ask:
+    def names(self, llm: bool = False, top: int = 5, rule: Rule = "namer") -> Ask:
         """What names pictures: the namer, by one of naming.rules.RULES, or the fine-tuned LLM with its hints.
 
         Before stage `name` has run it is EMD alone, whatever the rule.
@@ -305,17 +295,8 @@ class Model:
 
     @cached_property
     def _digests(self) -> set[str] | None:
-        from pipeline.store.reader import training_digests
-
-        params = self.params
-        sets = {data for name in params.run.adapters for data in params.pretrain_for(name).data}
-        sets |= {data for recipe in params.run.recipes for data in params.finetune.recipes[recipe].data}
-        try:
-            with self._in_project():
-                return {digest for data in sorted(sets) for digest in training_digests(self.run, data)}
-        except UserError as fault:
-            print(f"whether pictures were trained on is not told: {fault}", file=sys.stderr)
-            return None
+        with self._in_project():
+            return digests_of(self.params)
 
     @cached_property
     def _encoder(self) -> VisionEncoder:
@@ -399,7 +380,7 @@ class Model:
 
 def _told(
     texts: list[str], strangeness: Sequence[float | None], adapter: str, recipe: str | None,
-    names: Sequence[dict[str, float]] | None = None, top: int = TOP, rule: Rule = "llm",
+    names: Sequence[dict[str, float]] | None = None, top: int = 5, rule: Rule = "llm",
 ) -> list[Answer]:  # fmt: skip
     best = [dict(islice(some.items(), top)) for some in names] if names else [dict[str, float]()] * len(texts)
     told = zip(texts, best, strangeness, strict=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import os
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ def content_of(picture: Picture) -> bytes:
     if isinstance(picture, bytes):
         return picture
     if isinstance(picture, str | os.PathLike):
-        return read(_name_of(picture))
+        return read(name_of(picture))
     if isinstance(picture, np.ndarray):
         if picture.dtype != np.uint8 or picture.shape[2:] != (3,):
             raise TypeError(f"picture: an array has to be uint8 [H, W, 3], not {picture.dtype} {list(picture.shape)}")
@@ -40,7 +41,15 @@ def content_of(picture: Picture) -> bytes:
     return file.getvalue()
 
 
-def _name_of(picture: str | os.PathLike[str]) -> str:
+def digest_of(picture: Picture) -> str | None:
+    """SHA-256 of these bytes, in hexadecimal digits; None where a file cannot be read. Raises TypeError as above."""
+    try:
+        return hashlib.sha256(content_of(picture)).hexdigest()
+    except OSError:
+        return None
+
+
+def name_of(picture: str | os.PathLike[str]) -> str:
     """A file's name, of which ~ is the home folder if no file is so called."""
     name = str(picture)
     return name if os.path.exists(name) else os.path.expanduser(name)  # noqa: PTH110, PTH111 - Path merges // of URLs
@@ -54,7 +63,7 @@ def explained(picture: Picture) -> Iterator[None]:
     except OSError as error:
         raise ValueError(error.strerror or str(error)) from None
     except ValueError as error:
-        reason = no_picture(Path(_name_of(picture))) if isinstance(picture, str | os.PathLike) else None
+        reason = no_picture(Path(name_of(picture))) if isinstance(picture, str | os.PathLike) else None
         raise ValueError(reason or str(error)) from None
 
 

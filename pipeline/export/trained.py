@@ -26,7 +26,6 @@ from pipeline.origin import check_start
 from pipeline.runs import Run
 from pipeline.store.reader import training_captions
 from pipeline.tasks.base import Task
-from pipeline.tasks.captioning import COUNTED
 
 # What Task.decoding says, in the words of transformers' generate.
 GENERATE = {"beams": "num_beams", "no_repeat": "no_repeat_ngram_size", "repetition_penalty": "repetition_penalty"}
@@ -142,7 +141,7 @@ class Trained:
         texts, task, tokenizer = self.texts, self.task, self.texts.tokenizer
         before, after = texts.prompt(task.prompt, self.params.llm.system_prompt)
         # A task decodes by the words of its data set alone, so that nobody has to load the LLM for them.
-        captions = training_captions(self.run, self.data, COUNTED)
+        captions = training_captions(self.run, self.data)
         decoding = task.decoding(cast(Any, SimpleNamespace(texts=texts)), captions)
         once = decoding.pop("may_repeat", None)
         may_repeat = None if once is None else sorted({*once, tokenizer.eos_token_id})

@@ -22,13 +22,16 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+COUNTED = 1000  # training pictures, whose captions say which words are common: an answer waits for it
+
+
 def usable_rows(run: Run, data: str) -> pd.DataFrame:
     """The rows of a prepared manifest that are not in quarantine, sorted by id."""
     rows = _manifest(run, data).to_pandas()
     return rows[rows["quarantine"].isna()].sort_values("id", ignore_index=True)
 
 
-def training_captions(run: Run, data: str, most: int) -> list[list[str]]:
+def training_captions(run: Run, data: str, most: int = COUNTED) -> list[list[str]]:
     """The captions of each of at most so many training pictures, evenly spread over those of a manifest.
 
     Without pandas and pyarrow.compute, for which a first answer would wait.

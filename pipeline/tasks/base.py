@@ -78,7 +78,7 @@ class Task(ABC):
     def decoding(self, model: VLM, captions: Sequence[Sequence[str]]) -> dict[str, Any]:
         """How a fine-tuned model's answers are decoded: what `VLM.generate` takes besides; nothing: greedily.
 
-        `captions` are those of each of at most captioning.COUNTED training pictures.
+        `captions` are those of each of at most reader.COUNTED training pictures.
         """
         return {}
 

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from pipeline.store.reader import ImageTokens
     from pipeline.vlm import VLM
 
-COUNTED = 1000  # training pictures, whose captions say which tokens are common: an answer waits for it
-
 
 class CaptioningSettings(Section):
     caption_tokens: Positive = 40
@@ -73,7 +71,7 @@ class Captioning(Task):
 
     def predict(self, models: Models, images: ImageTokens, batch: int, seed: int) -> pd.DataFrame:
         """A seeded choice of test pictures: id, image, references, and the captions pretrained and finetuned."""
-        from pipeline.store.reader import evenly
+        from pipeline.store.reader import COUNTED, evenly
 
         settings = self.settings
         positions = choose(images, settings.captions, seed)
