@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pipeline.answers.best import best_adapter, best_finetuned, classes, namers, pretrained
 from pipeline.answers.familiar import STRANGE, Familiar, digests_of, familiar_with
-from pipeline.answers.names import NamedBy, emd_at_work, hints_at_work, likeliest, namer_at_work
+from pipeline.answers.names import TOP, NamedBy, emd_at_work, hints_at_work, likeliest, namer_at_work
 from pipeline.answers.pictures import Picture, content_of, digest_of, explained, name_of, naming
 from pipeline.config import Params, load_params
 from pipeline.devices import pick_device
@@ -106,7 +106,7 @@ class Model:
         """What is to be seen in a picture. Raises ValueError, as `encode`, where it is none."""
         return self.captions()(self.encode([picture]))[0]
 
-    def classify(self, picture: Picture, llm: bool = False, top: int = 5) -> Answer:
+    def classify(self, picture: Picture, llm: bool = False, top: int = TOP) -> Answer:
         """Which of its classes a picture is of, with probabilities; `llm`: said and ranked by the fine-tuned LLM."""
         return self.names(llm, top)(self.encode([picture]))[0]
 
@@ -188,7 +188,7 @@ class Model:
 
         return answers
 
-    def names(self, llm: bool = False, top: int = 5, rule: Rule = "namer") -> Ask:
+    def names(self, llm: bool = False, top: int = TOP, rule: Rule = "namer") -> Ask:
         """What names pictures: the namer, by one of naming.rules.RULES, or the fine-tuned LLM with its hints.
 
         Before stage `name` has run it is EMD alone, whatever the rule.
@@ -380,7 +380,7 @@ class Model:
 
 def _told(
     texts: list[str], strangeness: Sequence[float | None], adapter: str, recipe: str | None,
-    names: Sequence[dict[str, float]] | None = None, top: int = 5, rule: Rule = "llm",
+    names: Sequence[dict[str, float]] | None = None, top: int = TOP, rule: Rule = "llm",
 ) -> list[Answer]:  # fmt: skip
     best = [dict(islice(some.items(), top)) for some in names] if names else [dict[str, float]()] * len(texts)
     told = zip(texts, best, strangeness, strict=True)

@@ -17,6 +17,7 @@ from pipeline.naming.weigh import combined
 from pipeline.origin import check_start
 from pipeline.runs import Run
 
+TOP = 5  # names that are given, of all
 NamedBy = Callable[[Tensor, str], list[dict[str, float]]]
 """All names of pictures, tokens [B, N, D_img], with their probabilities by a rule, the likeliest first."""
 
