@@ -39,6 +39,11 @@ class UserErrors(UserError):
         return "\n".join(map(str, self.faults))
 
 
+def reason(error: BaseException) -> str:
+    """What another package's exception says, in one line; its type where it says nothing."""
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
 def readable(text: object) -> str:
     r"""`text` for people: \xe9 for a byte of a file's name that is not UTF-8, \x1b for a control character, \ud83d for
     half a surrogate pair. What is left any UTF-8 file and terminal can hold; line ends stay."""

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from pipeline.adapters.module import Adapter, load_adapter
 from pipeline.config import LLM
 from pipeline.config.schema import LoRA
-from pipeline.errors import UserError
+from pipeline.errors import UserError, reason
 from pipeline.llms.load import LanguageModel, context_of, load_llm
 from pipeline.llms.ranking import Forest, Trie, best, grow, tree_reach
 from pipeline.llms.spliced import IGNORED, answered, read_on, read_once, splice
@@ -355,7 +355,7 @@ def add_lora(llm: LanguageModel, params: LoRA) -> Any:
     try:
         return get_peft_model(llm.network, config)
     except ValueError as error:
-        raise UserError(f"finetune.lora.modules {params.modules}", str(error).splitlines()[0]) from None
+        raise UserError(f"finetune.lora.modules {params.modules}", reason(error)) from None
 
 
 @contextmanager

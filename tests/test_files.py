@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, reason
 from pipeline.files import atomic_folder, atomically, foreign_faults
 
 pytestmark = pytest.mark.usefixtures("project")
@@ -64,3 +64,8 @@ def test_foreign_faults_are_one_line_and_ours_pass() -> None:
         raise UserError("", "ours")
     with pytest.raises(OSError, match="No space left"), foreign_faults(fault):
         raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_the_reason_of_a_foreign_fault_is_never_empty() -> None:
+    assert reason(ValueError("first\nsecond")) == "first"
+    assert reason(OSError()) == reason(OSError("\n")) == "OSError"

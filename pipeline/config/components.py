@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.base import Section
-from pipeline.errors import readable
+from pipeline.errors import readable, reason
 
 # Where each kind of part has its list {name: "package.module:Class"}, and the class that its classes derive from.
 KINDS = {
@@ -98,7 +98,7 @@ def _foreign(kind: str, name: str) -> Any:
     try:
         found = getattr(importlib.import_module(module), attribute, None)
     except (Exception, SystemExit) as error:  # a user's code raises what it likes
-        raise ValueError(f"{module} cannot be imported: {type(error).__name__}: {_first_line(error)}") from error
+        raise ValueError(f"{module} cannot be imported: {type(error).__name__}: {reason(error)}") from error
     _check(kind, module, attribute, found)
     _named.add((kind, name))
     return found
@@ -141,7 +141,3 @@ def _file_of(module: str) -> str | None:
 def _import(address: str) -> Any:
     module, _, attribute = address.partition(":")
     return getattr(importlib.import_module(module), attribute)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0]

@@ -11,7 +11,7 @@ from ruamel.yaml.constructor import SafeConstructor
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from pipeline.errors import UserError, UserErrors
+from pipeline.errors import UserError, UserErrors, reason
 
 
 def read_yaml(text: str, name: str) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def read_tree(text: str, name: str) -> tuple[Node, dict[str, Any]]:
     except YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         at = mark.line if mark else text.count("\n", 0, getattr(error, "position", 0))
-        why = getattr(error, "problem", None) or str(error).splitlines()[0]
+        why = getattr(error, "problem", None) or reason(error)
         raise UserError(f"{name}:{at + 1}", f"not valid YAML: {why}") from None
     return tree, values
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, reason
 from pipeline.files import foreign_faults
 
 REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -37,9 +37,9 @@ def why_not(repo: str) -> str | None:
     try:
         HfApi().whoami()
     except HfHubHTTPError as error:
-        raise UserError("the hub refuses the login", _first_line(error), "run `hf auth login` again") from None
+        raise UserError("the hub refuses the login", reason(error), "run `hf auth login` again") from None
     except Exception as error:  # of whatever library carries it: no network, no such host, no answer
-        return f"{constants.ENDPOINT} cannot be reached ({_first_line(error)})"
+        return f"{constants.ENDPOINT} cannot be reached ({reason(error)})"
     return None
 
 
@@ -57,7 +57,3 @@ def push(repo: str, folder: Path, private: bool) -> str:
             commit_message="Export of TerraAlign",
         )
     return str(made)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline import versions
-from pipeline.errors import UserError
+from pipeline.errors import UserError, reason
 from pipeline.media.pictures import PlainJPEG, decode, plain_jpeg
 from pipeline.media.preprocess import Preprocess
 
@@ -237,7 +237,7 @@ def decoder_fault(name: str, device: torch.device) -> str | None:
         decoder = _make(name, trial, device)
         found = decoder.batch([decoder.load(file) for file in files], len(files)).cpu()
     except (RuntimeError, ImportError) as error:  # a later torchvision is to leave decoding to torchcodec
-        return f"{name} does not work here ({_line(error)})"
+        return f"{name} does not work here ({reason(error)})"
     wrong = (found.float() - torch.stack([trial(decode(file)) for file in files])).abs().mean((1, 2, 3)).max()
     return f"{name} gives other pictures than PIL here" if wrong > 4 or decoder.take_refused() else None
 
@@ -290,10 +290,6 @@ def _raise_unless_refused(error: RuntimeError) -> None:
     memory = isinstance(error, torch.OutOfMemoryError) or re.search("memory|allocat|CUDA error", str(error))
     if memory or (status and status[1] not in _OF_THE_FILE):
         raise error
-
-
-def _line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def _groups(pictures: list[Loaded]) -> Iterator[list[tuple[int, Encoded]]]:

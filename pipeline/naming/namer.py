@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, reason
 from pipeline.naming.discriminant import Discriminant
 from pipeline.naming.nearest import Nearest
 from pipeline.naming.weigh import combined
@@ -65,8 +65,7 @@ class Namer:
             nearest = Nearest(**{"into_space": None, **tensors, **texts, "threads": threads})
             return cls(names, nearest, discriminant, Scales(**scales | {"together": tuple(scales["together"])}), loss)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(folder, f"cannot be loaded as a namer ({reason})", remedy(folder.parent)) from None
+            raise UserError(folder, f"cannot be loaded as a namer ({reason(error)})", remedy(folder.parent)) from None
 
 
 def _split(part: Nearest | Discriminant) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -132,9 +132,9 @@ def _told(own: Figure, other: Figure) -> tuple[str, str]:
     assert own.interval and other.interval
     if own.interval[0] > other.interval[1]:
         return "better than", "yes"
-    return (
-        ("worse than", "no") if own.interval[1] < other.interval[0] else ("not shown to be better or worse than", "yes")
-    )
+    if own.interval[1] < other.interval[0]:
+        return "worse than", "no"
+    return "not shown to be better or worse than", "yes"
 
 
 def _advice(results: Results, best: Outcome) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline.devices import CPU
-from pipeline.errors import UserError
+from pipeline.errors import UserError, reason
 from pipeline.runs import Run, remedy
 from pipeline.store.dtypes import Columns, unpack
 from pipeline.store.schema import dense, views_in
@@ -66,8 +66,7 @@ def _manifest(run: Run, data: str) -> pa.Table:
     try:
         return pq.ParquetFile(path).read()  # not read_table, which imports pandas
     except (OSError, pa.ArrowException) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(path, f"cannot be read ({reason})", remedy(path, force=True)) from None
+        raise UserError(path, f"cannot be read ({reason(error)})", remedy(path, force=True)) from None
 
 
 class ImageTokens:
