@@ -69,7 +69,7 @@ def classify(
     """
     params = load_params()
     check_trained(params, "classify", llm=llm)
-    answer(params, photos, lambda model: model.names(llm, top or TOP), as_json, batch, top or 1)
+    answer(params, photos, lambda model: model.names(llm, top or TOP), as_json, batch, top or 1, by_llm=llm)
 
 
 def ask(
@@ -104,7 +104,7 @@ def ask(
 
 def answer(
     params: Params, photos: list[str], how: Callable[[Model], Ask], as_json: bool, batch: int | None, top: int = 1,
-    is_question: bool = False,
+    by_llm: bool = True, is_question: bool = False,
 ) -> None:  # fmt: skip
     """Print an answer per picture, in order; one that cannot be read is named on stderr and makes the exit code 1."""
     files, faults = pictures_named(photos)
@@ -114,6 +114,10 @@ def answer(
         print(f"error: {fault}", file=sys.stderr)
     gc.disable()  # what is imported and loaded stays: looking through it is a quarter of a second of the first answer
     try:
+        if by_llm:
+            from pipeline.answers.lean import import_transformers
+
+            import_transformers()
         from pipeline.answers.model import Model
 
         model = Model(params)

@@ -190,6 +190,30 @@ def asked_without_torch(*commands: list[str]) -> list[str]:
     return subprocess.run(script, check=True, capture_output=True, env=environment, text=True).stdout.splitlines()
 
 
+LEAN = """
+import sys
+import torch
+from pipeline.answers.lean import import_transformers
+import_transformers()
+from transformers import LlamaConfig, LlamaForCausalLM
+sizes = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+network = LlamaForCausalLM(LlamaConfig(**sizes)).eval()
+print(network.generate(inputs_embeds=torch.zeros(1, 2, 8), max_new_tokens=3, num_beams=2, eos_token_id=None).shape)
+unused = {"scipy", "torchvision", "torch.distributed.tensor", "torch._dynamo.convert_frame"}
+print(sorted(unused & set(sys.modules)))
+import scipy.optimize, torchvision
+compiled = torch.compile(torch.sin, backend="eager")
+print(torch.distributed.is_available(), compiled(torch.zeros(1)).item(), "torch._dynamo.convert_frame" in sys.modules)
+"""
+
+
+def test_answers_import_what_they_need_and_the_rest_is_still_there() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", LEAN], capture_output=True, env=environment, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["torch.Size([1, 3])", "[]", "True 0.0 True"]
+
+
 def test_what_is_not_trained_is_said_at_once(demo: Params) -> None:
     Path("a.jpg").write_bytes(b"")
     commands = [["caption", "a.jpg"], ["ask", "a.jpg", "What?"], ["classify", "--llm", "a.jpg"], ["classify", "a.jpg"]]
