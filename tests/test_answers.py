@@ -203,7 +203,8 @@ unused = {"scipy", "torchvision", "torch.distributed.tensor", "torch._dynamo.con
 print(sorted(unused & set(sys.modules)))
 import scipy.optimize, torchvision
 compiled = torch.compile(torch.sin, backend="eager")
-print(torch.distributed.is_available(), compiled(torch.zeros(1)).item(), "torch._dynamo.convert_frame" in sys.modules)
+from torch._dynamo import convert_frame, utils
+print(torch.distributed.is_available(), compiled(torch.zeros(1)).item(), convert_frame.counters is utils.counters)
 """
 
 

@@ -1,4 +1,4 @@
-"""transformers as a process that only answers needs it, which is two seconds sooner there."""
+"""transformers as a process that only answers needs it, which is a second and a half sooner there."""
 
 from __future__ import annotations
 
@@ -56,34 +56,26 @@ def _not_installed() -> Iterator[None]:
 
 @contextmanager
 def _compiler_later() -> Iterator[None]:
-    """Have torch's compiler be imported later, but for single modules of it that are asked for meanwhile."""
+    """Have torch's compiler be a package of marks that do nothing for a while, but for modules of it by their names."""
     spec = find_spec(COMPILER)
     if COMPILER in sys.modules or spec is None:
         yield
         return
-    package = module_from_spec(spec)
-    package.__class__ = _Later
-    for mark in ("disable", "allow_in_graph", "assume_constant_result"):
-        setattr(package, mark, _unmarked)
-    sys.modules[COMPILER] = package
-    yield
-    if isinstance(package, _Later):
-        del package.__path__  # so that importing a module of it asks for that
+    sys.modules[COMPILER] = package = module_from_spec(spec)
+    package.__class__ = _Marks
+    try:
+        yield
+    finally:
+        del sys.modules[COMPILER]  # who asks for it now gets the real one
 
 
-class _Later(ModuleType):
-    """A package that is empty until a name is asked of it (importlib's LazyLoader is for modules without others)."""
-
+class _Marks(ModuleType):
     def __getattr__(self, name: str) -> Any:
-        spec = self.__spec__
-        if (name.startswith("__") and name != "__path__") or spec is None or spec.loader is None:
+        if name.startswith("__"):
             raise AttributeError(name)
-        self.__class__ = ModuleType  # type: ignore[assignment]
-        self.__path__ = spec.submodule_search_locations or []
-        spec.loader.exec_module(self)
-        return getattr(self, name)
+        return _unmarked
 
 
 def _unmarked(function: Any = None, *_: object, **__: object) -> Any:
     """A decorator, with or without arguments, that leaves a function as it is: a mark for the compiler."""
-    return function or (lambda marked: marked)
+    return (lambda marked: marked) if function is None else function
