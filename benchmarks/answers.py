@@ -20,7 +20,8 @@ from pipeline.config import load_params
 STARTS = {
     "import torch": ["-c", "import torch"],
     "import torch and transformers' Llama": ["-c", "import torch, transformers.models.llama.modeling_llama"],
-    "the same and peft": ["-c", "import torch, transformers.models.llama.modeling_llama, peft"],
+    "the same, as answers import them": ["-c", "from pipeline.answers.lean import import_transformers as do; do()"],
+    "torch, transformers' Llama and peft": ["-c", "import torch, transformers.models.llama.modeling_llama, peft"],
     "classify": ["-m", "stages.cli", "classify"],
     "caption": ["-m", "stages.cli", "caption"],
 }

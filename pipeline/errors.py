@@ -41,7 +41,7 @@ class UserErrors(UserError):
 
 def reason(error: BaseException) -> str:
     """What another package's exception says, in one line; its type where it says nothing."""
-    return str(error).strip().split("\n")[0] or type(error).__name__
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def readable(text: object) -> str:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, reason
 
 ROOT = "base_model.model."  # what PEFT puts before a module's name
 
@@ -46,6 +46,7 @@ def insert_lora(network: nn.Module, folder: Path) -> list[RemovableHandle]:
         if tensors:
             raise ValueError(f"{min(tensors)} belongs to another method")
     except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(folder, f"cannot be loaded as a LoRA of this LLM ({reason})", "run `dvc repro`") from None
+        raise UserError(
+            folder, f"cannot be loaded as a LoRA of this LLM ({reason(error)})", "run `dvc repro`"
+        ) from None
     return [module.register_forward_hook(hook) for module, hook in found]  # all, or none: others share the network

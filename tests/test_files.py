@@ -67,5 +67,5 @@ def test_foreign_faults_are_one_line_and_ours_pass() -> None:
 
 
 def test_the_reason_of_a_foreign_fault_is_never_empty() -> None:
-    assert reason(ValueError("first\nsecond")) == "first"
+    assert reason(ValueError("first\r\nsecond")) == "first"
     assert reason(OSError()) == reason(OSError("\n")) == "OSError"

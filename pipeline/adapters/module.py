@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pipeline.adapters.base import Architecture
 from pipeline.adapters.blocks import Mixture
 from pipeline.config import components
-from pipeline.errors import UserError
+from pipeline.errors import UserError, reason
 
 
 class Adapter(nn.Module):
@@ -128,6 +128,5 @@ def load_adapter(folder: Path, weights: str) -> Adapter:
             adapter.mix(state["mixture.words"])
         adapter.load_state_dict(state)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(path, f"cannot be loaded as an adapter ({reason})", "run `dvc repro`") from None
+        raise UserError(path, f"cannot be loaded as an adapter ({reason(error)})", "run `dvc repro`") from None
     return adapter.eval()
