@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pipeline.config import Params
 from pipeline.config.schema import LLM, MetricSettings
 from pipeline.errors import UserError
+from pipeline.files import atomically
 from pipeline.runs import Run, remedy, require
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from pipeline.metrics.choice import Chooser
     from pipeline.store.reader import ImageTokens
 
-FIGURES = "figures.json"
+FIGURES, PICTURES = "figures.json", "pictures.csv"
 Kind = Literal["share", "number", "count"]
 DRAWS = 2000  # of pictures, for an interval
 
@@ -39,9 +40,11 @@ class Figure:
     interval: tuple[float, float] | None = None
     kind: Kind = "share"
     baseline: bool = False
+    each: tuple[float, ...] | None = field(default=None, compare=False, repr=False)
+    """What it is the mean of, picture by picture in the order of the answers; in PICTURES, not in FIGURES."""
 
     def as_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {key: value for key, value in asdict(self).items() if key != "each"}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Figure:
@@ -61,10 +64,37 @@ def read_figures(made: Path, data: str) -> list[Figure]:
         raise UserError(path, f"no list of figures ({error})", remedy(made, force=True)) from None
 
 
+def write_figures(made: Path, data: str, figures: Sequence[Figure], ids: Sequence[str]) -> None:
+    """FIGURES, and PICTURES: a row for each picture, a column for each figure that is a mean over all of them."""
+    import pandas as pd
+
+    with atomically(made / data / FIGURES) as file:
+        file.write((json.dumps([figure.as_json() for figure in figures], indent=1) + "\n").encode())
+    means = {figure.key: figure.each for figure in figures if figure.each and len(figure.each) == len(ids)}
+    with atomically(made / data / PICTURES) as file:
+        file.write(
+            pd.DataFrame(means, index=pd.Index(ids, name="id")).to_csv(float_format="%.6g", na_rep="nan").encode()
+        )
+
+
+def read_pictures(made: Path, data: str) -> pd.DataFrame:
+    """PICTURES, by id; no columns where it is not there. Raises UserError when it is damaged."""
+    import pandas as pd
+
+    path = made / data / PICTURES
+    if not path.exists():
+        return pd.DataFrame(index=pd.Index([], name="id"))
+    try:
+        return pd.read_csv(path, index_col="id", dtype={"id": str}, na_filter=False).astype(float)
+    except (ValueError, OSError) as error:
+        raise UserError(path, f"no table of pictures ({error})", remedy(made, force=True)) from None
+
+
 def share_of(key: str, hits: Iterable[bool], label: str, baseline: bool = False) -> Figure:
     """The share of hits among trials, with Wilson's interval (1927): sound near 0 and 1 too."""
     found = [bool(hit) for hit in hits]
-    return Figure(key, sum(found) / len(found), label, wilson(sum(found), len(found)), baseline=baseline)
+    interval = wilson(sum(found), len(found))
+    return Figure(key, sum(found) / len(found), label, interval, baseline=baseline, each=tuple(map(float, found)))
 
 
 def wilson(hits: int, trials: int) -> tuple[float, float]:
@@ -82,14 +112,14 @@ def mean_of(key: str, values: np.ndarray, label: str, kind: Kind = "number", bas
     import numpy as np
 
     low, high = np.quantile(redrawn(len(values)) @ values / len(values), (0.025, 0.975))
-    return Figure(key, float(values.mean()), label, (float(low), float(high)), kind, baseline)
+    return Figure(key, float(values.mean()), label, (float(low), float(high)), kind, baseline, tuple(values.tolist()))
 
 
-def redrawn(n: int) -> np.ndarray:
+def redrawn(n: int, seed: int = 0) -> np.ndarray:
     """How often each of n pictures is in each of DRAWS samples of n: [DRAWS, n] (Efron's bootstrap, 1979)."""
     import numpy as np
 
-    return np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), DRAWS)
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), DRAWS)
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from pipeline.config import LLM, Params, components
 from pipeline.llms.load import LanguageModel, load_llm
-from pipeline.metrics.base import FIGURES, Metric, Tested
+from pipeline.metrics.base import Metric, Tested, write_figures
 from pipeline.metrics.choice import Chooser
 from pipeline.metrics.speeds import keep_speeds
 from pipeline.naming.table import Named
@@ -66,8 +65,7 @@ def evaluate(params: Params, adapter: str, recipe: str) -> None:
             speeds[data] = predictions.attrs[SPEEDS]
         tested = Tested(params, data, images[data], predictions, chooser_of(params, llm))
         figures = [figure for metric in metrics_of(params, name) for figure in metric.figures(tested)]
-        text = json.dumps([figure.as_json() for figure in figures], indent=1)
-        (folder / FIGURES).write_text(text + "\n", encoding="utf-8")
+        write_figures(run.evaluated(adapter, recipe), data, figures, list(predictions["id"]))
     keep_speeds(run, f"evaluate@{adapter}-{recipe}", speeds)
 
 

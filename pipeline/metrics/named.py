@@ -6,12 +6,12 @@ import json
 from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.adapters.module import load_adapter
 from pipeline.config import Params
 from pipeline.files import atomically
-from pipeline.metrics.base import FIGURES, Figure
+from pipeline.metrics.base import Figure, write_figures
 from pipeline.metrics.rules import figures_of
 from pipeline.metrics.speeds import keep_speeds, timed
 from pipeline.naming.classes import labelled
@@ -23,6 +23,9 @@ from pipeline.naming.table import TABLE, Named
 from pipeline.runs import Run
 from pipeline.store.reader import ImageTokens
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 TIMED = 256  # pictures
 
 
@@ -33,8 +36,7 @@ def name_and_measure(params: Params, adapter: str) -> None:
     speeds: dict[str, dict[str, float]] = {}
     for data, named in name_all(params, adapter).items():
         figures = [figure for rule in RULES for figure in figures_without_llm(named, rule)]
-        with atomically(folder / data / FIGURES) as file:
-            file.write((json.dumps([figure.as_json() for figure in figures], indent=1) + "\n").encode())
+        write_figures(folder, data, figures, list(tested(named).index))
         speeds[data] = speeds_without_llm(params, adapter, data)
     keep_speeds(Run.of(params), f"name@{adapter}", speeds)
     for recipe in params.run.recipes:
@@ -64,9 +66,14 @@ def speeds_without_llm(params: Params, adapter: str, data: str) -> dict[str, flo
     return {rule: timed(work, some, PART) for rule, work in works.items()}
 
 
+def tested(named: Named) -> pd.DataFrame:
+    """The rows of the test pictures."""
+    return named.rows[named.rows["split"] == "test"]
+
+
 def figures_without_llm(named: Named, rule: str) -> list[Figure]:
     """Those of a rule of the namer on the test pictures; none where there are none."""
-    rows = named.rows[named.rows["split"] == "test"]
+    rows = tested(named)
     if rows.empty:
         return []
     own = [named.names.index(label) for label in rows["label"]]

@@ -17,9 +17,10 @@ from pipeline.config.study import Cell, Study
 from pipeline.errors import UserError
 from pipeline.files import atomically
 from pipeline.media.plots import canvas, save_png
-from pipeline.metrics.base import FIGURES, Figure, read_figures
+from pipeline.metrics.base import FIGURES, Figure, read_figures, read_pictures
 from pipeline.report.convergence import read_history
 from pipeline.report.page import render
+from pipeline.report.paired import OVER, Column, Scores, compared, over_baselines
 from pipeline.report.tables import Cell as Shown
 from pipeline.report.tables import Table
 from pipeline.report.ways import is_detail
@@ -30,6 +31,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 LINES, MARKERS = ("-", "--", ":"), "os^Dv"
 PANEL = (6.4, 5.2)
 GAINED = ("/val_loss", "/cider", "/f1", "/acc", "/acc/namer", "/acc/emd")  # what is drawn against its cost
+BEFORE = "cider_pretrained"
 GIB = 2**30
 # Of the cells: what a column is called, in which unit, and how many digits it has.
 COST = {
@@ -93,6 +95,22 @@ def _rows(params: Params, cell: Cell, recipes: Iterable[str]) -> Iterator[dict[s
     yield row
 
 
+def _scores(params: Params, study: Study) -> Scores:
+    """What was measured of each picture, of the trainings that got so far."""
+    run, found = Run.of(params), {}
+    for cell in study.cells():
+        parts = [(f"{data}/", run.named(cell.name), data) for data in params.run.data]
+        for recipe in study.recipes:
+            parts += [
+                (f"{data}/{recipe}/", run.evaluated(cell.name, recipe), data)
+                for data in params.finetune.recipes[recipe].data
+            ]
+        tables = [read_pictures(folder, data).add_prefix(prefix) for prefix, folder, data in parts]
+        if any(len(table) for table in tables):
+            found[cell] = pd.concat([table for table in tables if len(table)], axis=1)
+    return found
+
+
 def _figures(folder: Path, data: str) -> list[Figure]:
     return read_figures(folder, data) if (folder / data / FIGURES).exists() else []
 
@@ -130,16 +148,30 @@ def _context(params: Params, study: Study, table: pd.DataFrame) -> dict[str, Any
             for line in winners(part, key, columns[key], title)
         ],
         "baselines": _baselines(params, study),
+        "paired": _paired(params, study, columns),
         "curves": [_uri(path) for path in _draw_curves(params, study)],
         "cost": [_uri(path) for path in _draw_cost(params, table, columns)],
     }  # fmt: skip
+
+
+def _paired(params: Params, study: Study, columns: dict[str, Column]) -> dict[str, Table]:
+    """Differences picture by picture: after equal seconds, after equal steps, and over what needs no adapter."""
+    scores, cells, reference = _scores(params, study), study.cells(), next(iter(study.methods))
+    shown = {key: column for key, column in columns.items() if key.endswith(GAINED) or OVER in key}
+    tables = {}
+    for seconds in dict.fromkeys((study.seconds, None if study.steps else study.seconds)):
+        of = [cell for cell in cells if cell.seconds == seconds or params.pretrain_for(cell.name).max_steps == 0]
+        after = f"{seconds} seconds" if seconds else f"{study.steps} steps"
+        tables[f"{reference} over the other methods, after {after}"] = compared(scores, of, reference, shown)
+        tables[f"Each over what needs no adapter, after {after}"] = over_baselines(scores, of, shown)
+    return {title: table for title, table in tables.items() if table.rows}
 
 
 def _said(method: Any) -> dict[str, Any]:
     return {key: value for key, value in method.model_dump().items() if value}
 
 
-def _columns(params: Params, study: Study) -> dict[str, tuple[str, float, int]]:
+def _columns(params: Params, study: Study) -> dict[str, Column]:
     """What the tables show: heading, factor and digits by a column of the cells."""
     columns = COST | LEARNED
     run = Run.of(params)
@@ -150,7 +182,8 @@ def _columns(params: Params, study: Study) -> dict[str, tuple[str, float, int]]:
         for recipe in study.recipes:
             known |= {f"{data}/{recipe}/{f.key}": f for f in _figures(run.evaluated(cell.name, recipe), data)}
         for key, figure in known.items():
-            if not figure.baseline and not is_detail(figure) and figure.kind != "count":
+            shown = figure.key == BEFORE or not is_detail(figure)
+            if not figure.baseline and shown and figure.kind != "count":
                 share = figure.kind == "share"
                 columns.setdefault(
                     key, (figure.label + (", %" if share else ""), 100.0 if share else 1.0, 1 if share else 3)
@@ -158,7 +191,7 @@ def _columns(params: Params, study: Study) -> dict[str, tuple[str, float, int]]:
     return columns
 
 
-def means(table: pd.DataFrame, columns: dict[str, tuple[str, float, int]]) -> Table:
+def means(table: pd.DataFrame, columns: dict[str, Column]) -> Table:
     """Means ± standard deviations over the seeds: a row for each adapter and method, a column for each figure."""
     rows: dict[str, dict[str, Shown]] = {}
     for (adapter, method), runs in table.groupby(["adapter", "method"], sort=False):
@@ -174,7 +207,7 @@ def means(table: pd.DataFrame, columns: dict[str, tuple[str, float, int]]) -> Ta
     return Table.of(headings, rows, "adapter: method")
 
 
-def winners(table: pd.DataFrame, key: str, column: tuple[str, float, int], title: str) -> Iterator[str]:
+def winners(table: pd.DataFrame, key: str, column: Column, title: str) -> Iterator[str]:
     """A line for each adapter: the method with the best mean, of a loss the lowest; what is next, by how many seeds."""
     heading, factor, digits = column
     sign = 1 if key.endswith("val_loss") else -1
@@ -241,7 +274,7 @@ def _band(axes: Axes, rows: pd.DataFrame, label: str, style: tuple[str, str]) ->
     axes.plot(mean.index, mean, style[1], color=style[0], linewidth=2, label=label)
 
 
-def _draw_cost(params: Params, table: pd.DataFrame, columns: dict[str, tuple[str, float, int]]) -> Iterator[Path]:
+def _draw_cost(params: Params, table: pd.DataFrame, columns: dict[str, Column]) -> Iterator[Path]:
     """What there is to gain against the seconds of pre-training: a point for each adapter, method and budget."""
     run, styles = Run.of(params), _styles(list(dict.fromkeys(table["method"])))
     markers = dict(zip(dict.fromkeys(table["adapter"]), cycle(MARKERS), strict=False))
