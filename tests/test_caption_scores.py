@@ -14,9 +14,10 @@ from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 
 from pipeline.config import load_params
+from pipeline.errors import UserError
 from pipeline.metrics import base as metrics
 from pipeline.metrics import caption_scores, ptb
-from pipeline.metrics.base import Figure, mean_of
+from pipeline.metrics.base import Figure, mean_of, read_figures, read_pictures, share_of, write_figures
 from pipeline.metrics.caption_scores import CaptionScores, best_constant, mean_cider, most_typical, nearest
 from pipeline.metrics.things import FEWEST, NamedThings, Things, unseen
 from pipeline.runs import Run
@@ -149,6 +150,20 @@ def test_an_interval_holds_0_only_where_captions_are_no_better() -> None:
     values = draw.normal(0.3, 1, 400)  # against the normal approximation of the same interval
     low, high = mean_of("gain", values, "gain").interval or (0, 0)
     assert (high - low) / 2 == pytest.approx(1.96 * values.std() / 20, rel=0.05)
+
+
+def test_what_a_figure_is_the_mean_of_is_kept_by_picture(tmp_path: Path) -> None:
+    ids = ["NA", "7", 'a, "b"', "ü"]
+    whole, part = mean_of("cider", np.array([0.1, 0.2, 0.3, 1.4]), "CIDEr-D"), share_of("some", [True, False], "some")
+    write_figures(tmp_path, "photos", [whole, share_of("acc", [1, 0, 0, 0], "accuracy"), part], ids)
+    assert read_figures(tmp_path, "photos")[0] == whole and len(read_figures(tmp_path, "photos")) == 3
+    kept = read_pictures(tmp_path, "photos")
+    assert list(kept.index) == ids and list(kept) == ["cider", "acc"]  # `some` is not of all pictures
+    assert kept["cider"].tolist() == [0.1, 0.2, 0.3, 1.4] and kept["acc"].mean() == 0.25
+    assert read_pictures(tmp_path, "others").empty
+    (tmp_path / "photos/pictures.csv").write_text("id,cider\na,high\n")
+    with pytest.raises(UserError, match="no table of pictures"):
+        read_pictures(tmp_path, "photos")
 
 
 def test_captions_that_see_are_above_the_blind_ones_and_those_that_do_not_see_are_not(project: object) -> None:

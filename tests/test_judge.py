@@ -10,6 +10,8 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from pycocoevalcap.cider.cider import Cider
+from pycocoevalcap.rouge.rouge import Rouge
 from scipy.stats import mannwhitneyu, spearmanr
 from sklearn.metrics import roc_auc_score
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -119,7 +121,8 @@ def test_agreement_is_spearmans() -> None:
     random = np.random.default_rng(0)
     scores = random.random(40)
     f1 = (scores + random.normal(0, 0.3, 40)).round(1)
-    found = agreement(scores, f1)
+    found = agreement("with_f1", "F1", scores, f1)
+    assert found.key == "with_f1" and "judge and F1" in found.label
     assert found.interval is not None
     assert found.value == pytest.approx(spearmanr(scores, f1).statistic)
     assert found.interval[0] < found.value < found.interval[1] < 1
@@ -155,13 +158,17 @@ def test_captions_are_held_against_their_own_and_the_next_picture(
     assert found["judge_references"].value == pytest.approx(np.mean(people), abs=1e-6)
     assert found["judge_auc"].value == pytest.approx(roc_auc_score([1] * 3 + [0] * 3, people + strange))
     assert found["judge_agreement"].value == pytest.approx(spearmanr(own, [1, 0, 1, 0]).statistic)
+    held = {i: texts for i, texts in enumerate(references)}, {i: [text] for i, text in enumerate(captions)}
+    for key, scorer in (("cider", Cider()), ("rouge_l", Rouge())):
+        expected = spearmanr(own, scorer.compute_score(*held)[1]).statistic
+        assert found[f"judge_agreement_{key}"].value == pytest.approx(expected)
 
 
 def test_without_second_captions_the_judge_is_not_checked(
     llm: LanguageModel, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = judged(llm, [["a cat"], ["a dog"]], ["a cat", "a dog"])
-    assert found.keys() == {"judge", "judge_shuffled"}
+    assert {"judge", "judge_shuffled"} <= found.keys() and not {"judge_auc", "judge_agreement"} & found.keys()
     assert found["judge"].label == "judge (not checked here: no two pictures have two captions)"
     said = capsys.readouterr().err
     assert "photos: judge (not checked here" in said and "F1 of things is the same for all captions" in said

@@ -4,6 +4,7 @@ import json
 from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import typer
 from PIL import Image
@@ -13,6 +14,8 @@ from pipeline.config.study import fitted, parameters_of, parse_study
 from pipeline.errors import UserError
 from pipeline.first.layout import recognise
 from pipeline.first.profile import written
+from pipeline.metrics.base import mean_of
+from pipeline.report.paired import interval
 from pipeline.report.study import write_study
 from pipeline.runs import Run
 from stages import study as command
@@ -171,16 +174,35 @@ def test_the_page_has_means_over_the_seeds_and_who_wins(project, tmp_path, monke
         made(run.finetuned(cell.name, "captions"), "metrics.json", {"val_loss": loss + cell.seed / 10})
         made(run.finetuned(cell.name, "captions"), "history.csv", f"step,val_loss\n0,3\n4,{loss}\n")
         figure = {"key": "f1", "value": 0.5, "label": "things, F1"}
+        score = {"key": "cider", "value": 1.0, "label": "CIDEr-D", "kind": "number"}
+        over = {"key": "cider_over_nearest", "value": 0.1, "label": "CIDEr-D over the nearest's", "kind": "number"}
         chance = {"key": "chance", "value": 0.2, "label": "chance", "baseline": True}
-        made(run.evaluated(cell.name, "captions") / "captions", "figures.json", [figure, chance])
+        made(run.evaluated(cell.name, "captions") / "captions", "figures.json", [figure, score, over, chance])
+        scored = "a,3,0.1\nb,1,0.1\n" if cell.method == "emd" else "a,1,0.1\nb,2,0.1\n"
+        made(
+            run.evaluated(cell.name, "captions") / "captions", "pictures.csv", "id,cider,cider_over_nearest\n" + scored
+        )
     page = write_study(params, study).read_text()
     assert "6 of 20 trainings" in page
+    # The mean of 2 and -1; either picture may be drawn twice.
+    assert "query: emd over start" in page and "<td>+0.500<small>-1.000 to +2.000, 2 seeds</small></td>" in page
+    assert '<td class="yes">+0.100<small>+0.100 to +0.100, 2 seeds</small></td>' in page
     assert "15.0 ± 7.1" in page  # the mean of 10 and 20 %, and their standard deviation
     assert "100.0" in page  # ms a picture: 32 s for 10 steps of 32
     assert "query has the lowest loss on captions by emd, 2.150" in page and "worse with 2 of 2 seeds" in page
-    assert "captions: chance 20.0 %" in page and page.count("<img") == 3
+    assert "captions: chance 20.0 %" in page and page.count("<img") == 4
     rows = (run.base / "study.csv").read_text().splitlines()
     assert len(rows) == 7 and "captions/captions/f1" in rows[0]
+
+
+def test_an_interval_is_of_pictures_and_of_seeds():
+    draw = np.random.default_rng(3)
+    of_pictures, of_seeds = draw.normal(1, 1, 50), draw.normal(0, 1, 5)
+    one = interval(of_pictures[None])
+    assert one == mean_of("one", of_pictures, "one").interval
+    assert interval(np.tile(of_pictures, (5, 1))) == pytest.approx(one)  # seeds that do not differ add nothing
+    low, high = interval(of_pictures + of_seeds[:, None])  # variances add
+    assert high - low == pytest.approx(2 * 1.96 * (of_pictures.var() / 50 + of_seeds.var() / 5) ** 0.5, rel=0.1)
 
 
 def test_the_command_names_trainings_without_running_any(project, tmp_path, monkeypatch, capsys):

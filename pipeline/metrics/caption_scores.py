@@ -69,16 +69,21 @@ def cider(captions: Sequence[str], references: Sequence[Sequence[str]]) -> np.nd
     return Cider().compute_score(*by_number(captions, references))[1]
 
 
+def rouge_l(captions: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
+    """ROUGE-L of each tokenised caption: float64 [n]."""
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    return Rouge().compute_score(*by_number(captions, references))[1]
+
+
 def by_overlap(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[Figure]:
     """BLEU-1 to BLEU-4 and ROUGE-L of tokenised captions."""
     from pycocoevalcap.bleu.bleu import Bleu
-    from pycocoevalcap.rouge.rouge import Rouge
 
     found = by_number(captions, references)
     bleu = enumerate(Bleu(4).compute_score(*found, verbose=0)[0], start=1)
-    rouge = float(Rouge().compute_score(*found)[0])
     scores = [Figure(f"bleu_{n}", float(score), f"BLEU-{n}", kind="number") for n, score in bleu]
-    return [*scores, Figure("rouge_l", rouge, "ROUGE-L", kind="number")]
+    return [*scores, mean_of("rouge_l", rouge_l(captions, references), "ROUGE-L")]
 
 
 class Baselines(NamedTuple):

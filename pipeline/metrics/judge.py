@@ -10,6 +10,7 @@ from pydantic import SerializeAsAny
 
 from pipeline.config.schema import LLM, MetricSettings, part
 from pipeline.metrics.base import DRAWS, Figure, Metric, Tested, mean_of, redrawn
+from pipeline.metrics.caption_scores import cider, rouge_l, tokenised
 from pipeline.metrics.things import Things
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ class Judge(Metric):
 
     judge and judge_shuffled: of the model's captions, against their own picture's references and the next picture's;
     judge_references: of a reference, against the others of its picture; judge_auc: how often that is above the same
-    against the next picture's; judge_agreement: with F1 of things. Intervals are those of drawing the pictures anew.
+    against the next picture's; judge_agreement, judge_agreement_cider and judge_agreement_rouge_l: with F1 of things,
+    CIDEr-D and ROUGE-L. Intervals are those of drawing the pictures anew.
     """
 
     tasks, Settings = ("caption",), JudgeSettings
@@ -53,9 +55,6 @@ class Judge(Metric):
         ends = np.cumsum([len(some) for some, _ in pairs])[:-1]
         own, shuffled, matched, unmatched = np.split(scores, ends)
         check = auc(matched, unmatched) if len(several) > 1 else None
-        things = Things([list(texts) for texts in tested.images.rows["captions"]])
-        judged = [things.judge(text, texts) for text, texts in zip(captions, references, strict=True)]
-        f1 = np.array([2 * row.right / max(1, 2 * row.right + row.wrong + row.missed) for row in judged])
         figures = [
             mean_of("judge", own, verdict(tested.data, check), kind="share"),
             mean_of("judge_shuffled", shuffled, "judge, against another picture's references", kind="share"),
@@ -65,11 +64,8 @@ class Judge(Metric):
                 mean_of("judge_references", matched, "judge of people's captions", "share", baseline=True),
                 check,
             ]
-        if np.ptp(own) and np.ptp(f1):
-            figures.append(agreement(own, f1))
-        else:
-            print(f"{tested.data}: judge or F1 of things is the same for all captions: no correlation", file=sys.stderr)
-        return figures
+        known = [list(texts) for texts in tested.images.rows["captions"]]
+        return figures + agreements(tested.data, own, measured(captions, references, known))
 
 
 def question(text: str, references: Sequence[str]) -> str:
@@ -109,16 +105,49 @@ def auc(matched: np.ndarray, unmatched: np.ndarray) -> Figure:
     return Figure("judge_auc", float(above.mean()), label, (float(low), float(high)), "number", baseline=True)
 
 
-def agreement(scores: np.ndarray, f1: np.ndarray) -> Figure:
-    """Spearman's rank correlation of the judge's scores with F1 of things; neither may be the same everywhere."""
+def measured(
+    captions: Sequence[str], references: Sequence[Sequence[str]], known: Sequence[Sequence[str]]
+) -> dict[str, tuple[str, np.ndarray]]:
+    """What the other measures say of each caption, [n]: by the key of their agreement, with their names.
+
+    `known` are the captions of all pictures, which say what a thing is.
+    """
+    import numpy as np
+
+    things = Things(known)
+    judged = [things.judge(text, texts) for text, texts in zip(captions, references, strict=True)]
+    f1 = [2 * row.right / max(1, 2 * row.right + row.wrong + row.missed) for row in judged]
+    (said,), held = tokenised([captions]), tokenised(references)
+    return {
+        "judge_agreement": ("F1 of things", np.array(f1)),
+        "judge_agreement_cider": ("CIDEr-D", cider(said, held)),
+        "judge_agreement_rouge_l": ("ROUGE-L", rouge_l(said, held)),
+    }
+
+
+def agreements(data: str, scores: np.ndarray, others: dict[str, tuple[str, np.ndarray]]) -> list[Figure]:
+    """The agreement with each other measure; with one that is the same for all captions there is none."""
+    import numpy as np
+
+    found = []
+    for key, (name, values) in others.items():
+        if np.ptp(scores) and np.ptp(values):
+            found.append(agreement(key, name, scores, values))
+        else:
+            print(f"{data}: judge or {name} is the same for all captions: no correlation", file=sys.stderr)
+    return found
+
+
+def agreement(key: str, name: str, scores: np.ndarray, others: np.ndarray) -> Figure:
+    """Spearman's rank correlation of the judge's scores with another measure; neither may be the same everywhere."""
     import numpy as np
     from scipy.stats import rankdata
 
     some = np.random.default_rng(0).integers(len(scores), size=(DRAWS, len(scores)))
-    a, b = (rankdata(values[np.vstack([np.arange(len(scores)), some])], axis=1) for values in (scores, f1))
+    a, b = (rankdata(values[np.vstack([np.arange(len(scores)), some])], axis=1) for values in (scores, others))
     a, b = (ranks - ranks.mean(1, keepdims=True) for ranks in (a, b))
     with np.errstate(invalid="ignore"):  # a draw of one picture alone has no correlation
         found = (a * b).sum(1) / np.sqrt((a * a).sum(1) * (b * b).sum(1))
     low, high = np.nanquantile(found[1:], (0.025, 0.975))
-    label = "judge and F1 of things, rank correlation over pictures"
-    return Figure("judge_agreement", float(found[0]), label, (float(low), float(high)), "number")
+    label = f"judge and {name}, rank correlation over pictures"
+    return Figure(key, float(found[0]), label, (float(low), float(high)), "number")

@@ -21,26 +21,25 @@ OVER = "_over_"  # in the key of a difference that was taken when captions were 
 def compared(scores: Scores, cells: Iterable[Cell], reference: str, columns: dict[str, Column]) -> Table:
     """How far `reference` is ahead of each other method: a row for each adapter and method, a column for each figure.
 
-    Differences are of the same seeds and pictures; for the intervals see `interval`.
+    Differences are of the same seeds and pictures; for what stands below them see `interval`.
     """
-    of = _by_method(scores, cells)
+    of, kept = _by_method(scores, cells), {key: column for key, column in columns.items() if OVER not in key}
     rows = {
-        f"{adapter}: {reference} over {method}": {
-            key: _shown(_stacked(of[adapter, reference], own, key), columns[key]) for key in columns if OVER not in key
-        }
+        f"{adapter}: {reference} over {method}": _differences(of[adapter, reference], own, kept)
         for (adapter, method), own in of.items()
         if method != reference and (adapter, reference) in of
     }
-    return _table(rows, columns)
+    return _table(rows, kept)
 
 
 def over_baselines(scores: Scores, cells: Iterable[Cell], columns: dict[str, Column]) -> Table:
-    """What each method's captions get over what needs no adapter, likewise."""
+    """What each method's captions get over those that need no adapter, likewise."""
+    kept = {key: column for key, column in columns.items() if OVER in key}
     rows = {
-        f"{adapter}: {method}": {key: _shown(_stacked(own, None, key), columns[key]) for key in columns if OVER in key}
+        f"{adapter}: {method}": _differences(own, None, kept)
         for (adapter, method), own in _by_method(scores, cells).items()
     }
-    return _table(rows, columns)
+    return _table(rows, kept)
 
 
 def interval(differences: np.ndarray) -> tuple[float, float]:
@@ -64,28 +63,33 @@ def _by_method(scores: Scores, cells: Iterable[Cell]) -> dict[tuple[str, str], d
     return found
 
 
-def _stacked(ours: dict[int, pd.DataFrame], theirs: dict[int, pd.DataFrame] | None, key: str) -> np.ndarray | None:
-    """Of the seeds and pictures that both have, one's less the other's [seeds, pictures]; None where there are none."""
-    pairs = []
-    for seed, frame in ours.items():
-        other = frame if theirs is None else theirs.get(seed)
-        if other is not None and key in frame and key in other:
-            pairs.append(frame[key] - (0 if theirs is None else other[key]))
-    joined = pd.concat(pairs, axis=1).dropna() if pairs else pd.DataFrame()
-    return joined.to_numpy().T if joined.size else None
+def _differences(
+    ours: dict[int, pd.DataFrame], theirs: dict[int, pd.DataFrame] | None, columns: dict[str, Column]
+) -> dict[str, Shown]:
+    found = {key: _stacked(ours, theirs, key) for key in columns}
+    return {key: _shown(differences, columns[key]) for key, differences in found.items() if differences.size}
 
 
-def _shown(differences: np.ndarray | None, column: Column) -> Shown:
-    if differences is None:
-        return Shown("–")
+def _stacked(ours: dict[int, pd.DataFrame], theirs: dict[int, pd.DataFrame] | None, key: str) -> np.ndarray:
+    """One's scores less the other's, of the seeds and pictures that both have: [seeds, pictures]."""
+    pairs = [
+        own[key] - (0 if theirs is None else theirs[seed][key])
+        for seed, own in ours.items()
+        if key in own and (theirs is None or (seed in theirs and key in theirs[seed]))
+    ]
+    return pd.concat(pairs, axis=1).dropna().to_numpy().T if pairs else np.empty((0, 0))
+
+
+def _shown(differences: np.ndarray, column: Column) -> Shown:
     _, factor, digits = column
     low, high = (factor * end for end in interval(differences))
-    seeds = f", {len(differences)} seeds" if len(differences) > 1 else ", one seed"
+    seeds = f"{len(differences)} seeds" if len(differences) > 1 else "one seed"
     mood = "yes" if low > 0 else "no" if high < 0 else ""
-    return Shown(f"{factor * differences.mean():+.{digits}f}", f"{low:+.{digits}f} to {high:+.{digits}f}{seeds}", mood)
+    return Shown(
+        f"{factor * differences.mean():+.{digits}f}", f"{low:+.{digits}f} to {high:+.{digits}f}, {seeds}", mood
+    )
 
 
 def _table(rows: dict[str, dict[str, Shown]], columns: dict[str, Column]) -> Table:
-    shown = {name: {key: cell for key, cell in cells.items() if cell.small} for name, cells in rows.items()}
     headings = {key: heading for key, (heading, _, _) in columns.items()}
-    return Table.of(headings, {name: cells for name, cells in shown.items() if cells}, "adapter: method")
+    return Table.of(headings, {name: cells for name, cells in rows.items() if cells}, "adapter: method")
