@@ -158,7 +158,7 @@ def test_captions_are_held_against_their_own_and_the_next_picture(
     assert found["judge_references"].value == pytest.approx(np.mean(people), abs=1e-6)
     assert found["judge_auc"].value == pytest.approx(roc_auc_score([1] * 3 + [0] * 3, people + strange))
     assert found["judge_agreement"].value == pytest.approx(spearmanr(own, [1, 0, 1, 0]).statistic)
-    held = {i: texts for i, texts in enumerate(references)}, {i: [text] for i, text in enumerate(captions)}
+    held = dict(enumerate(references)), {i: [text] for i, text in enumerate(captions)}
     for key, scorer in (("cider", Cider()), ("rouge_l", Rouge())):
         expected = spearmanr(own, scorer.compute_score(*held)[1]).statistic
         assert found[f"judge_agreement_{key}"].value == pytest.approx(expected)
