@@ -63,6 +63,23 @@ COMMANDS = {
     "pca": ("stages.pca", STAGES, "terraalign pca mlp"),
     "report": ("stages.report", STAGES, "terraalign report"),
 }
+# Of the groups: their part of the help, and an example of each command.
+GROUPS = {
+    "profile": (profile.app, START, {
+        "use": "terraalign profile use photos --set data.classes.root=/photos",
+        "list": "terraalign profile list",
+        "show": "terraalign profile show",
+    }),
+    "store": (store.app, SHARE, {
+        "ls": "terraalign store ls",
+        "stats": "terraalign store stats",
+        "verify": "terraalign store verify --repair",
+        "prune": "terraalign store prune --yes",
+        "push": "terraalign store push file:///backup/features",
+        "pull": "terraalign store pull file:///backup/features",
+        "export": "terraalign store export captions tars",
+    }),
+}  # fmt: skip
 
 
 class Commands(TyperGroup):
@@ -134,8 +151,11 @@ for name, (module, panel, example) in COMMANDS.items():
     function = getattr(importlib.import_module(module), python_name)
     text = _flowing(function.__doc__ or "")
     app.command(name, help=text, rich_help_panel=panel, epilog=_example(example))(function)
-app.add_typer(profile.app, name="profile", rich_help_panel=START, epilog=_example("terraalign profile use photos"))
-app.add_typer(store.app, name="store", rich_help_panel=SHARE, epilog=_example("terraalign store ls"))
+for name, (group, panel, examples) in GROUPS.items():
+    for registered in group.registered_commands:
+        registered.epilog = _example(examples[registered.name or ""])
+        registered.help = _flowing(inspect.getdoc(registered.callback) or "")
+    app.add_typer(group, name=name, rich_help_panel=panel, epilog=_example(next(iter(examples.values()))))
 
 
 def _in_utf8_mode() -> None:

@@ -67,6 +67,17 @@ def test_every_command_explains_itself(name: str) -> None:
     assert words[:2] == ["terraalign", name]
 
 
+@pytest.mark.parametrize(("group", "name"), [(group, name) for group in cli.GROUPS for name in cli.GROUPS[group][2]])
+def test_every_command_of_a_group_explains_itself(group: str, name: str) -> None:
+    code, text = terraalign(group, name, "--help")
+    example = cli.GROUPS[group][2][name]
+    assert code == 0 and f"Example: {example}" in " ".join(text.split())
+    commands = typer.main.get_command(cli.app).commands[group].commands
+    words = shlex.split(example)
+    commands[name].make_context(name, words[3:])
+    assert words[:3] == ["terraalign", group, name] and commands.keys() == cli.GROUPS[group][2].keys()
+
+
 def test_the_version_is_that_of_the_package() -> None:
     code, said = terraalign("--version")
     assert code == 0 and said == f"terraalign {version('terraalign')}\n"

@@ -1,7 +1,10 @@
 """The whole chain through the command line, on rendered pictures, real encoders and a two-layer Mistral."""
 
 import contextlib
+import io
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -166,6 +169,7 @@ def _check_answers():
             assert row["answer"] in names and len(row["names"]) == 5 and 0 < row["probability"] <= 1
     assert "no such file" in terraalign("caption", "nowhere.jpg", code=2).output
     _check_the_model_in_python(photos, broken)
+    _check_snippets(photos)
 
 
 def _check_the_model_in_python(photos, broken):
@@ -212,6 +216,23 @@ def _check_the_model_in_python(photos, broken):
     assert all(torch.equal(item["tokens"], stored.tokens([stored.ids.index(item["id"])])[0]) for item in batch)
     assert {item["split"] for item in batch} == {"test"} and all(item["label"] for item in batch)
     assert all(item["captions"] for item in Features(project / "data/tiny", "captions").__getitems__([0, 1]))
+
+
+def _check_snippets(photos):
+    """The Python of README.md and docs/python.md as it stands there, but for the profile's name."""
+    for name, photo in zip(("photo.jpg", "a.jpg", "b.jpg"), photos, strict=True):
+        shutil.copy(photo, name)
+    for page, snippets in ("README.md", 2), ("docs/python.md", 2):
+        found = re.findall(
+            r"^```python\n(.*?)^```", (Path(__file__).parents[1] / page).read_text(encoding="utf-8"), re.M | re.S
+        )
+        assert len(found) == snippets
+        for snippet in found:
+            assert page != "README.md" or len(snippet.splitlines()) <= 10
+            said = io.StringIO()
+            with contextlib.redirect_stdout(said):
+                exec(snippet.replace("data/demo", "data/tiny"), {})
+            assert said.getvalue().strip()
 
 
 def _check_names_of_another_objective(values):
