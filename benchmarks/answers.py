@@ -17,10 +17,14 @@ from pathlib import Path
 from pipeline.answers.model import Model
 from pipeline.config import load_params
 
+LEAN = "from pipeline.answers.lean import transformers_for_answers as imported\nwith imported(): pass"
 STARTS = {
     "import torch": ["-c", "import torch"],
     "import torch and transformers' Llama": ["-c", "import torch, transformers.models.llama.modeling_llama"],
-    "the same, as answers import them": ["-c", "from pipeline.answers.lean import import_transformers as do; do()"],
+    "the same, as answers import them": [
+        "-c",
+        "from pipeline.answers.lean import transformers_for_answers as do; do().__enter__()",
+    ],
     "torch, transformers' Llama and peft": ["-c", "import torch, transformers.models.llama.modeling_llama, peft"],
     "classify": ["-m", "stages.cli", "classify"],
     "caption": ["-m", "stages.cli", "caption"],

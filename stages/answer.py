@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -114,14 +115,13 @@ def answer(
         print(f"error: {fault}", file=sys.stderr)
     gc.disable()  # what is imported and loaded stays: looking through it is a quarter of a second of the first answer
     try:
-        if by_llm:
-            from pipeline.answers.lean import import_transformers
+        from pipeline.answers.lean import transformers_for_answers
 
-            import_transformers()
-        from pipeline.answers.model import Model
+        with transformers_for_answers() if by_llm else nullcontext():
+            from pipeline.answers.model import Model
 
-        model = Model(params)
-        asked: Ask = how(model)
+            model = Model(params)
+            asked: Ask = how(model)
         gc.freeze()
     finally:
         gc.enable()

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 from sklearn.neighbors import NearestNeighbors
+from transformers import LlamaConfig, LlamaForCausalLM
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -192,27 +193,53 @@ def asked_without_torch(*commands: list[str]) -> list[str]:
 
 LEAN = """
 import sys
+from pathlib import Path
 import torch
-from pipeline.answers.lean import import_transformers
-import_transformers()
-from transformers import LlamaConfig, LlamaForCausalLM
-sizes = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-network = LlamaForCausalLM(LlamaConfig(**sizes)).eval()
+from pipeline.answers.lean import transformers_for_answers
+with transformers_for_answers():
+    from transformers import LlamaForCausalLM
+    network = LlamaForCausalLM.from_pretrained("tiny").eval()
 print(network.generate(inputs_embeds=torch.zeros(1, 2, 8), max_new_tokens=3, num_beams=2, eos_token_id=None).shape)
 unused = {"scipy", "torchvision", "torch.distributed.tensor", "torch._dynamo.convert_frame"}
+unused.add("torch.nn.attention.flex_attention")
 print(sorted(unused & set(sys.modules)))
 import scipy.optimize, torchvision
 compiled = torch.compile(torch.sin, backend="eager")
 from torch._dynamo import convert_frame, utils
+from transformers.utils import import_utils
+path = Path(import_utils.__file__).parents[1] / "models"
+read = import_utils.create_import_structure_from_path
+once = read(path)
+read.cache_clear()
+print(read(path) == once, read.cache_info().maxsize)
 print(torch.distributed.is_available(), compiled(torch.zeros(1)).item(), convert_frame.counters is utils.counters)
 """
 
 
-def test_answers_import_what_they_need_and_the_rest_is_still_there() -> None:
+ASKED = """
+import sys, torch
+from pipeline.answers.lean import COMPILER, transformers_for_answers
+with transformers_for_answers():
+    stub = sys.modules[COMPILER]
+    print(stub.disable(len) is len, stub.is_compiling(), sys.modules[COMPILER] is stub)  # more than a mark
+from torch._dynamo import utils
+print(sys.modules[COMPILER] is torch._dynamo, torch.compile(torch.sin, backend="eager")(torch.zeros(1)).item())
+"""
+
+
+def test_who_asks_for_the_compiler_gets_it(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run([sys.executable, "-c", LEAN], capture_output=True, env=environment, text=True)
+    done = subprocess.run([sys.executable, "-c", ASKED], capture_output=True, env=environment, text=True, cwd=tmp_path)
+    assert done.stdout.splitlines() == ["True False False", "True 0.0"], done.stderr
+
+
+def test_answers_import_what_they_need_and_the_rest_is_still_there(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2)).save_pretrained(tmp_path / "tiny")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", LEAN], capture_output=True, env=environment, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["torch.Size([1, 3])", "[]", "True 0.0 True"]
+    assert done.stdout.splitlines() == ["torch.Size([1, 3])", "[]", "True None", "True 0.0 True"]
 
 
 def test_what_is_not_trained_is_said_at_once(demo: Params) -> None:

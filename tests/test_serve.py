@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -40,7 +41,7 @@ from pipeline.naming.table import Named
 from pipeline.runs import Run, stages
 from pipeline.serve import app
 from pipeline.serve.desk import offered
-from pipeline.serve.ledger import command_of, ledger
+from pipeline.serve.ledger import command_of, experiments, ledger
 from pipeline.serve.words import word_for
 from pipeline.store.reader import CaptionTokens, ImageTokens
 from pipeline.vlm import VLM
@@ -294,6 +295,52 @@ def test_figures_are_called_as_their_stages_do_and_runs_of_other_pictures_are_to
     assert found["pictures"] == dict.fromkeys(("one", "two"), "2 pictures of classes") and not found["differ"]
     rows.assign(split="test").to_parquet("data/two/prepare/classes.parquet")
     assert ledger()["differ"]
+
+
+MADE = """
+import json, pathlib, yaml
+rate = yaml.safe_load(open("params.yaml"))["own"]["rate"]
+folder = pathlib.Path("data/p/pretrain/mlp")
+folder.mkdir(parents=True)
+(folder / "history.csv").write_text(f"epoch,val\\n0,3\\n1,{rate}\\n")
+pathlib.Path("metrics.json").write_text(json.dumps({"emd/mlp/val": rate}))
+"""
+STAGES = """
+stages:
+  pretrain:
+    cmd: python make.py
+    params: [own]
+    outs: [data/p/pretrain/mlp]
+    metrics: [metrics.json: {cache: false}]
+"""
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="dvc exp needs git")
+def test_experiments_have_figures_curves_and_the_command_that_makes_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words):
+        subprocess.run(words, check=True, capture_output=True)
+
+    call("git", "init", "-q", ".")
+    call("git", "config", "user.email", "a@example.org")
+    call("git", "config", "user.name", "a")
+    call(sys.executable, "-m", "dvc", "init", "-q")
+    for name, text in ("make.py", MADE), ("dvc.yaml", STAGES), ("params.yaml", 'own: {rate: 1.5, note: "as is"}\n'):
+        Path(name).write_text(text)
+    call("git", "add", "-A")
+    call("git", "commit", "-qm", "first")
+    changes = ("-S", "own.rate=0.5", "-S", "own.note=two words")
+    call(sys.executable, "-m", "dvc", "exp", "run", "-q", "-n", "lower", *changes)
+    call("git", "checkout", "-q", "params.yaml")
+    listed = experiments()
+    [one], [curve] = listed["experiments"], listed["curves"]
+    assert one["name"] == "lower" and one["figures"]["emd/mlp/val"]["value"] == 0.5
+    assert shlex.split(one["command"]) == ["dvc", "exp", "run", *changes] and listed["without_curves"] == []
+    assert (curve["profile"], curve["stage"], curve["of"]) == ("lower", "pretrain", "mlp")
+    assert curve["lines"] == {"val": [[0.0, 3.0], [1.0, 0.5]]}
+    shutil.rmtree(".dvc/cache")
+    assert experiments()["without_curves"] == ["lower"]
 
 
 def test_who_leaves_frees_the_model(served, photos, monkeypatch):

@@ -1,35 +1,47 @@
-"""transformers as a process that only answers needs it, which is a second and a half sooner there."""
+"""transformers as a process that only answers needs it, which is there some two seconds sooner."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.util import find_spec, module_from_spec
 from types import ModuleType
 from typing import Any
 
 OPTIONAL = ("scipy", "torchvision")  # to transformers, for losses of detection and for pictures
 COMPILER = "torch._dynamo"
+MARKS = {"allow_in_graph", "assume_constant_result", "disable"}  # on functions, for a compiler that comes to them
 
 
-def import_transformers() -> None:
+@contextmanager
+def transformers_for_answers() -> Iterator[None]:
     """Import what loading and asking an LLM needs of transformers, but not what that imports for other uses.
 
-    It is told that scipy and torchvision are not installed and that this torch was built without its distributed part,
-    all of which it can do without; and torch's compiler is imported when something first asks for it. It remembers what
-    it was told: only for a process that computes nothing but answers. What has been imported already stays.
+    It is told that scipy and torchvision are not installed and that this torch was built without its distributed part
+    and without flexible attention, all of which it can do without; and the 3,000 files that it looks through for what
+    it has are read once. Inside, torch's compiler is imported only when something asks for more than a mark of it: to
+    leave a function out of what is compiled, which loading a network does. Modules remember what they were told: only
+    for a process that computes nothing but answers. What has been imported already stays.
     """
+    import functools
+
     import torch.compiler
     import torch.distributed
 
-    with (
-        _not_installed(),
-        _compiler_later(),
-        _set(torch.distributed, "is_available", lambda: False),
-        _set(torch.compiler, "disable", _unmarked),
-    ):
-        from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel  # noqa: F401
+    with _compiler_later():
+        with (
+            _not_installed(),
+            _set(torch.distributed, "is_available", lambda: False),
+            _set(torch.compiler, "disable", _unmarked),
+        ):
+            with _set(functools, "lru_cache", _unbounded(functools.lru_cache)):  # it has 450 folders, and keeps 128
+                from transformers import utils
+            flexible = "is_torch_flex_attn_available"
+            with _set(utils, flexible, lambda: False), _set(utils.import_utils, flexible, lambda: False):
+                from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel  # noqa: F401
+        yield
 
 
 @contextmanager
@@ -56,7 +68,7 @@ def _not_installed() -> Iterator[None]:
 
 @contextmanager
 def _compiler_later() -> Iterator[None]:
-    """Have torch's compiler be a package of marks that do nothing for a while, but for modules of it by their names."""
+    """Have torch's compiler be a package of MARKS that do nothing for a while, but for modules of it by their names."""
     spec = find_spec(COMPILER)
     if COMPILER in sys.modules or spec is None:
         yield
@@ -66,14 +78,28 @@ def _compiler_later() -> Iterator[None]:
     try:
         yield
     finally:
-        del sys.modules[COMPILER]  # who asks for it now gets the real one
+        if sys.modules.get(COMPILER) is package:
+            del sys.modules[COMPILER]  # who asks for it now gets the real one
 
 
 class _Marks(ModuleType):
     def __getattr__(self, name: str) -> Any:
+        if name in MARKS:
+            return _unmarked
         if name.startswith("__"):
             raise AttributeError(name)
-        return _unmarked
+        if sys.modules.get(COMPILER) is self:
+            del sys.modules[COMPILER]
+        return getattr(import_module(COMPILER), name)
+
+
+def _unbounded(lru_cache: Callable[..., Any]) -> Callable[..., Any]:
+    """functools.lru_cache, but that it forgets nothing where it is not told how much to keep."""
+
+    def cached(maxsize: Any = 128, typed: bool = False) -> Any:
+        return lru_cache(None)(maxsize) if callable(maxsize) else lru_cache(maxsize, typed)
+
+    return cached
 
 
 def _unmarked(function: Any = None, *_: object, **__: object) -> Any:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pandas as pd
 import pyarrow.parquet as pq
@@ -78,24 +79,47 @@ def command_of(key: str) -> str:
     return f"dvc repro pretrain@{rest[0]}" if len(rest) == 2 else "dvc repro evaluate"
 
 
-def experiments() -> list[dict[str, Any]]:
-    """The experiments of `dvc exp`: name, figures, and their commands. Raises UserError where DVC can't list them."""
-    command = [sys.executable, "-m", "dvc", "exp", "show", "--json"]
+def experiments() -> dict[str, Any]:
+    """The experiments of `dvc exp`: names, figures and the commands that make them; and their curves.
+
+    Raises UserError where DVC can't list them.
+    """
+    listing = [sys.executable, "-m", "dvc", "exp", "show", "--json"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+        done = subprocess.run(listing, capture_output=True, text=True, timeout=PATIENCE, check=False)
         shown = json.loads(done.stdout) if done.returncode == 0 else None
     except (subprocess.TimeoutExpired, ValueError):
         raise UserError("dvc exp show", f"no answer within {PATIENCE} seconds", "call it in a terminal") from None
     if shown is None:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise UserError("dvc exp show", reason)
-    revisions = [
-        revision
-        for commit in shown
-        for experiment in commit.get("experiments") or []
-        for revision in experiment.get("revs", [])[:1]
-    ]
-    return [{"name": one.get("name") or str(one.get("rev"))[:7], "figures": _measured(one)} for one in revisions]
+    found, curves, lost = [], list[dict[str, Any]](), []
+    for commit in shown:
+        for experiment in commit.get("experiments") or []:
+            for revision in experiment.get("revs", [])[:1]:
+                name = revision.get("name") or str(revision.get("rev"))[:7]
+                command = " ".join(_changes(_parameters(revision), _parameters(commit)))
+                found.append({"name": name, "figures": _measured(revision), "command": command})
+                try:
+                    curves += _curves_at(revision["rev"], name)
+                except OSError:  # cleared from the cache
+                    lost.append(name)
+    return {"experiments": found, "curves": curves, "without_curves": lost}
+
+
+def _parameters(revision: dict[str, Any]) -> dict[str, Any]:
+    """Those of params.yaml by their keys, as a.b.c."""
+    files = (revision.get("data") or {}).get("params") or {}
+    table = pd.json_normalize((files.get("params.yaml") or {}).get("data") or {})
+    return dict(zip(table, table.to_numpy()[0], strict=True)) if len(table) else {}
+
+
+def _changes(own: dict[str, Any], before: dict[str, Any]) -> Iterator[str]:
+    """The words of the command that makes an experiment where its commit is checked out."""
+    yield "dvc exp run"
+    for key, value in own.items():
+        if key not in before or before[key] != value:
+            yield f"-S {shlex.quote(f'{key}={json.dumps(value) if not isinstance(value, str) else value}')}"
 
 
 def _measured(revision: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -130,13 +154,29 @@ def _numbers(values: Any) -> dict[str, float]:
 
 def _curves(profile: str) -> Iterator[dict[str, Any]]:
     """The histories of a profile: stage, name, command, and by column the points [x, y]."""
-    for stage, x, columns in CURVES:
+    for stage, *_ in CURVES:
         for path in sorted((RESULTS / profile / stage).glob("*/history.csv")):
-            item = path.parent.name
-            try:
-                table = pd.read_csv(path)
-                lines = {y: table[[x, y]].dropna().astype(float).values.tolist() for y in columns if y in table}
-            except (OSError, ValueError, KeyError) as error:
-                raise UserError(path, f"cannot be read ({error})", f"run `dvc repro {stage}@{item}`") from None
-            command = f"dvc repro {stage}@{item}"
-            yield {"profile": profile, "stage": stage, "of": item, "x": x, "command": command, "lines": lines}
+            with path.open("rb") as file:
+                yield _curve(profile, stage, path, file)
+
+
+def _curves_at(revision: str, name: str) -> Iterator[dict[str, Any]]:
+    """Those of an experiment, likewise, from DVC's cache. Raises OSError where they are not there."""
+    from dvc.api import DVCFileSystem
+
+    files = DVCFileSystem(rev=revision)
+    for stage, *_ in CURVES:
+        for path in sorted(files.glob(f"{RESULTS}/*/{stage}/*/history.csv")):
+            with files.open(path) as file:
+                yield _curve(name, stage, Path(path), file)
+
+
+def _curve(profile: str, stage: str, path: Path, file: IO[bytes]) -> dict[str, Any]:
+    item, (x, columns) = path.parent.name, next((x, columns) for one, x, columns in CURVES if one == stage)
+    command = f"dvc repro {stage}@{item}"
+    try:
+        table = pd.read_csv(file)
+        lines = {y: table[[x, y]].dropna().astype(float).values.tolist() for y in columns if y in table}
+    except (ValueError, KeyError) as error:
+        raise UserError(path, f"cannot be read ({error})", f"run `{command}`") from None
+    return {"profile": profile, "stage": stage, "of": item, "x": x, "command": command, "lines": lines}

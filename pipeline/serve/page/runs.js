@@ -31,9 +31,13 @@ async function load() {
   by("runs-lead").textContent = found.profiles.length
     ? `Profiles with results here: ${of.join(", ")}. ${found.differ ? "These are of different pictures: their figures and curves do not compare. " : ""}The command beside a figure makes it anew, where the profile is the active one.`
     : "No profile has results yet: run `terraalign try FOLDER` or `terraalign run`.";
+  charts();
+  table();
+}
+
+function charts() {
   const groups = Map.groupBy(found.curves, (curve) => `${curve.of}: ${STAGES[curve.stage]}`);
   by("curves").replaceChildren(...[...groups].map(([title, curves]) => chart(title, curves)));
-  table();
 }
 
 async function experiments() {
@@ -41,15 +45,21 @@ async function experiments() {
   button.disabled = true;
   by("experiments-note").textContent = "DVC is asked, which takes a while.";
   try {
-    const listed = await ask("/api/experiments");
-    for (const { name, figures } of listed) {
+    const { experiments: listed, curves, without_curves: lost } = await ask("/api/experiments");
+    found.commands = {};
+    for (const { name, figures, command: own } of listed) {
       if (!found.profiles.includes(name)) found.profiles.push(name);
+      found.commands[name] = own;
       for (const [key, { command, label, value }] of Object.entries(figures)) {
         found.figures[key] ??= { command, label, values: {} };
         found.figures[key].values[name] = value;
       }
     }
-    by("experiments-note").textContent = listed.length ? `${listed.length} experiments.` : "There are no experiments of dvc exp.";
+    found.curves.push(...curves);
+    by("experiments-note").textContent = listed.length
+      ? `Experiments: ${listed.length}. Above each stands the command that makes it, at the commit that it began from.${lost.length ? ` No curves of ${lost.join(", ")}: DVC's cache has them no more.` : ""}`
+      : "There are no experiments of dvc exp.";
+    charts();
     table();
   } catch (error) {
     by("experiments-note").textContent = error.message;
@@ -63,7 +73,10 @@ function table() {
   if (!found) return;
   const wanted = by("filter").value.trim().toLowerCase();
   const rows = Object.entries(found.figures).filter(([key, { label }]) => `${key} ${label ?? ""}`.toLowerCase().includes(wanted));
-  const head = el("tr", {}, ...["figure", ...found.profiles, "command"].map((text) => el("th", { scope: "col", text })));
+  const head = el("tr", {}, ...["figure", ...found.profiles, "command"].map((text) => {
+    const own = found.commands?.[text];
+    return el("th", { scope: "col" }, text, ...(own ? [el("small", {}, el("code", { text: own }))] : []));
+  }));
   by("figures").replaceChildren(el("thead", {}, head), el("tbody", {}, ...rows.map(([key, { command, label, values }]) => el("tr", {},
     el("th", { scope: "row" }, el("span", { text: label ?? key }), ...(label ? [el("small", { text: key })] : [])), ...found.profiles.map((profile) => el("td", { text: written(values[profile]) })),
     el("td", {}, el("code", { text: command }))))));
