@@ -185,7 +185,7 @@ def test_the_page_has_means_over_the_seeds_and_who_wins(project, tmp_path, monke
     page = write_study(params, study).read_text()
     assert "6 of 20 trainings" in page
     # The mean of 2 and -1; either picture may be drawn twice.
-    assert "query: emd over start" in page and "<td>+0.500<small>-1.000 to +2.000, 2 seeds</small></td>" in page
+    assert "By how much emd is ahead of each, after 7 steps" in page and "<td>+0.500<small>-1.000 to +2.000, 2 seeds</small></td>" in page
     assert '<td class="yes">+0.100<small>+0.100 to +0.100, 2 seeds</small></td>' in page
     assert "15.0 ± 7.1" in page  # the mean of 10 and 20 %, and their standard deviation
     assert "100.0" in page  # ms a picture: 32 s for 10 steps of 32

@@ -25,7 +25,7 @@ def compared(scores: Scores, cells: Iterable[Cell], reference: str, columns: dic
     """
     of, kept = _by_method(scores, cells), {key: column for key, column in columns.items() if OVER not in key}
     rows = {
-        f"{adapter}: {reference} over {method}": _differences(of[adapter, reference], own, kept)
+        f"{adapter}: {method}": _differences(of[adapter, reference], own, kept)
         for (adapter, method), own in of.items()
         if method != reference and (adapter, reference) in of
     }

@@ -162,7 +162,7 @@ def _paired(params: Params, study: Study, columns: dict[str, Column]) -> dict[st
     for seconds in dict.fromkeys((study.seconds, None if study.steps else study.seconds)):
         of = [cell for cell in cells if cell.seconds == seconds or params.pretrain_for(cell.name).max_steps == 0]
         after = f"{seconds} seconds" if seconds else f"{study.steps} steps"
-        tables[f"{reference} over the other methods, after {after}"] = compared(scores, of, reference, shown)
+        tables[f"By how much {reference} is ahead of each, after {after}"] = compared(scores, of, reference, shown)
         tables[f"Each over what needs no adapter, after {after}"] = over_baselines(scores, of, shown)
     return {title: table for title, table in tables.items() if table.rows}
 
