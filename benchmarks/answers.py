@@ -21,10 +21,7 @@ LEAN = "from pipeline.answers.lean import transformers_for_answers as imported\n
 STARTS = {
     "import torch": ["-c", "import torch"],
     "import torch and transformers' Llama": ["-c", "import torch, transformers.models.llama.modeling_llama"],
-    "the same, as answers import them": [
-        "-c",
-        "from pipeline.answers.lean import transformers_for_answers as do; do().__enter__()",
-    ],
+    "the same, as answers import them": ["-c", LEAN],
     "torch, transformers' Llama and peft": ["-c", "import torch, transformers.models.llama.modeling_llama, peft"],
     "classify": ["-m", "stages.cli", "classify"],
     "caption": ["-m", "stages.cli", "caption"],

@@ -116,11 +116,11 @@ def answer(
     gc.disable()  # what is imported and loaded stays: looking through it is a quarter of a second of the first answer
     try:
         from pipeline.answers.lean import transformers_for_answers
+        from pipeline.answers.model import Model
 
+        model = Model(params)
+        _ = model.encoder  # before: one of timm or open_clip imports torchvision, and torch's compiler with it
         with transformers_for_answers() if by_llm else nullcontext():
-            from pipeline.answers.model import Model
-
-            model = Model(params)
             asked: Ask = how(model)
         gc.freeze()
     finally:

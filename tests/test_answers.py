@@ -227,6 +227,29 @@ print(sys.modules[COMPILER] is torch._dynamo, torch.compile(torch.sin, backend="
 """
 
 
+BESIDE = """
+import torchvision, sys
+from pipeline.answers.lean import transformers_for_answers
+with transformers_for_answers():
+    from transformers import LlamaForCausalLM
+    LlamaForCausalLM.from_pretrained("tiny")
+    import torchvision.ops, torch._dynamo.utils
+print("torch._dynamo.convert_frame" in sys.modules, torch._dynamo.is_compiling())
+"""
+
+
+def test_answers_with_an_encoder_that_needs_torchvision(tmp_path: Path) -> None:
+    _write_tiny(tmp_path / "tiny")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", BESIDE], capture_output=True, env=environment, text=True, cwd=tmp_path)
+    assert done.stdout.splitlines() == ["True False"], done.stderr
+
+
+def _write_tiny(folder: Path) -> None:
+    sizes = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2)).save_pretrained(folder)
+
+
 def test_who_asks_for_the_compiler_gets_it(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", ASKED], capture_output=True, env=environment, text=True, cwd=tmp_path)
@@ -234,8 +257,7 @@ def test_who_asks_for_the_compiler_gets_it(tmp_path: Path) -> None:
 
 
 def test_answers_import_what_they_need_and_the_rest_is_still_there(tmp_path: Path) -> None:
-    sizes = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
-    LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2)).save_pretrained(tmp_path / "tiny")
+    _write_tiny(tmp_path / "tiny")
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", LEAN], capture_output=True, env=environment, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -41,7 +41,7 @@ from pipeline.naming.table import Named
 from pipeline.runs import Run, stages
 from pipeline.serve import app
 from pipeline.serve.desk import offered
-from pipeline.serve.ledger import command_of, experiments, ledger
+from pipeline.serve.ledger import _override, command_of, experiments, ledger
 from pipeline.serve.words import word_for
 from pipeline.store.reader import CaptionTokens, ImageTokens
 from pipeline.vlm import VLM
@@ -305,7 +305,7 @@ folder.mkdir(parents=True)
 (folder / "history.csv").write_text(f"epoch,val\\n0,3\\n1,{rate}\\n")
 pathlib.Path("metrics.json").write_text(json.dumps({"emd/mlp/val": rate}))
 """
-STAGES = """
+GRAPH = """
 stages:
   pretrain:
     cmd: python make.py
@@ -326,7 +326,7 @@ def test_experiments_have_figures_curves_and_the_command_that_makes_them(tmp_pat
     call("git", "config", "user.email", "a@example.org")
     call("git", "config", "user.name", "a")
     call(sys.executable, "-m", "dvc", "init", "-q")
-    for name, text in ("make.py", MADE), ("dvc.yaml", STAGES), ("params.yaml", 'own: {rate: 1.5, note: "as is"}\n'):
+    for name, text in ("make.py", MADE), ("dvc.yaml", GRAPH), ("params.yaml", 'own: {rate: 1.5, note: "as is"}\n'):
         Path(name).write_text(text)
     call("git", "add", "-A")
     call("git", "commit", "-qm", "first")
@@ -336,11 +336,40 @@ def test_experiments_have_figures_curves_and_the_command_that_makes_them(tmp_pat
     listed = experiments()
     [one], [curve] = listed["experiments"], listed["curves"]
     assert one["name"] == "lower" and one["figures"]["emd/mlp/val"]["value"] == 0.5
-    assert shlex.split(one["command"]) == ["dvc", "exp", "run", *changes] and listed["without_curves"] == []
+    command = ["dvc", "exp", "run", "-S", "own.rate=0.5", "-S", "own.note='two words'"]
+    assert shlex.split(one["command"]) == command and listed["without_curves"] == []
     assert (curve["profile"], curve["stage"], curve["of"]) == ("lower", "pretrain", "mlp")
     assert curve["lines"] == {"val": [[0.0, 3.0], [1.0, 0.5]]}
     shutil.rmtree(".dvc/cache")
     assert experiments()["without_curves"] == ["lower"]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(
+            "word",
+            "3",
+            "null",
+            "Describe it, please.",
+            "it's",
+            "He said (x)",
+            "ends\\",
+            "a\\'b",
+            "",
+            0.5,
+            None,
+            True,
+            -3,
+        ),
+        *(["accuracy", {"metric": "judge", "llm": {"model": "/models/a b"}}], []),
+    ],
+)
+def test_a_changed_value_is_read_back_as_it_was(value):
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    [override] = OverridesParser.create().parse_overrides([f"own.key={_override(value)}"])
+    assert not override.is_sweep_override() and override.value() == value
 
 
 def test_who_leaves_frees_the_model(served, photos, monkeypatch):

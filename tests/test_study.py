@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import typer
 from PIL import Image
+from scipy.stats import ttest_1samp
 
 from pipeline.config import parse_params, read_yaml
 from pipeline.config.study import fitted, parameters_of, parse_study
 from pipeline.errors import UserError
 from pipeline.first.layout import recognise
 from pipeline.first.profile import written
-from pipeline.metrics.base import mean_of
 from pipeline.report.paired import interval
 from pipeline.report.study import write_study
 from pipeline.runs import Run
@@ -178,14 +178,17 @@ def test_the_page_has_means_over_the_seeds_and_who_wins(project, tmp_path, monke
         over = {"key": "cider_over_nearest", "value": 0.1, "label": "CIDEr-D over the nearest's", "kind": "number"}
         chance = {"key": "chance", "value": 0.2, "label": "chance", "baseline": True}
         made(run.evaluated(cell.name, "captions") / "captions", "figures.json", [figure, score, over, chance])
-        scored = "a,3,0.1\nb,1,0.1\n" if cell.method == "emd" else "a,1,0.1\nb,2,0.1\n"
+        scored = "a,3,0.1\nb,1,0.1\n" if cell.method == "emd" else "b,2,0.1\na,1,0.1\n"
         made(
             run.evaluated(cell.name, "captions") / "captions", "pictures.csv", "id,cider,cider_over_nearest\n" + scored
         )
     page = write_study(params, study).read_text()
     assert "6 of 20 trainings" in page
-    # The mean of 2 and -1; either picture may be drawn twice.
-    assert "By how much emd is ahead of each, after 7 steps" in page and "<td>+0.500<small>-1.000 to +2.000, 2 seeds</small></td>" in page
+    # The mean of 2 and -1, with a standard error of 1.5: t is 12.7.
+    assert (
+        "By how much emd is ahead of each, after 7 steps" in page
+        and "<td>+0.500<small>-18.559 to +19.559, 2 seeds</small></td>" in page
+    )
     assert '<td class="yes">+0.100<small>+0.100 to +0.100, 2 seeds</small></td>' in page
     assert "15.0 ± 7.1" in page  # the mean of 10 and 20 %, and their standard deviation
     assert "100.0" in page  # ms a picture: 32 s for 10 steps of 32
@@ -195,14 +198,22 @@ def test_the_page_has_means_over_the_seeds_and_who_wins(project, tmp_path, monke
     assert len(rows) == 7 and "captions/captions/f1" in rows[0]
 
 
-def test_an_interval_is_of_pictures_and_of_seeds():
-    draw = np.random.default_rng(3)
-    of_pictures, of_seeds = draw.normal(1, 1, 50), draw.normal(0, 1, 5)
-    one = interval(of_pictures[None])
-    assert one == mean_of("one", of_pictures, "one").interval
-    assert interval(np.tile(of_pictures, (5, 1))) == pytest.approx(one)  # seeds that do not differ add nothing
-    low, high = interval(of_pictures + of_seeds[:, None])  # variances add
-    assert high - low == pytest.approx(2 * 1.96 * (of_pictures.var() / 50 + of_seeds.var() / 5) ** 0.5, rel=0.1)
+def test_an_interval_of_one_seed_is_that_of_its_pictures():
+    values = np.random.default_rng(3).normal(1, 1, 50)
+    expected = ttest_1samp(values, 0).confidence_interval()
+    assert interval(values[None]) == pytest.approx((expected.low, expected.high))
+    assert interval(np.full((3, 4), 0.5)) == (0.5, 0.5)
+
+
+@pytest.mark.parametrize(("pictures", "of_seeds", "of_pictures"), [(100, 1.0, 0.1), (100, 0.0, 1.0), (30, 0.3, 1.0)])
+def test_an_interval_holds_the_truth_in_19_of_20_studies(pictures, of_seeds, of_pictures):
+    """Also of three seeds, which differ, on pictures that differ."""
+    draw, held = np.random.default_rng(4), 0
+    for _ in range(400):
+        seeds, each = draw.normal(0, of_seeds, (3, 1)), draw.normal(0, of_pictures, pictures)
+        low, high = interval(seeds + each + draw.normal(0, 0.5, (3, pictures)))
+        held += low < 0 < high
+    assert 0.93 <= held / 400 <= 1
 
 
 def test_the_command_names_trainings_without_running_any(project, tmp_path, monkeypatch, capsys):

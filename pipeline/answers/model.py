@@ -157,15 +157,15 @@ class Model:
         """What the encoder is shown of a picture: its middle where the rest is cut off, resized; None where the
         encoder's own transform does not say. Raises ValueError, as `encode`."""
         self._load(picture)  # whatever that refuses
-        pixels = self._encoder.preprocess(decode(content_of(picture)))
+        pixels = self.encoder.preprocess(decode(content_of(picture)))
         return Image.fromarray(pixels.permute(1, 2, 0).numpy()) if pixels.dtype == torch.uint8 else None
 
     def check_encoder(self, folder: Path) -> None:
         """Raises UserError where an adapter was made from image tokens of another encoder than that of now."""
         from pipeline.origin import check_encoder
 
-        with self._in_project() if "_encoder" not in self.__dict__ else contextlib.nullcontext():
-            identity = self._encoder.identity
+        with self._in_project() if "encoder" not in self.__dict__ else contextlib.nullcontext():
+            identity = self.encoder.identity
         check_encoder(self._project / folder, identity)
 
     def captions(self, trained: bool = True) -> Ask:
@@ -200,7 +200,7 @@ class Model:
         with self._in_project():
             found = namers(self.params)
             used: Rule = rule if found else "emd"
-            folder = best_adapter(self.params, found or pretrained(self.params), self._encoder.identity)
+            folder = best_adapter(self.params, found or pretrained(self.params), self.encoder.identity)
             adapter, data = (folder.parent.name, folder.name) if found else (folder.name, classes(self.params)[0])
         named, look = self._named_by(folder, data), self._familiar_with([data])
 
@@ -276,7 +276,7 @@ class Model:
     def _best_finetuned(self, *tasks: str) -> Path:
         """The best adapter of the first of some tasks that anything is fine-tuned for."""
         with self._in_project():
-            return best_finetuned(self.params, self._encoder.identity, *tasks)
+            return best_finetuned(self.params, self.encoder.identity, *tasks)
 
     def _made_by(self, folder: Path) -> tuple[str, str, list[str]]:
         """Adapter, recipe and data sets of a fine-tuned adapter."""
@@ -299,7 +299,7 @@ class Model:
             return digests_of(self.params)
 
     @cached_property
-    def _encoder(self) -> VisionEncoder:
+    def encoder(self) -> VisionEncoder:
         return load_vision_encoder(self.params.vision, self.params.runtime.device)
 
     @cached_property
@@ -312,7 +312,7 @@ class Model:
     def _decoder(self) -> Decoder:
         """PIL, which decides what is broken anyway; torchvision, two seconds to import, differs from it by rounding."""
         vision = self.params.vision.model_copy(update={"decoder": "pil"})
-        return Encoder.of(vision).decoder(self._encoder.preprocess, pick_device(self.params.runtime.device))
+        return Encoder.of(vision).decoder(self.encoder.preprocess, pick_device(self.params.runtime.device))
 
     @contextlib.contextmanager
     def _at_work(self, folder: Path, weights: str) -> Iterator[VLM]:
@@ -351,7 +351,7 @@ class Model:
                 pixels = self._decoder.batch(some, size)
             except Broken as error:
                 raise Broken(at + error.row, str(error)) from None
-            found.append(self._encoder.encode(pixels)[: len(some)])
+            found.append(self.encoder.encode(pixels)[: len(some)])
         return torch.cat(found)
 
     def _answered(self, some: list[tuple[P, Future[Loaded]]], ask: Ask) -> Iterator[tuple[P, Answer | ValueError]]:

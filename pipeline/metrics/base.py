@@ -115,11 +115,11 @@ def mean_of(key: str, values: np.ndarray, label: str, kind: Kind = "number", bas
     return Figure(key, float(values.mean()), label, (float(low), float(high)), kind, baseline, tuple(values.tolist()))
 
 
-def redrawn(n: int, seed: int = 0) -> np.ndarray:
+def redrawn(n: int) -> np.ndarray:
     """How often each of n pictures is in each of DRAWS samples of n: [DRAWS, n] (Efron's bootstrap, 1979)."""
     import numpy as np
 
-    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), DRAWS)
+    return np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), DRAWS)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from pipeline.media.plots import canvas, save_png
 from pipeline.metrics.base import FIGURES, Figure, read_figures, read_pictures
 from pipeline.report.convergence import read_history
 from pipeline.report.page import render
-from pipeline.report.paired import OVER, Column, Scores, compared, over_baselines
+from pipeline.report.paired import OVER, Column, Scores, compared, over_controls
 from pipeline.report.tables import Cell as Shown
 from pipeline.report.tables import Table
 from pipeline.report.ways import is_detail
@@ -155,7 +155,7 @@ def _context(params: Params, study: Study, table: pd.DataFrame) -> dict[str, Any
 
 
 def _paired(params: Params, study: Study, columns: dict[str, Column]) -> dict[str, Table]:
-    """Differences picture by picture: after equal seconds, after equal steps, and over what needs no adapter."""
+    """Differences picture by picture: after equal seconds, after equal steps, and over controls."""
     scores, cells, reference = _scores(params, study), study.cells(), next(iter(study.methods))
     shown = {key: column for key, column in columns.items() if key.endswith(GAINED) or OVER in key}
     tables = {}
@@ -163,7 +163,7 @@ def _paired(params: Params, study: Study, columns: dict[str, Column]) -> dict[st
         of = [cell for cell in cells if cell.seconds == seconds or params.pretrain_for(cell.name).max_steps == 0]
         after = f"{seconds} seconds" if seconds else f"{study.steps} steps"
         tables[f"By how much {reference} is ahead of each, after {after}"] = compared(scores, of, reference, shown)
-        tables[f"Each over what needs no adapter, after {after}"] = over_baselines(scores, of, shown)
+        tables[f"Each over its controls, after {after}"] = over_controls(scores, of, shown)
     return {title: table for title, table in tables.items() if table.rows}
 
 

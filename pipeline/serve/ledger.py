@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import shlex
 import subprocess
 import sys
@@ -95,14 +96,14 @@ def experiments() -> dict[str, Any]:
         raise UserError("dvc exp show", reason)
     found, curves, lost = [], list[dict[str, Any]](), []
     for commit in shown:
-        for experiment in commit.get("experiments") or []:
+        for experiment in filter(_has_ended, commit.get("experiments") or []):
             for revision in experiment.get("revs", [])[:1]:
                 name = revision.get("name") or str(revision.get("rev"))[:7]
                 command = " ".join(_changes(_parameters(revision), _parameters(commit)))
                 found.append({"name": name, "figures": _measured(revision), "command": command})
                 try:
-                    curves += _curves_at(revision["rev"], name)
-                except OSError:  # cleared from the cache
+                    curves += list(_curves_at(revision["rev"], name))
+                except (OSError, UserError):  # cleared from the cache, or no table
                     lost.append(name)
     return {"experiments": found, "curves": curves, "without_curves": lost}
 
@@ -114,12 +115,38 @@ def _parameters(revision: dict[str, Any]) -> dict[str, Any]:
     return dict(zip(table, table.to_numpy()[0], strict=True)) if len(table) else {}
 
 
+def _has_ended(experiment: dict[str, Any]) -> bool:
+    """Whether it ran to its end: one that waits in the queue has the results of the commit that it began from."""
+    return (experiment.get("executor") or {}).get("state") in (None, "success")
+
+
 def _changes(own: dict[str, Any], before: dict[str, Any]) -> Iterator[str]:
     """The words of the command that makes an experiment where its commit is checked out."""
     yield "dvc exp run"
     for key, value in own.items():
         if key not in before or before[key] != value:
-            yield f"-S {shlex.quote(f'{key}={json.dumps(value) if not isinstance(value, str) else value}')}"
+            yield f"-S {shlex.quote(f'{key}={_override(value)}')}"
+    yield from (f"-S {shlex.quote(f'~{key}')}" for key in before if key not in own)
+
+
+def _override(value: Any) -> str:
+    """A value in the grammar of Hydra's overrides (1.3, "Basic override syntax"), which `dvc exp run -S` reads."""
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}:{_override(own)}' for key, own in value.items())}}}"
+    if isinstance(value, list):
+        return f"[{','.join(map(_override, value))}]"
+    if not isinstance(value, str):
+        return json.dumps(value)
+    if re.fullmatch(r"[A-Za-z_][A-Za-z_0-9/.-]*", value) and value.lower() not in {
+        "null",
+        "true",
+        "false",
+        "nan",
+        "inf",
+    }:
+        return value
+    escaped = re.sub(r"(\\*)'", r"\1\1\'", value)  # a backslash counts only before a quote
+    return "'" + re.sub(r"(\\+)$", r"\1\1", escaped) + "'"
 
 
 def _measured(revision: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -41,6 +41,7 @@ function charts() {
 }
 
 async function experiments() {
+  if (!found) return;
   const button = by("experiments");
   button.disabled = true;
   by("experiments-note").textContent = "DVC is asked, which takes a while.";
@@ -55,7 +56,8 @@ async function experiments() {
         found.figures[key].values[name] = value;
       }
     }
-    found.curves.push(...curves);
+    const names = listed.map(({ name }) => name);
+    found.curves = [...found.curves.filter(({ profile }) => !names.includes(profile)), ...curves];
     by("experiments-note").textContent = listed.length
       ? `Experiments: ${listed.length}. Above each stands the command that makes it, at the commit that it began from.${lost.length ? ` No curves of ${lost.join(", ")}: DVC's cache has them no more.` : ""}`
       : "There are no experiments of dvc exp.";
