@@ -5,17 +5,18 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import typer
 from PIL import Image
 from scipy.stats import ttest_1samp
 
 from pipeline.config import parse_params, read_yaml
-from pipeline.config.study import fitted, parameters_of, parse_study
+from pipeline.config.study import Cell, fitted, parameters_of, parse_study
 from pipeline.errors import UserError
 from pipeline.first.layout import recognise
 from pipeline.first.profile import written
-from pipeline.report.paired import interval
+from pipeline.report.paired import compared, interval
 from pipeline.report.study import write_study
 from pipeline.runs import Run
 from stages import study as command
@@ -196,6 +197,18 @@ def test_the_page_has_means_over_the_seeds_and_who_wins(project, tmp_path, monke
     assert "captions: chance 20.0 %" in page and page.count("<img") == 4
     rows = (run.base / "study.csv").read_text().splitlines()
     assert len(rows) == 7 and "captions/captions/f1" in rows[0]
+
+
+def test_one_picture_in_common_has_no_interval():
+    first, second = Cell("mlp", "emd", 1), Cell("mlp", "other", 1)
+    scores = {
+        cell: pd.DataFrame({"cider": [1.0, 2.0]}, index=list(ids)) for cell, ids in ((first, "ab"), (second, "bc"))
+    }
+    columns = {"cider": ("CIDEr-D", 1.0, 3)}
+    assert compared(scores, [first, second], "emd", columns).rows == []
+    scores[second] = scores[first] - 0.5
+    [(name, [cell])] = compared(scores, [first, second], "emd", columns).rows
+    assert (name, cell.text, cell.mood) == ("mlp: other", "+0.500", "")  # one seed decides nothing
 
 
 def test_an_interval_of_one_seed_is_that_of_its_pictures():

@@ -52,13 +52,9 @@ def interval(differences: np.ndarray) -> tuple[float, float]:
 
     means = [differences.mean(axis) for axis in ((0, 1) if len(differences) > 1 else (0,))]
     variances = [values.var(ddof=1) / len(values) for values in means]
-    error = sum(variances)
-    freedom = (
-        error**2 / sum(one**2 / (len(values) - 1) for one, values in zip(variances, means, strict=True) if one)
-        if error
-        else 1
-    )
-    reach = float(t.ppf(0.975, freedom) * error**0.5)
+    parts = [one**2 / (len(values) - 1) for one, values in zip(variances, means, strict=True)]
+    freedom = sum(variances) ** 2 / sum(parts) if sum(parts) else 1  # all are alike: whatever, times no error
+    reach = float(t.ppf(0.975, freedom) * sum(variances) ** 0.5)
     return float(differences.mean()) - reach, float(differences.mean()) + reach
 
 
@@ -74,8 +70,8 @@ def _by_method(scores: Scores, cells: Iterable[Cell]) -> dict[tuple[str, str], d
 def _differences(
     ours: dict[int, pd.DataFrame], theirs: dict[int, pd.DataFrame] | None, columns: dict[str, Column]
 ) -> dict[str, Shown]:
-    found = {key: _stacked(ours, theirs, key) for key in columns}
-    return {key: _shown(differences, columns[key]) for key, differences in found.items() if differences.size}
+    found = {key: _stacked(ours, theirs, key) for key in columns}  # one picture has no spread, and so no interval
+    return {key: _shown(differences, columns[key]) for key, differences in found.items() if differences.shape[1] > 1}
 
 
 def _stacked(ours: dict[int, pd.DataFrame], theirs: dict[int, pd.DataFrame] | None, key: str) -> np.ndarray:
