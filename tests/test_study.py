@@ -178,7 +178,10 @@ def test_the_page_has_means_over_the_seeds_and_who_wins(project, tmp_path, monke
         score = {"key": "cider", "value": 1.0, "label": "CIDEr-D", "kind": "number"}
         over = {"key": "cider_over_nearest", "value": 0.1, "label": "CIDEr-D over the nearest's", "kind": "number"}
         chance = {"key": "chance", "value": 0.2, "label": "chance", "baseline": True}
-        made(run.evaluated(cell.name, "captions") / "captions", "figures.json", [figure, score, over, chance])
+        new = {"key": "recall_unseen", "value": 0.25, "label": "never captioned, named"}
+        counted = {"key": "captioned_unseen", "value": 19, "label": "pictures with such things", "kind": "count"}
+        figures = [figure, score, over, chance, new, counted]
+        made(run.evaluated(cell.name, "captions") / "captions", "figures.json", figures)
         scored = "a,3,0.1\nb,1,0.1\n" if cell.method == "emd" else "b,2,0.1\na,1,0.1\n"
         made(
             run.evaluated(cell.name, "captions") / "captions", "pictures.csv", "id,cider,cider_over_nearest\n" + scored
@@ -194,6 +197,8 @@ def test_the_page_has_means_over_the_seeds_and_who_wins(project, tmp_path, monke
     assert "15.0 ± 7.1" in page  # the mean of 10 and 20 %, and their standard deviation
     assert "100.0" in page  # ms a picture: 32 s for 10 steps of 32
     assert "query has the lowest loss on captions by emd, 2.150" in page and "worse with 2 of 2 seeds" in page
+    own, unseen = page.split('<section id="unseen">')
+    assert "never captioned, named, %" in unseen and "(19 of captions)" in unseen and "never captioned" not in own
     assert "captions: chance 20.0 %" in page and page.count("<img") == 4
     rows = (run.base / "study.csv").read_text().splitlines()
     assert len(rows) == 7 and "captions/captions/f1" in rows[0]

@@ -32,6 +32,7 @@ LINES, MARKERS = ("-", "--", ":"), "os^Dv"
 PANEL = (6.4, 5.2)
 GAINED = ("/val_loss", "/cider", "/f1", "/acc", "/acc/namer", "/acc/emd")  # what is drawn against its cost
 BEFORE = "cider_pretrained"
+UNSEEN, COUNTED = "_unseen", "/captioned_unseen"  # of things never captioned in training: a table of their own
 GIB = 2**30
 # Of the cells: what a column is called, in which unit, and how many digits it has.
 COST = {
@@ -127,7 +128,9 @@ def _json(path: Path) -> dict[str, Any] | None:
 
 
 def _context(params: Params, study: Study, table: pd.DataFrame) -> dict[str, Any]:
-    columns = _columns(params, study)
+    measured = _columns(params, study)
+    unseen = {key: column for key, column in measured.items() if key.endswith(UNSEEN)}
+    columns = {key: column for key, column in measured.items() if key not in unseen}
     at_once = table["steps"] == 0  # belongs to both
     parts = {}
     if study.seconds:
@@ -140,6 +143,10 @@ def _context(params: Params, study: Study, table: pd.DataFrame) -> dict[str, Any
         "done": len(table), "all": len(study.cells()),
         "methods": {name: json.dumps(_said(method)) for name, method in study.methods.items()},
         "tables": {title: means(part, columns) for title, part in parts.items() if len(part)},
+        "unseen": {title: means(part, unseen) for title, part in parts.items() if len(part) and unseen},
+        "unseen_pictures": [
+            f"{table[key].max():.0f} of {key.partition('/')[0]}" for key in table if key.endswith(COUNTED)
+        ],
         "winners": [
             line
             for title, part in parts.items()
