@@ -195,12 +195,14 @@ LEAN = """
 import sys
 from pathlib import Path
 import torch
-from pipeline.answers.lean import transformers_for_answers
-with transformers_for_answers():
-    from transformers import LlamaForCausalLM
+from pipeline.answers.lean import import_for_answers
+from pipeline.llms.load import plain_meta
+import_for_answers()
+from transformers import LlamaForCausalLM
+with plain_meta():
     network = LlamaForCausalLM.from_pretrained("tiny").eval()
 print(network.generate(inputs_embeds=torch.zeros(1, 2, 8), max_new_tokens=3, num_beams=2, eos_token_id=None).shape)
-unused = {"scipy", "torchvision", "torch.distributed.tensor", "torch._dynamo.convert_frame"}
+unused = {"scipy", "sympy", "torchvision", "torch.distributed.tensor", "torch._dynamo.convert_frame"}
 unused.add("torch.nn.attention.flex_attention")
 print(sorted(unused & set(sys.modules)))
 import scipy.optimize, torchvision
@@ -218,8 +220,8 @@ print(torch.distributed.is_available(), compiled(torch.zeros(1)).item(), convert
 
 ASKED = """
 import sys, torch
-from pipeline.answers.lean import COMPILER, transformers_for_answers
-with transformers_for_answers():
+from pipeline.answers.lean import COMPILER, _compiler_later
+with _compiler_later():
     stub = sys.modules[COMPILER]
     print(stub.disable(len) is len, stub.is_compiling(), sys.modules[COMPILER] is stub)  # more than a mark
 from torch._dynamo import utils
@@ -229,11 +231,11 @@ print(sys.modules[COMPILER] is torch._dynamo, torch.compile(torch.sin, backend="
 
 BESIDE = """
 import torchvision, sys
-from pipeline.answers.lean import transformers_for_answers
-with transformers_for_answers():
-    from transformers import LlamaForCausalLM
-    LlamaForCausalLM.from_pretrained("tiny")
-    import torchvision.ops, torch._dynamo.utils
+from pipeline.answers.lean import import_for_answers
+import_for_answers()
+from transformers import LlamaForCausalLM
+LlamaForCausalLM.from_pretrained("tiny")
+import torchvision.ops, torch._dynamo.utils
 print("torch._dynamo.convert_frame" in sys.modules, torch._dynamo.is_compiling())
 """
 

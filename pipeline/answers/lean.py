@@ -15,33 +15,31 @@ COMPILER = "torch._dynamo"
 MARKS = {"allow_in_graph", "assume_constant_result", "disable"}  # on functions, for a compiler that comes to them
 
 
-@contextmanager
-def transformers_for_answers() -> Iterator[None]:
+def import_for_answers() -> None:
     """Import what loading and asking an LLM needs of transformers, but not what that imports for other uses.
 
     It is told that scipy and torchvision are not installed and that this torch was built without its distributed part
     and without flexible attention, all of which it can do without; and the 3,000 files that it looks through for what
-    it has are read once. Inside, torch's compiler is imported only when something asks for more than a mark of it: to
-    leave a function out of what is compiled, which loading a network does. Modules remember what they were told: only
-    for a process that computes nothing but answers. What has been imported already stays.
+    it has are read once. torch's compiler is imported only when something asks for more than a mark of it: to leave a
+    function out of what is compiled. Modules remember what they were told: only for a process that computes nothing but
+    answers. What has been imported already stays.
     """
     import functools
 
     import torch.compiler
     import torch.distributed
 
-    with _compiler_later():
-        with (
-            _not_installed(),
-            _set(torch.distributed, "is_available", lambda: False),
-            _set(torch.compiler, "disable", _unmarked),
-        ):
-            with _set(functools, "lru_cache", _unbounded(functools.lru_cache)):  # it has 450 folders, and keeps 128
-                from transformers import utils
-            flexible = "is_torch_flex_attn_available"
-            with _set(utils, flexible, lambda: False), _set(utils.import_utils, flexible, lambda: False):
-                from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel  # noqa: F401
-        yield
+    with (
+        _not_installed(),
+        _compiler_later(),
+        _set(torch.distributed, "is_available", lambda: False),
+        _set(torch.compiler, "disable", _unmarked),
+    ):
+        with _set(functools, "lru_cache", _unbounded(functools.lru_cache)):  # it has 450 folders, and keeps 128
+            from transformers import utils
+        flexible = "is_torch_flex_attn_available"
+        with _set(utils, flexible, lambda: False), _set(utils.import_utils, flexible, lambda: False):
+            from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel  # noqa: F401
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ def load_llm(params: LLM, device: str = "auto", *, expand: bool = True) -> Langu
     keep_freed_memory()
     place = pick_device(device)
     dtype = pick_dtype(params.dtype, place)
-    with _files(params) as (source, options):
+    with _files(params) as (source, options), plain_meta() if place.type == "cpu" else nullcontext():
         if params.quantization == "nf4":
             network = load_nf4(source, options, dtype, place, expand)
         else:
@@ -62,6 +62,28 @@ def load_llm(params: LLM, device: str = "auto", *, expand: bool = True) -> Langu
     keep_gradients(network)
     network.eval().requires_grad_(False)
     return LanguageModel(network, tokenizer, params.system_prompt, params.max_caption_tokens)
+
+
+@contextmanager
+def plain_meta() -> Iterator[None]:
+    """Keep from the meta device, where networks are built to be loaded, what torch imports its compiler and sympy for.
+
+    That takes it a second and a half, for two things: normal numbers, of which a tensor without values keeps none, and
+    ranges, which rotary positions are made of. These are on the CPU then, as transformers has torch.linspace.
+    """
+    drawn, counted = nn.init.normal_, torch.arange
+
+    def normal_(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return tensor if tensor.is_meta else drawn(tensor, *args, **kwargs)
+
+    def arange(*args: Any, **kwargs: Any) -> Tensor:
+        return counted(*args, **{"device": "cpu"} | kwargs)
+
+    nn.init.normal_, torch.arange = normal_, arange
+    try:
+        yield
+    finally:
+        nn.init.normal_, torch.arange = drawn, counted
 
 
 def load_tokenizer(params: LLM) -> Any:
@@ -94,7 +116,7 @@ def load_embedding(params: LLM) -> nn.Embedding:
 
     with _files(params, tokenizer=False) as (source, options):
         config = AutoConfig.from_pretrained(source, **options)
-        with torch.device("meta"):
+        with torch.device("meta"), plain_meta():
             network = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         _refuse_stateful(params, network)
         embedding: nn.Embedding = network.get_input_embeddings()
