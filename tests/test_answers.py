@@ -196,10 +196,10 @@ import sys
 from pathlib import Path
 import torch
 from pipeline.answers.lean import import_for_answers
-from pipeline.llms.load import plain_meta
+from pipeline.llms.load import numbers_on_cpu
 import_for_answers()
 from transformers import LlamaForCausalLM
-with plain_meta():
+with numbers_on_cpu():
     network = LlamaForCausalLM.from_pretrained("tiny").eval()
 print(network.generate(inputs_embeds=torch.zeros(1, 2, 8), max_new_tokens=3, num_beams=2, eos_token_id=None).shape)
 unused = {"scipy", "sympy", "torchvision", "torch.distributed.tensor", "torch._dynamo.convert_frame"}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from pipeline.llms.quantise import keep_gradients, load_nf4
 
 # Before torch starts its threads: spinning OpenMP threads make a step many times slower beside another process.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,12 @@ def load_llm(params: LLM, device: str = "auto", *, expand: bool = True) -> Langu
     keep_freed_memory()
     place = pick_device(device)
     dtype = pick_dtype(params.dtype, place)
-    with _files(params) as (source, options), plain_meta() if place.type == "cpu" else nullcontext():
+    with _files(params) as (source, options):
         if params.quantization == "nf4":
-            network = load_nf4(source, options, dtype, place, expand)
+            network = _built(lambda: load_nf4(source, options, dtype, place, expand), place)
         else:
-            network = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options).to(place)
+            network = _built(lambda: AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options), place)
+            network = network.to(place)
         tokenizer = _tokenizer(params, source, options)
     _refuse_stateful(params, network)
     keep_gradients(network)
@@ -64,13 +66,24 @@ def load_llm(params: LLM, device: str = "auto", *, expand: bool = True) -> Langu
     return LanguageModel(network, tokenizer, params.system_prompt, params.max_caption_tokens)
 
 
-@contextmanager
-def plain_meta() -> Iterator[None]:
-    """Keep from the meta device, where networks are built to be loaded, what torch imports its compiler and sympy for.
+def _built(build: Callable[[], Any], place: torch.device = CPU) -> Any:
+    """What `build` makes, without torch's compiler where the result is for a CPU."""
+    if place.type == "cpu":
+        with suppress(RuntimeError), numbers_on_cpu():
+            return build()
+    return build()  # or it reckons with ranges and other tensors at once (Gemma 4), or has a fault of its own
 
-    That takes it a second and a half, for two things: normal numbers, of which a tensor without values keeps none, and
-    ranges, which rotary positions are made of. These are on the CPU then, as transformers has torch.linspace.
+
+@contextmanager
+def numbers_on_cpu() -> Iterator[None]:
+    """Draw and count nothing on the meta device, where transformers builds a network before it loads it.
+
+    torch imports its compiler and sympy there, a second and a half, for two things: normal numbers, which tensors
+    without values don't keep, and whatever is reckoned with ranges, as rotary positions are. Ranges are on the CPU now,
+    as transformers has torch.linspace.
     """
+    with torch.device("cpu"):
+        torch.empty(0)  # which functions a device concerns torch looks up the first time, and may not find ours there
     drawn, counted = nn.init.normal_, torch.arange
 
     def normal_(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -116,8 +129,8 @@ def load_embedding(params: LLM) -> nn.Embedding:
 
     with _files(params, tokenizer=False) as (source, options):
         config = AutoConfig.from_pretrained(source, **options)
-        with torch.device("meta"), plain_meta():
-            network = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        with torch.device("meta"):
+            network = _built(lambda: AutoModelForCausalLM.from_config(config, trust_remote_code=False))
         _refuse_stateful(params, network)
         embedding: nn.Embedding = network.get_input_embeddings()
         weight = _read_embedding(source, options, network)
