@@ -17,7 +17,7 @@ from pathlib import Path
 from pipeline.answers.model import Model
 from pipeline.config import load_params
 
-LEAN = "from pipeline.answers.lean import import_for_answers as imported\nimported()"
+LEAN = "from pipeline.answers.lean import transformers_for_answers as imported\nwith imported(): pass"
 STARTS = {
     "import torch": ["-c", "import torch"],
     "import torch and transformers' Llama": ["-c", "import torch, transformers.models.llama.modeling_llama"],

@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -114,14 +115,13 @@ def answer(
         print(f"error: {fault}", file=sys.stderr)
     gc.disable()  # what is imported and loaded stays: looking through it is a quarter of a second of the first answer
     try:
-        from pipeline.answers.lean import import_for_answers
+        from pipeline.answers.lean import transformers_for_answers
         from pipeline.answers.model import Model
 
         model = Model(params)
         _ = model.encoder  # before: one of timm or open_clip imports torchvision, and torch's compiler with it
-        if by_llm:
-            import_for_answers()
-        asked: Ask = how(model)
+        with transformers_for_answers() if by_llm else nullcontext():
+            asked: Ask = how(model)
         gc.freeze()
     finally:
         gc.enable()

@@ -195,16 +195,16 @@ LEAN = """
 import sys
 from pathlib import Path
 import torch
-from pipeline.answers.lean import import_for_answers
-from pipeline.llms.load import numbers_on_cpu
-import_for_answers()
-from transformers import LlamaForCausalLM
-with numbers_on_cpu():
+from pipeline.answers.lean import transformers_for_answers
+with transformers_for_answers():
+    from transformers import LlamaForCausalLM
     network = LlamaForCausalLM.from_pretrained("tiny").eval()
 print(network.generate(inputs_embeds=torch.zeros(1, 2, 8), max_new_tokens=3, num_beams=2, eos_token_id=None).shape)
 unused = {"scipy", "sympy", "torchvision", "torch.distributed.tensor", "torch._dynamo.convert_frame"}
 unused.add("torch.nn.attention.flex_attention")
 print(sorted(unused & set(sys.modules)))
+whole = LlamaForCausalLM.from_pretrained("tiny").eval()
+print([torch.equal(*pair) for pair in zip(network.buffers(), whole.buffers(), strict=True)])
 import scipy.optimize, torchvision
 compiled = torch.compile(torch.sin, backend="eager")
 from torch._dynamo import convert_frame, utils
@@ -220,8 +220,8 @@ print(torch.distributed.is_available(), compiled(torch.zeros(1)).item(), convert
 
 ASKED = """
 import sys, torch
-from pipeline.answers.lean import COMPILER, _compiler_later
-with _compiler_later():
+from pipeline.answers.lean import COMPILER, transformers_for_answers
+with transformers_for_answers():
     stub = sys.modules[COMPILER]
     print(stub.disable(len) is len, stub.is_compiling(), sys.modules[COMPILER] is stub)  # more than a mark
 from torch._dynamo import utils
@@ -231,11 +231,11 @@ print(sys.modules[COMPILER] is torch._dynamo, torch.compile(torch.sin, backend="
 
 BESIDE = """
 import torchvision, sys
-from pipeline.answers.lean import import_for_answers
-import_for_answers()
-from transformers import LlamaForCausalLM
-LlamaForCausalLM.from_pretrained("tiny")
-import torchvision.ops, torch._dynamo.utils
+from pipeline.answers.lean import transformers_for_answers
+with transformers_for_answers():
+    from transformers import LlamaForCausalLM
+    LlamaForCausalLM.from_pretrained("tiny")
+    import torchvision.ops, torch._dynamo.utils
 print("torch._dynamo.convert_frame" in sys.modules, torch._dynamo.is_compiling())
 """
 
@@ -263,7 +263,7 @@ def test_answers_import_what_they_need_and_the_rest_is_still_there(tmp_path: Pat
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", LEAN], capture_output=True, env=environment, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["torch.Size([1, 3])", "[]", "True None", "True 0.0 True"]
+    assert done.stdout.splitlines() == ["torch.Size([1, 3])", "[]", "[True, True]", "True None", "True 0.0 True"]
 
 
 def test_what_is_not_trained_is_said_at_once(demo: Params) -> None:

@@ -34,7 +34,6 @@ from pipeline.llms.files import STATEFUL
 from pipeline.llms.gguf import GGUF
 from pipeline.llms.huggingface import HuggingFace
 from pipeline.llms.load import (
-    _built,
     context_length,
     load_embedding,
     load_embedding_matrix,
@@ -367,16 +366,3 @@ def test_what_is_no_fault_of_the_files_keeps_its_name(folder: Path, monkeypatch:
         monkeypatch.setattr(AutoTokenizer, "from_pretrained", fail)
         with pytest.raises(type(error)):
             load_tokenizer(llm())
-
-
-def test_networks_are_built_whatever_they_reckon_with() -> None:
-    """Ranges are on the CPU, unless a network mixes them with what is on the meta device; a fault is told as it is."""
-    with torch.device("meta"):
-        alone = _built(lambda: torch.arange(0, 8, 2, dtype=torch.float) / 8)
-        mixed = _built(lambda: torch.arange(3) + torch.ones(3))
-        drawn = _built(lambda: torch.nn.Embedding(5, 4))
-    assert alone.tolist() == [0, 0.25, 0.5, 0.75]
-    assert mixed.is_meta and mixed.dtype == torch.float32 and drawn.weight.is_meta
-    with pytest.raises(RuntimeError, match="size"):
-        _built(lambda: torch.ones(2) + torch.ones(3))
-    assert torch.nn.Embedding(1000, 8).weight.std().item() == pytest.approx(1, abs=0.1)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from pipeline.llms.quantise import keep_gradients, load_nf4
 
 # Before torch starts its threads: spinning OpenMP threads make a step many times slower beside another process.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -55,48 +54,14 @@ def load_llm(params: LLM, device: str = "auto", *, expand: bool = True) -> Langu
     dtype = pick_dtype(params.dtype, place)
     with _files(params) as (source, options):
         if params.quantization == "nf4":
-            network = _built(lambda: load_nf4(source, options, dtype, place, expand), place)
+            network = load_nf4(source, options, dtype, place, expand)
         else:
-            network = _built(lambda: AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options), place)
-            network = network.to(place)
+            network = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options).to(place)
         tokenizer = _tokenizer(params, source, options)
     _refuse_stateful(params, network)
     keep_gradients(network)
     network.eval().requires_grad_(False)
     return LanguageModel(network, tokenizer, params.system_prompt, params.max_caption_tokens)
-
-
-def _built(build: Callable[[], Any], place: torch.device = CPU) -> Any:
-    """What `build` makes, without torch's compiler where the result is for a CPU."""
-    if place.type == "cpu":
-        with suppress(RuntimeError), numbers_on_cpu():
-            return build()
-    return build()  # or it reckons with ranges and other tensors at once (Gemma 4), or has a fault of its own
-
-
-@contextmanager
-def numbers_on_cpu() -> Iterator[None]:
-    """Draw and count nothing on the meta device, where transformers builds a network before it loads it.
-
-    torch imports its compiler and sympy there, a second and a half, for two things: normal numbers, which tensors
-    without values don't keep, and whatever is reckoned with ranges, as rotary positions are. Ranges are on the CPU now,
-    as transformers has torch.linspace.
-    """
-    with torch.device("cpu"):
-        torch.empty(0)  # which functions a device concerns torch looks up the first time, and may not find ours there
-    drawn, counted = nn.init.normal_, torch.arange
-
-    def normal_(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return tensor if tensor.is_meta else drawn(tensor, *args, **kwargs)
-
-    def arange(*args: Any, **kwargs: Any) -> Tensor:
-        return counted(*args, **{"device": "cpu"} | kwargs)
-
-    nn.init.normal_, torch.arange = normal_, arange
-    try:
-        yield
-    finally:
-        nn.init.normal_, torch.arange = drawn, counted
 
 
 def load_tokenizer(params: LLM) -> Any:
@@ -130,7 +95,7 @@ def load_embedding(params: LLM) -> nn.Embedding:
     with _files(params, tokenizer=False) as (source, options):
         config = AutoConfig.from_pretrained(source, **options)
         with torch.device("meta"):
-            network = _built(lambda: AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+            network = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         _refuse_stateful(params, network)
         embedding: nn.Embedding = network.get_input_embeddings()
         weight = _read_embedding(source, options, network)

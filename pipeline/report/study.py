@@ -144,9 +144,9 @@ def _context(params: Params, study: Study, table: pd.DataFrame) -> dict[str, Any
         "methods": {name: json.dumps(_said(method)) for name, method in study.methods.items()},
         "tables": {title: means(part, columns) for title, part in parts.items() if len(part)},
         "unseen": {title: means(part, unseen) for title, part in parts.items() if len(part) and unseen},
-        "unseen_pictures": [
-            f"{table[key].max():.0f} of {key.partition('/')[0]}" for key in table if key.endswith(COUNTED)
-        ],
+        "unseen_pictures": {
+            key.partition("/")[0]: f"{table[key].max():.0f}" for key in table if key.endswith(COUNTED)
+        },
         "winners": [
             line
             for title, part in parts.items()
