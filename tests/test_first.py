@@ -375,7 +375,7 @@ def test_a_profile_that_is_there_is_kept(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "back: `terraalign profile use params-before.yaml`" in said.output
     assert load_params().profile == "birds"
     path = Path("profiles/birds.yaml")
-    path.write_text(path.read_text().replace("lr: 0.001", "lr: 0.003"))
+    path.write_text(path.read_text().replace("lr: 0.0002", "lr: 0.003"))
     assert "as it is there already" in runner.invoke(cli.app, ["init", "birds"]).output
     assert load_params().pretrain.lr == 0.003
     assert "the active profile" not in runner.invoke(cli.app, ["init", "birds"]).output
@@ -406,7 +406,7 @@ def test_added_pictures_are_said_and_read_again(monkeypatch: pytest.MonkeyPatch)
     _, first = init()
     manifest.write(prepare(load_params(), "classes"), Path("data/birds/prepare/classes.parquet"))
     path = Path("profiles/birds.yaml")
-    path.write_text(path.read_text().replace("lr: 0.001", "lr: 0.003"))
+    path.write_text(path.read_text().replace("lr: 0.0002", "lr: 0.003"))
     said, again = init()
     assert again == first and "since the last run" not in said
     Path("params-before.yaml").unlink()
