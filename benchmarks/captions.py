@@ -17,6 +17,7 @@ import yaml
 
 from pipeline.config import Params
 from pipeline.llms.load import load_llm
+from pipeline.metrics.caption_scores import cider, tokenised
 from pipeline.metrics.evaluate import Candidate
 from pipeline.metrics.things import Things, f_score
 from pipeline.runs import Run
@@ -61,7 +62,7 @@ def changed(values: dict[str, Any], changes: dict[str, Any]) -> Params:
 
 
 def row(params: Params, arguments: argparse.Namespace, decoding: dict[str, Any]) -> str:
-    """Adapter, what was set, F1, precision, recall, repeats in %, validation loss, seconds of captioning."""
+    """Adapter, what was set, F1, precision, recall, repeats in %, validation loss, CIDEr-D, seconds of captioning."""
     shown = [f"{key}={value}" for key, value in decoding.items()]
     run, task = Run.of(params), Task.of("caption", params.evaluate)
     images = ImageTokens.open(run, "captions")
@@ -77,16 +78,17 @@ def row(params: Params, arguments: argparse.Namespace, decoding: dict[str, Any])
             images, positions, task.prompt, task.max_tokens, 32, **task.decoding(model, taught) | decoding
         )
     seconds = time.process_time() - began
-    captions = [list(texts) for texts in images.rows["captions"]]
+    texts, captions = [text.split("\n")[0] for text in texts], [list(some) for some in images.rows["captions"]]
     things = Things(captions)
-    judged = [things.judge(text.split("\n")[0], captions[at]) for text, at in zip(texts, positions, strict=True)]
+    judged = [things.judge(text, captions[at]) for text, at in zip(texts, positions, strict=True)]
+    scored = cider(tokenised([texts])[0], tokenised([captions[at] for at in positions])).mean()
     for text, at in list(zip(texts, positions, strict=True))[: arguments.show]:
         print(f"  {text!r} / {captions[at][0]}")
     scores = [f_score("", judged, *weights, "").value for weights in ((1, 1), (1, 0), (0, 1))]
     loss = json.loads((run.finetuned(arguments.adapter, "captions") / "metrics.json").read_text())["val_loss"]
     shares = " | ".join(f"{100 * value:.1f}" for value in (*scores, sum(one.repeats for one in judged) / len(judged)))
     said = " ".join([*arguments.set, *shown])
-    return f"| {arguments.adapter} | {said} | {shares} | {loss:.2f} | {seconds:.0f}"
+    return f"| {arguments.adapter} | {said} | {shares} | {loss:.3f} | {scored:.3f} | {seconds:.0f}"
 
 
 if __name__ == "__main__":
