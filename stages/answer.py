@@ -45,7 +45,7 @@ Batch = Annotated[int | None, typer.Option(min=1, help="Pictures at a time; defa
 FORMATS = "give JPEG, PNG, WebP, GIF, BMP or TIFF files, or folders of them"
 TOP = 5  # names in JSON
 NAMED = 3  # pictures, of which something is to be known
-KNOWN = "answers about them say little of how good those about new pictures are"
+KNOWN = "what it answers there says little of how good its answers about new pictures are"
 
 
 def caption(photos: Photos, as_json: AsJSON = False, batch: Batch = None) -> None:
@@ -91,7 +91,8 @@ def ask(
     """
     *photos, question = words
     if not photos or _is_there(Path(question)):
-        raise UserError("ask", "no question", 'put it last, in quotes: terraalign ask PHOTO... "What is this?"')
+        found = "the question stands first" if photos and not _is_there(Path(photos[0])) else "no question"
+        raise UserError("ask", found, 'put it last, in quotes: terraalign ask PHOTO... "What is this?"')
     if lost := next(
         (word for word in photos if not re.search(r"[./\\*?\[-]", word) and not _is_there(Path(word))), None
     ):
@@ -156,14 +157,15 @@ def _sum_up(files: list[Path], strange: list[Path], known: list[Path], as_json: 
         print(f"warning: so are {len(more)} more of the {len(files)} pictures{which}", file=sys.stderr)
     if known:
         named = ", ".join(readable(file) for file in known[:NAMED]) + (", ..." if len(known) > NAMED else "")
-        print(f"note: trained on {len(known)} of {len(files)} ({named}): {KNOWN}", file=sys.stderr)
+        which = f"{len(known)} of these {len(files)} pictures ({named})" if len(files) > 1 else "this picture"
+        print(f"note: the model was trained on {which}: {KNOWN}", file=sys.stderr)
 
 
 def _source(found: Answer) -> str:
     if found.rule == "emd":
         return f"{found.adapter}: EMD to the names alone; stage `name` will make it better"
     if found.rule == "namer":
-        return f"{found.adapter}: EMD to the names and discriminant analysis, no language model"
+        return f"{found.adapter}: EMD to the names, discriminant analysis or both, as validation chose; no LLM"
     return f"{found.adapter}, fine-tuned on {found.recipe}"
 
 
@@ -221,7 +223,8 @@ def pictures_named(photos: Iterable[str]) -> tuple[list[Path], list[UserError]]:
         photo = Path(name)
         if not _is_there(photo):
             is_url = re.match(r"[A-Za-z][\w+.-]+://", name)
-            faults.append(UserError(name, "no such file or folder", "download it first" if is_url else ""))
+            found = "nothing has such a name" if is_glob(name) else "no such file or folder"
+            faults.append(UserError(name, found, "download it first" if is_url else ""))
         elif photo.is_dir():
             tree = pictures_below(photo, any_name=True)
             files += tree.files.values()
@@ -247,11 +250,15 @@ def listed(photos: Iterable[str]) -> tuple[list[str], list[UserError]]:
                 found += _piped()
             except UserError as fault:
                 faults.append(fault)
-        elif any(sign in name for sign in "*?[") and not _is_there(Path(name)):
+        elif is_glob(name) and not _is_there(Path(name)):
             found += sorted(glob.glob(name, recursive=True)) or [name]  # noqa: PTH207 - Path.glob: no absolute pattern
         else:
             found.append(name)
     return found, faults
+
+
+def is_glob(name: str) -> bool:
+    return any(sign in name for sign in "*?[") and "://" not in name
 
 
 def _piped() -> list[str]:

@@ -132,6 +132,7 @@ def _begin(folder: Path, name: str | None, asks: bool, dry_run: bool, command: s
     _warn_of_few(rows)
     if dry_run:
         _show_plan(params, text, rows)
+        typer.echo("next: the same without --dry-run")
         return None
     _take(path, text)
     found = planned(params, JOBS, rows)

@@ -140,7 +140,7 @@ def test_what_is_to_be_known_of_many_answers_is_summed_up(
         f"warning: {i}.jpg: unlike" for i in range(3)
     ]
     assert told[3] == "warning: so are 2 more of the 9 pictures" + ("" if as_json else "; --json says which")
-    assert told[4].startswith("note: trained on 2 of 9 (4.jpg, 7.jpg): ") and len(told) == 5
+    assert told[4].startswith("note: the model was trained on 2 of these 9 pictures (4.jpg") and len(told) == 5
 
 
 def test_a_question_without_quotes_is_told(project: Path) -> None:

@@ -127,7 +127,7 @@ def fine_tuned(params: Params, adapter: Adapter | None = None, data: str = "capt
     Origin("0", encoder, words, named, None).write(folder)
     (folder / "metrics.json").write_text(json.dumps({"val_loss": 1.25}))
     rows = {
-        "id": ["a", "b", "c"], "image": ["a.png", "b.png", "c.png"], "split": ["train", "train", "test"],
+        "id": ["a", "b", "c"], "image": ["a.png", "b.png", "c.png"], "split": ["train", "train", "test"], "sha256": [*"xyx"],
         "quarantine": [None] * 3, "label": [None] * 3,
         "captions": [["a cat and a dog"], ["a cat on red"], ["an apple"]],
     }  # fmt: skip
@@ -339,6 +339,7 @@ def test_the_command_writes_a_folder_whose_parts_others_read(tiny_params: Params
     config = json.loads(Path("out/config.json").read_text())
     assert config["encoder"]["model"] == "test_vit" and config["generation"]["num_beams"] == 3
     card = Path("out/README.md").read_text().replace("\u00a0", " ")
+    assert "**These figures promise too much: 1 of 1 test pictures is in training, too" in card
     header = yaml.safe_load(card.split("---")[1])
     [metric] = header["model-index"][0]["results"][0]["metrics"]
     assert (metric["type"], metric["value"]) == ("f1", 0.5)

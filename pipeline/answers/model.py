@@ -30,7 +30,7 @@ from pipeline.encoders.vision import VisionEncoder, load_vision_encoder
 from pipeline.errors import UserError
 from pipeline.media.decoding import Broken, Decoder, Loaded
 from pipeline.media.pictures import decode
-from pipeline.runs import RESULTS, Run
+from pipeline.runs import RESULTS, Run, no_results
 from pipeline.store.reader import training_captions
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class Model:
         """
         folder = Path(name_of(folder)).resolve()
         if not folder.is_dir() or folder.parent.name != RESULTS.name:
-            raise UserError(folder, "not the results of a run", "give data/<profile> in a project's folder")
+            raise no_results(folder)
         project = folder.parents[1]
         with contextlib.chdir(project):
             params = _params_of(folder.name)

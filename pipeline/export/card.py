@@ -12,6 +12,7 @@ import yaml
 from pipeline.errors import UserError
 from pipeline.export.trained import Trained
 from pipeline.metrics.base import Figure, read_figures
+from pipeline.report.cautions import caution
 from pipeline.report.figures import with_interval
 from pipeline.store.reader import usable_rows
 
@@ -105,6 +106,8 @@ def _figures(trained: Trained) -> Iterator[str]:
         yield f"On the test pictures of {trained.data}, with 95 % intervals. In italics: of the data set alone.\n"
     else:
         yield "Not evaluated yet.\n"
+    if found and (said := caution(trained.params, trained.data)):
+        yield f"**{said}**\n"
     yield "| Figure | Value |"
     yield "|---|---|"
     for figure in found:

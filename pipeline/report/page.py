@@ -156,7 +156,7 @@ def _naming_tile(results: Results, data: str) -> Tile | None:
     accuracy = unaided or said
     if accuracy is None:
         return None
-    warned = caution(results, data)
+    warned = caution(results.params, data)
     label = f"of {'test' if warned else 'unseen'} pictures named"
     label += f", out of {written(classes)} names" if classes else ""
     who = f"{alone.adapter}, no language model" if alone and unaided else results.name(best)
@@ -183,7 +183,7 @@ def _caption_tile(results: Results, data: str) -> Tile | None:
     count = best.figure("captioned")
     note += f"; {written(count)} captions" if count else ""
     label = "F1 of the things that captions name and that are in the picture"
-    return Tile(percent(f1.value, 0), label, note, caution(results, data))
+    return Tile(percent(f1.value, 0), label, note, caution(results.params, data))
 
 
 def _retrieval_tile(results: Results) -> Tile | None:

@@ -108,7 +108,7 @@ def _section(results: Results, data: str) -> Section:
         [Tab(key_of(outcome), results.name(outcome), outcome is best) for outcome in results.of(data)],
         figures_table(results, data),
         [f"{figure.label} {with_interval(figure)}" for figure in compared(results, data)],
-        caution(results, data),
+        caution(results.params, data),
         body(results, data),
     )
 

@@ -34,7 +34,7 @@ def tell(results: Results) -> None:
         style = {"yes": "green", "no": "bold red"}.get(verdict.mood)
         console.print(verdict.text, style=style, markup=False, highlight=False)
     for data in results.measured:
-        if said := caution(results, data):
+        if said := caution(results.params, data):
             console.print(f"{data}: {said}", style="bold red", markup=False, highlight=False)
     console.print(terminal_table(results))
 

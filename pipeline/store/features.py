@@ -9,7 +9,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from pipeline.errors import UserError
-from pipeline.runs import RESULTS, Run
+from pipeline.runs import RESULTS, Run, no_results
 from pipeline.store.reader import ImageTokens
 
 
@@ -23,8 +23,11 @@ class Features(Dataset[dict[str, Any]]):
     def __init__(self, folder: str | Path, data: str, split: str | None = None):
         folder = Path(folder).resolve()
         if not folder.is_dir() or folder.parent.name != RESULTS.name:
-            raise UserError(folder, "not the results of a run", "give data/<profile> in a project's folder")
+            raise no_results(folder)
         with contextlib.chdir(folder.parents[1]):
+            there = sorted(path.stem for path in Run(folder.name).manifest(data).parent.glob("*.parquet"))
+            if there and data not in there:
+                raise UserError(folder, f"no data set {data} in this run", f"take {' or '.join(there)}")
             self._images = ImageTokens.open(Run(folder.name), data)
         self._at = list(range(len(self._images))) if split is None else self._images.split(split)
 
