@@ -127,7 +127,8 @@ def fine_tuned(params: Params, adapter: Adapter | None = None, data: str = "capt
     Origin("0", encoder, words, named, None).write(folder)
     (folder / "metrics.json").write_text(json.dumps({"val_loss": 1.25}))
     rows = {
-        "id": ["a", "b", "c"], "image": ["a.png", "b.png", "c.png"], "split": ["train", "train", "test"], "sha256": [*"xyx"],
+        "id": ["a", "b", "c"], "image": ["a.png", "b.png", "c.png"], "split": ["train", "train", "test"],
+        "sha256": ["x", "y", "x"],
         "quarantine": [None] * 3, "label": [None] * 3,
         "captions": [["a cat and a dog"], ["a cat on red"], ["an apple"]],
     }  # fmt: skip
