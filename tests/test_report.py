@@ -247,7 +247,7 @@ def test_figures_that_promise_too_much_say_so(params: Params) -> None:
     manifest("classes")
     write("images/classes/near.json", {"val": [1, 20], "test": [1, 22]})
     results = read_results(params)
-    assert [caution(results, data) for data in ("captions", "classes")] == ["", ""]
+    assert [caution(results.params, data) for data in ("captions", "classes")] == ["", ""]
     write("images/classes/near.json", {"val": [1, 20], "test": [6, 22]})
     manifest("classes", sha256=[str(n if n != 7 else 8) for n in range(32)])
     text = report(params)
@@ -261,10 +261,10 @@ def test_figures_that_promise_too_much_say_so(params: Params) -> None:
     assert text.count(said) == 2, "beside the headline, and with the accuracies"
     assert "of unseen pictures" not in text and "of test pictures named, out of 4 names" in text
     manifest("captions", sha256=["0"] * 32, captions=[["a dog"]] * 32)
-    assert "8 of 8 test pictures are in training, too, byte for byte" in caution(results, "captions")
+    assert "8 of 8 test pictures are in training, too, byte for byte" in caution(results.params, "captions")
     write("images/classes/near.json", "[")
     with pytest.raises(UserError, match=r"near.json: not what `extract-images` writes; run `dvc repro --force extract"):
-        caution(results, "classes")
+        caution(results.params, "classes")
 
 
 def test_a_run_of_classes_alone_is_not_told_of_captions(params: Params) -> None:
