@@ -58,7 +58,7 @@ def test_the_first_look_says_what_is_there_and_writes_nothing(project: Path, mon
 @pytest.mark.slow
 def test_all_commands_one_after_the_other(tmp_path: Path) -> None:
     """On two kinds of twenty pictures, which are told apart by their colours."""
-    for name in ("pipeline", "stages", "profiles", ".dvc/config", "dvc.yaml", "params.yaml"):
+    for name in ("pipeline", "stages", "profiles", ".dvc/config", ".dvcignore", "dvc.yaml", "params.yaml"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         if (PROJECT / name).is_dir():
             shutil.copytree(PROJECT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "birds.yaml"))
