@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import webbrowser
+from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
@@ -42,5 +43,6 @@ def serve(
 def _end(*_: Any) -> None:
     """End the process in whatever state it is. Threads in a model can't be told to stop, and an interpreter that goes
     down below them aborts or waits for their answers; as nothing is ever written, nothing has to be finished."""
-    os.write(1, b"stopped\n")
+    with suppress(OSError):  # who read it may be gone
+        os.write(1, b"stopped\n")
     os._exit(0)
