@@ -258,6 +258,7 @@ def listed(photos: Iterable[str]) -> tuple[list[str], list[UserError]]:
 
 
 def is_glob(name: str) -> bool:
+    """Whether a name stands for all that fit it; in an address a ? is no such sign."""
     return any(sign in name for sign in "*?[") and "://" not in name
 
 
