@@ -263,6 +263,23 @@ def test_series_are_found_within_a_class_by_their_tokens() -> None:
     assert series_of(images) == [str(i - i % 5) for i in range(200)]
     images.rows["label"] = ["a", "a", "a", "a", "b"] * 40
     assert series_of(images) == [str(i - i % 5) if i % 5 < 4 else str(i) for i in range(200)], "another class: another"
+    assert series_of(images, 1.0) == images.ids, "none is as near as that"
+
+
+@pytest.mark.usefixtures("project")
+def test_classes_of_one_series_are_told_before_validation_lacks_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    near = np.repeat([[9.0, 0.1], [0.1, 9.0]], 10, axis=0) + np.random.default_rng(0).normal(size=(20, 2))
+    images = tokens_of(near, ["train"] * 20)
+    images.rows["label"] = ["fig"] * 10 + ["pear"] * 10
+    monkeypatch.setattr(ImageTokens, "open", lambda run, data: images)
+    data = DEMO["data"] | {"classes": {"task": "classify", "source": "imagefolder", "root": "set"}}
+    Path("params.yaml").write_text(yaml.safe_dump(DEMO | {"data": data}))
+
+    def said(*options: str) -> str:
+        return " ".join(CliRunner().invoke(cli.app, ["series", "classes", *options]).output.split())
+
+    assert "in 2 series 2 classes are one series each, so validation would have none of their pictures: fig" in said()
+    assert "`--cosine 0.85` finds shorter ones" in said() and "one series each" not in said("--cosine", "1")
 
 
 @pytest.mark.usefixtures("project")
@@ -276,6 +293,13 @@ def test_a_file_of_groups_serves_any_source_and_its_faults_are_one_line(capsys: 
         assert len({i % 4 for i in numbers(table, "val", name)}) == 1, "one whole group of four"
         assert len(numbers(table, "val", name)) == 10
     assert "groups.csv" not in capsys.readouterr().err
+    Path("groups.csv").write_text(
+        "\n".join(["id,group", *(f"{name}/img_{i},{name}" for name in ("fig", "pear") for i in range(40))])
+    )
+    prepare(params("classes", **section), "classes")
+    said = "2 of 2 classes are one group each, which stays in training, so they have no validation pictures: fig, pear"
+    assert said in capsys.readouterr().err
+    Path("groups.csv").write_text("\n".join(["id,group", *lines]))
     Path("set/meta/train.txt").write_text(Path("set/meta/train.txt").read_text() + "\nfig/new\npear/broken")
     Path("set/images/fig/new.jpg").write_bytes(png(99))
     Path("set/images/pear/broken.jpg").write_bytes(b"no picture")

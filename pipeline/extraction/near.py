@@ -46,8 +46,8 @@ def near_pictures(images: ImageTokens) -> dict[str, tuple[int, int]]:
     return found
 
 
-def series_of(images: ImageTokens) -> list[str]:
-    """For each picture the id of the first one of its series: pictures of a class that are linked by SERIES.
+def series_of(images: ImageTokens, cosine: float = SERIES) -> list[str]:
+    """For each picture the id of the first one of its series: pictures of a class that are linked by this cosine.
 
     Memory for mean tokens [n, D], and time of the square of the pictures of a class.
     """
@@ -61,7 +61,7 @@ def series_of(images: ImageTokens) -> list[str]:
     for at in images.rows.groupby(images.rows["label"].fillna("")).indices.values():
         own, pairs = x[at], []
         for start in range(0, len(at), 256):
-            pairs.append((own[start : start + 256] @ own.T >= SERIES).nonzero() + torch.tensor([start, 0]))
+            pairs.append((own[start : start + 256] @ own.T >= cosine).nonzero() + torch.tensor([start, 0]))
         i, j = torch.cat(pairs).T.numpy()
         _, found = connected_components(coo_array((np.ones(len(i)), (i, j)), shape=(len(at), len(at))), directed=False)
         firsts: dict[int, int] = {}

@@ -125,12 +125,17 @@ def _natural(text: str) -> tuple[list[str | tuple[int, str]], str]:
 
 
 def _without(rows: Iterable[Row], parts: Mapping[str, str], shares: Shares) -> list[str]:
-    """What there is to say of classes that are too small for a block of validation pictures."""
+    """What there is to say of classes that no validation picture could be taken from, and why."""
     found: defaultdict[str, set[str]] = defaultdict(set)
+    groups: defaultdict[str, set[str | None]] = defaultdict(set)
     for row in rows:
         if row.label is not None:
             found[row.label].add(parts[row.id])
-    small = sorted(label for label, there in found.items() if "val" in shares and "val" not in there)
-    if not small:
-        return []
-    return [f"{len(small)} of {len(found)} classes are too small for a validation block: {listed(small)}"]
+            groups[row.label].add(row.group)
+    without = sorted(label for label, there in found.items() if "val" in shares and "val" not in there)
+    whole = [label for label in without if len(groups[label]) == 1 and None not in groups[label]]
+    kinds = (
+        ([label for label in without if label not in whole], "too small for a validation block"),
+        (whole, "one group each, which stays in training, so they have no validation pictures"),
+    )
+    return [f"{len(some)} of {len(found)} classes are {what}: {listed(some)}" for some, what in kinds if some]
