@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline import devices
 from pipeline.adapters.base import Architecture
 from pipeline.adapters.blocks import Attention, Mixture
 from pipeline.adapters.module import build_adapter, load_adapter, pool_grid
@@ -70,6 +71,25 @@ def test_attention_equals_torch_multihead():
     theirs.out_proj.load_state_dict(ours.out.state_dict())
     x, y = torch.randn(2, 5, 32), torch.randn(2, 7, 32)
     torch.testing.assert_close(ours(x, y), theirs(x, y, y)[0])
+
+
+@pytest.mark.parametrize("name", ["linear", "mlp", "self_attention", "query"])
+def test_training_in_mixed_precision_is_training_in_float32(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a CPU with bfloat16 arithmetic computes: tokens and gradients are those of float32, but for its rounding."""
+    torch.manual_seed(0)
+    adapter, images = build_adapter(name, 32, 48), torch.randn(4, 9, 32)
+
+    def trained(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        monkeypatch.setattr(devices, "pick_dtype", lambda *_: dtype)
+        adapter.zero_grad()
+        with devices.mixed_precision(devices.CPU):
+            tokens = adapter(images)
+        tokens.float().square().sum().backward()
+        assert {one.grad.dtype for one in adapter.parameters()} == {torch.float32}
+        return tokens, torch.cat([one.grad.flatten() for one in adapter.parameters()])
+
+    for exact, mixed in zip(trained(torch.float32), trained(torch.bfloat16), strict=True):
+        assert 0 < (mixed - exact).norm() / exact.norm() < 0.02
 
 
 def test_pooling_averages_the_grid():

@@ -258,8 +258,8 @@ def test_the_command_behind_a_figure_is_a_stage(key, stage, tiny_params):
     [
         ("emd/mlp/plain_val", "distance to the own picture in plain EMD: mlp"),
         ("mmd/mlp/image_gain_low", "image gain, lower end of its 95\u00a0% interval: mlp"),
-        ("retrieval/mlp/r1_debiased", "finds its caption, debiased: mlp"),
-        ("retrieval/mlp/r5_raw", "finds its caption among the 5 nearest, raw: mlp"),
+        ("retrieval/mlp/r1_debiased", "finds its text, debiased: mlp"),
+        ("retrieval/mlp/r5_raw", "finds its text among the 5 nearest, raw: mlp"),
         ("pca/mlp/last/k80", "components for 80\u00a0% of the variance after the last epoch: mlp"),
         ("classes/mlp/val_loss/namer", "validation loss of the namer: classes, mlp"),
         ("captions/mlp/captions/scratch_val_loss", "validation loss from scratch: captions, mlp, captions"),
@@ -642,14 +642,14 @@ def test_each_curve_has_a_look_of_its_own(browser, served, scheme):
         {"profile": profile, "stage": "pretrain", "of": "mlp", "x": "epoch", "command": "", "lines": lines[profile]}
         for profile in profiles
     ]
-    figure = {"command": "", "label": "finds its caption: mlp", "values": {"p1": 0.5}}
+    figure = {"command": "", "label": "finds its text: mlp", "values": {"p1": 0.5}}
     found = {"profiles": profiles, "curves": curves, "pictures": {"p1": "9 pictures of birds"}, "differ": True}
     found["figures"] = {"retrieval/mlp/r1_raw": figure}
     context.route("**/api/runs*", lambda route: route.fulfill(json=found))
     page = opened(context, served)
     page.get_by_role("tab", name="Runs").click()
     expect(page.locator("#curves figure")).to_have_count(1)
-    expect(page.locator("#figures tbody th")).to_have_text("finds its caption: mlpretrieval/mlp/r1_raw")
+    expect(page.locator("#figures tbody th")).to_have_text("finds its text: mlpretrieval/mlp/r1_raw")
     expect(page.locator("#runs-lead")).to_contain_text("p1 (9 pictures of birds), p2")
     expect(page.locator("#runs-lead")).to_contain_text("of different pictures")
     for place in ("figure > svg g", ".legend g"):
@@ -660,8 +660,8 @@ def test_each_curve_has_a_look_of_its_own(browser, served, scheme):
         assert len(looks) == 24 == len({tuple(look) for look in looks})
     behind = page.locator("#curves figure").evaluate("one => getComputedStyle(one).backgroundColor")
     assert min(contrast(colour, behind) for colour, *_ in looks) >= 3
-    expect(page.get_by_role("button", name="p0: own caption")).to_contain_text("the same as p1")
-    page.get_by_role("button", name="p2: own caption").focus()
+    expect(page.get_by_role("button", name="p0: own text")).to_contain_text("the same as p1")
+    page.get_by_role("button", name="p2: own text").focus()
     faint = "all => all.map(one => Number(getComputedStyle(one).opacity) < 1)"
     assert page.locator("#curves figure > svg g").evaluate_all(faint).count(False) == 1
     assert page.evaluate("document.documentElement.scrollWidth") == 390

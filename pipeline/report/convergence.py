@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from pipeline.config import Params
 from pipeline.errors import UserError
 from pipeline.media.plots import BLUE, GREEN, GREY, RED, canvas, save_png
-from pipeline.report.figures import measure
+from pipeline.report.figures import learned_from, measure
 from pipeline.runs import Run, remedy, require
 
 COLUMNS = ["adapter", "recipe", "start", "step", "val_loss"]
@@ -22,7 +22,7 @@ PANEL = (6.4, 4.6)
 EPOCHS = (
     ("shuffled", "^--", RED, "to another picture"),
     ("const_set", ":", GREY, "to the best constant set (no picture)"),
-    ("val", "o-", BLUE, "to the caption's own picture"),
+    ("val", "o-", BLUE, "to its own picture"),
 )
 
 
@@ -158,12 +158,13 @@ def draw_pretraining(params: Params, folder: Path) -> list[Path]:
     paths = []
     for name in params.run.adapters:
         rows = read_history(Run.of(params).pretrained(name), ["epoch", "val"]).dropna(subset=["val"])
-        paths.append(_draw_epochs(rows, name, measure(params, name), folder / f"pretraining-{name}.png"))
+        texts, path = " and ".join(learned_from(params)), folder / f"pretraining-{name}.png"
+        paths.append(_draw_epochs(rows, name, measure(params, name), texts, path))
     return paths
 
 
-def _draw_epochs(rows: pd.DataFrame, adapter: str, distance: str, path: Path) -> Path:
-    title = f"{adapter}: distance of held-out captions\n(lower is better)"
+def _draw_epochs(rows: pd.DataFrame, adapter: str, distance: str, texts: str, path: Path) -> Path:
+    title = f"{adapter}: distance of held-out {texts}\n(lower is better)"
     figure, axes = canvas(title, "epoch", distance, PANEL)
     for column, style, colour, label in EPOCHS:
         if column in rows:

@@ -38,7 +38,7 @@ from pipeline.report.verdict import verdicts
 from pipeline.runs import require
 
 PCA_PICTURES = {
-    "epoch1": "After one epoch of pre-training: where image tokens (blue) and caption tokens (red) lie.",
+    "epoch1": "After one epoch of pre-training: where image tokens (blue) and text tokens (red) lie.",
     "last": "After the last epoch: the closer the two crosses, the smaller the modality gap.",
     "zoom": "The same, closer: the crowded middle of the picture before.",
     "vocabulary": "The same tokens among the words the language model knows (grey).",
@@ -239,7 +239,7 @@ def _components(states: dict[str, dict[str, Any]]) -> str:
     counts = [str(states[s]["k80"]) for s in STATES if "k80" in states.get(s, {})]
     texts = [f"Modality gap (distance of the centroids) {', '.join(gaps)}"] if gaps else []
     planes = [percent(sum(states[s]["explained"][:2]), 0) for s in STATES if "explained" in states.get(s, {})]
-    alone = f"; of the caption tokens alone {states['text']['k80']}" if "k80" in states.get("text", {}) else ""
+    alone = f"; of the text tokens alone {states['text']['k80']}" if "k80" in states.get("text", {}) else ""
     texts += [f"components for 80\u00a0% of the variance: {', '.join(counts)}{alone}"] if counts else []
     texts += [f"the first two hold {', '.join(planes)}"] if planes else []
     return "; ".join(texts) + "." if texts else ""

@@ -5,6 +5,7 @@ Only what 95 % intervals tell apart is called better or worse; what nothing was 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass, replace
 
 import pyarrow.parquet as pq
@@ -119,12 +120,17 @@ def _names(results: Results, best: Outcome) -> Verdict | None:
         advice = _advice(results, best)
         return Verdict(f"{text}, which is not shown to be better than guessing ({written(chance)}).{advice}", "no")
     text, mood = f"{text} (guessing: {written(chance)})", "yes"
+    others = []
     if probe and probe.interval:
         how, mood = _told(shown, probe)
-        text += f", which is {how} a linear probe of the same tokens ({written(probe)})"
+        others.append((how, f"a linear probe of the same tokens ({written(probe)})"))
     if unaided and aided and aided.interval:
-        text += f". The language model's names ({written(aided)}) are {_told(aided, unaided)[0]} these"
-    return Verdict(f"{text}.", mood)
+        others.append((_told(unaided, aided)[0], f"the language model's names ({written(aided)})"))
+    than = defaultdict[str, list[str]](list)
+    for how, other in others:
+        than[how].append(other)
+    told = " and ".join(f"{how} {' or '.join(names)}" for how, names in than.items())
+    return Verdict(f"{text}, which is {told}." if told else f"{text}.", mood)
 
 
 def _told(own: Figure, other: Figure) -> tuple[str, str]:

@@ -19,15 +19,15 @@ WORDS = {
     "gain_relative": "image gain, as a share",
     "held_out": "held-out pictures",
     "parameters": "parameters",
-    "nearest_in_caption": "nearest words that the caption has",
-    "nearest_in_shuffled": "nearest words that another picture's caption has",
+    "nearest_in_caption": "nearest words that its text has",
+    "nearest_in_shuffled": "nearest words that another picture's text has",
     "k80": "components for 80\u00a0% of the variance",
     "val_loss": "validation loss",
     "scratch_val_loss": "validation loss from scratch",
 }
 STATES = {
     "epoch1": "after one epoch", "last": "after the last epoch", "finetuned": "after fine-tuning",
-    "text": "of the caption tokens alone",
+    "text": "of the text tokens alone",
 }  # fmt: skip
 ENDS = {"_low": ", lower end of its 95\u00a0% interval", "_high": ", upper end of its 95\u00a0% interval"}
 
@@ -71,7 +71,7 @@ def _word(last: str) -> str | None:
     name = name.removesuffix(end)
     found = re.fullmatch(r"r(\d+)_(raw|debiased)", name)
     nearest = f" among the {found[1]} nearest" if found and found[1] != "1" else ""
-    what = f"finds its caption{nearest}, {found[2]}" if found else WORDS.get(name)
+    what = f"finds its text{nearest}, {found[2]}" if found else WORDS.get(name)
     return what and f"{what}{' in plain EMD' if plain else ''}{ENDS.get(end, '')}"
 
 

@@ -97,7 +97,7 @@ function point(one) {
   if (!one) return;
   by("plane-at").textContent = {
     images: `Image token ${one.point[3] + 1} of picture ${one.point[2]}: click or press Enter to open it.`,
-    words: `“${one.point[2]}”, ${one.point[3]} times in the captions of these pictures.`,
+    words: `“${one.point[2]}”, ${one.point[3]} times in the texts of these pictures.`,
     vocabulary: `“${one.point[2]}”, of the whole vocabulary.`,
   }[one.kind];
 }

@@ -6,7 +6,7 @@ const COLOURS = 6; // --curve-0 and so on: the least alike there are, also to th
 const DASHES = { shuffled: "7 4", const_set: "1.5 3.5" };
 const MARKS = ["", "●", "■", "▲", "✚", "◆"];
 const NAMES = {
-  val: "own caption", shuffled: "another picture's", const_set: "best constant set", val_loss: "validation loss",
+  val: "own text", shuffled: "another picture's", const_set: "best constant set", val_loss: "validation loss",
 };
 const STAGES = { pretrain: "pre-training", finetune: "fine-tuning", finetune_scratch: "fine-tuning from scratch" };
 let found = null;
