@@ -56,15 +56,15 @@ def series(
         )
     profile = PROFILES / f"{params.profile}.yaml"
     targets = [profile, PARAMS] if profile.is_file() else [PARAMS]
-    lines, listed = _lines(params, data), " and ".join(map(str, targets))
+    lines, places = _lines(params, data), " and ".join(map(str, targets))
     if use:
         for target in targets:
             write_params(target, [f"data.{data}.{key}={value}" for key, value in lines.items()], target)
-        print(f"{listed} keep each on one side now; next: `terraalign run`")
+        print(f"{places} keep each on one side now; next: `terraalign run`")
         return
     wanted = " and ".join(f"data.{data}.{key}: {value}" for key, value in lines.items())
     print(
-        f"to keep each on one side, have {wanted} in {listed}: `terraalign series {data} --use`, then `terraalign run`"
+        f"to keep each on one side, have {wanted} in {places}: `terraalign series {data} --use`, then `terraalign run`"
     )
 
 
