@@ -154,6 +154,13 @@ def test_objectives_may_start_where_emd_does(name):
     adapter = build_adapter("linear", D_IMG, WIDTH).eval()
     found.initialise(adapter, found.pairs.tokens([0, 1, 2]))
     torch.testing.assert_close(adapter.offset.data, found.emd.constant_set(4))
+    linear = objective(name, start="closed_form", closed_form="ridge", word_weights="idf_squared")
+    linear.initialise(adapter, linear.pairs.tokens([0, 1]))
+    own, next_one = (
+        linear.held_out(lambda at, to=to: adapter(linear.pairs.tokens([60 + (i + to) % 20 for i in at]))).mean()
+        for to in (0, 1)
+    )
+    assert own < next_one, "captions are nearer to their own pictures before any step"
     random = build_adapter("linear", D_IMG, WIDTH).eval()
     objective(name).initialise(random, found.pairs.tokens([0, 1, 2]))
     assert random.offset is None

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from pipeline.config.schema import ObjectiveSettings
 from pipeline.objectives.base import Captions, Objective
-from pipeline.objectives.emd import EMD, EMDSettings
+from pipeline.objectives.emd import EMD, ClosedForm, EMDSettings, Start
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,9 +26,8 @@ class BagSettings(ObjectiveSettings):
     """The keys of EMD that make sense without transport."""
 
     word_weights: Literal["uniform", "idf", "idf_squared"] = "uniform"
-    start: Literal["random", "constant_set"] = Field(
-        "random", description="constant_set: the best constant set by EMD, so that objectives start alike"
-    )
+    start: Start = Field("random", description="as EMD's, so that objectives start alike")
+    closed_form: ClosedForm = "best"
 
 
 class Bags(NamedTuple):
@@ -47,7 +46,7 @@ class BagObjective(Objective):
     @cached_property
     def emd(self) -> EMD:
         """Plain EMD with the same words and start."""
-        own = {"word_weights": self.settings.word_weights, "start": self.settings.start}
+        own = self.settings.model_dump(include={"word_weights", "start", "closed_form"})
         return EMD(EMDSettings.model_validate({"cost": "euclidean"} | own), self.pairs, self.means)
 
     def initialise(self, adapter: Adapter, tokens: Tensor) -> None:

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from pipeline.started import Started
 
 
+Start = Literal["random", "constant_set", "closed_form"]
+ClosedForm = Literal["best", "ridge", "procrustes", "cca"]
+
+
 class EMDSettings(ObjectiveSettings):
     """EMD with this ground cost, marginal, start and solver."""
 
@@ -29,10 +33,10 @@ class EMDSettings(ObjectiveSettings):
         "plain", description="whitened: costs where the words of the training captions spread alike in all directions"
     )
     word_weights: Literal["uniform", "idf", "idf_squared"]
-    start: Literal["random", "constant_set", "closed_form"] = Field(
+    start: Start = Field(
         description="closed_form: the constant set, and a linear map from image to words that needs no training"
     )
-    closed_form: Literal["best", "ridge", "procrustes", "cca"] = Field(
+    closed_form: ClosedForm = Field(
         "best", description="kind of that map; best: ridge or procrustes, the one that ranks held-out captions better"
     )
     tokens: Literal["free", "mixture"] = Field(
