@@ -23,6 +23,7 @@ export GIT_PYTHON_REFRESH := quiet
 install: .venv/.installed
 
 demo: .venv/.installed
+	@grep -qs '^profile: demo$$' params.yaml || $(BIN)/terraalign profile use demo
 	$(BIN)/terraalign run
 	$(BIN)/terraalign show
 

@@ -180,7 +180,7 @@ def draw_states(folder: Path, adapter: str, states: dict[str, Components], seed:
     """epoch1.png, last.png, finetuned.png, and zoom.png, the crowded part of last.png."""
     for state, found in states.items():
         head = f"{adapter} {STATES[state]}: centroids (crosses) {found.gap:.2f} apart in all dimensions,"
-        note = f"{found.plane:.0%} of the variance in this plane"
+        note = f"{100 * found.plane:.0f} % of the variance in this plane"
         _scatter(folder / f"{state}.png", f"{head}\n{note}", found.image, found.text, seed)
     last = states["last"]
     low, high, meet = overlap(last.image, last.text)

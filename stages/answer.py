@@ -116,6 +116,7 @@ def answer(
         print(f"error: {fault}", file=sys.stderr)
     gc.disable()  # what is imported and loaded stays: looking through it is a quarter of a second of the first answer
     try:
+        from pipeline.answers.familiar import unlike
         from pipeline.answers.lean import transformers_for_answers
         from pipeline.answers.model import Model
 
@@ -143,7 +144,7 @@ def answer(
         known += [file] if trained_on else []
         strange += [file] if found.is_strange else []
         if found.is_strange and len(strange) <= NAMED:
-            print(f"warning: {readable(file)}: {_strange(found)}", file=sys.stderr)
+            print(f"warning: {readable(file)}: {unlike(found.adapter, found.strangeness)}", file=sys.stderr)
     _sum_up(files, strange, known, as_json)
     if failed:
         print(f"{failed} of {len(files) + len(faults)} without an answer", file=sys.stderr)
@@ -167,12 +168,6 @@ def _source(found: Answer) -> str:
     if found.rule == "namer":
         return f"{found.adapter}: EMD to the names, discriminant analysis or both, as validation chose; no LLM"
     return f"{found.adapter}, fine-tuned on {found.recipe}"
-
-
-def _strange(found: Answer) -> str:
-    held_out = f"{'any' if found.strangeness == 1 else f'{found.strangeness:.1%}'} of those held out"
-    known = f"the pictures that {found.adapter} was trained on for this (further from them than {held_out})"
-    return f"unlike {known}: expect nothing of the answer"
 
 
 def row_of(file: Path, found: Answer, known: bool | None) -> Row:
@@ -203,12 +198,12 @@ def say(row: Row, as_json: bool, top: int = 1) -> None:
 
 def _told(row: Row, top: int) -> str:
     names: dict[str, float] = row.get("names", {})
-    shares = [f"{name} ({share:.0%})" for name, share in list(names.items())[:top]]
+    shares = [f"{name} ({100 * share:.1f} %)" for name, share in list(names.items())[:top]]
     said = str(row["answer"])
     if not shares or (top == 1 and said not in names):  # the language model may say what is no name
         return said
     if top == 1:
-        return f"{said} ({names[said]:.0%})"
+        return f"{said} ({100 * names[said]:.1f} %)"
     return ", ".join(shares) if "recipe" not in row else f"{said}; ranked: {', '.join(shares)}"
 
 

@@ -157,9 +157,11 @@ def _show_check(found: Mapping[str, Any]) -> None:
         table.add_row(stage, _time(one["planned"]), _time(one["took"]), *sizes)
     Console(highlight=False).print(table)
     off = found["ratio"] - 1
-    said = f"planned {_time(found['planned'])} in all, took {_time(found['took'])}: {abs(off):.0%} too"
+    said = f"planned {_time(found['planned'])} in all, took {_time(found['took'])}: {100 * abs(off):.0f} % too"
     verdict = "within" if abs(off) <= WITHIN else "more than"
-    typer.echo(f"{said} {'much' if off > 0 else 'little'} planned, {verdict} the {WITHIN:.0%} that are aimed at")
+    typer.echo(
+        f"{said} {'much' if off > 0 else 'little'} planned, {verdict} the {100 * WITHIN:.0f} % that are aimed at"
+    )
     if abs(off) > WITHIN:
         typer.echo("other work on the machine, while it was measured or while the stages ran, may be why")
 

@@ -246,7 +246,7 @@ def test_the_example_answers_as_we_do_where_there_is_no_terraalign(
     names = expected[3].names
     assert names and 0.3 < max(names.values()) < 0.9, "a hint of several"
     said = [own.text for own in expected.values()]
-    shown = [f"{share:6.1%}  {name}" for name, share in names.items()]
+    shown = [f"{100 * share:5.1f} %  {name}" for name, share in names.items()]
     assert done.stdout.splitlines() == [*said[:3], *shown, said[3]]
     for number, own in expected.items():
         soft_prompt, after, found = torch.load(tmp_path / "out" / f"{number}.pt")
@@ -334,6 +334,8 @@ def test_the_command_writes_a_folder_whose_parts_others_read(tiny_params: Params
     result = CliRunner().invoke(app, ["export", "data/tiny", "out"])
     assert result.exit_code == 0, (result.output, result.exception)
     assert "tiny: mlp on captions, for caption: out" in result.output
+    readable = Path("out").stat().st_mode & 0o666
+    assert {file.stat().st_mode & 0o777 for file in Path("out").rglob("*.*")} == {readable}, "as others may read them"
     lora = PeftConfig.from_pretrained("out/lora")
     assert lora.base_model_name_or_path == tiny_params.llm.model and lora.r == 2
     assert set(load_file("out/adapter.safetensors")) == {"body.0.weight", "body.0.bias", "out.weight", "out.bias"}

@@ -226,9 +226,9 @@ def test_parts_of_class_folders_are_the_splits(names: tuple[str, ...], capsys: p
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (("train", "test"), "val is 30% of train, by hash"),
-        (("train", "val"), "test is 15% of train, by hash"),
-        (("train",), "val is 30% of train, by hash; test is 15% of train, by hash"),
+        (("train", "test"), "val is 30 % of train, by hash"),
+        (("train", "val"), "test is 15 % of train, by hash"),
+        (("train",), "val is 30 % of train, by hash; test is 15 % of train, by hash"),
     ],
 )
 def test_parts_that_are_missing_are_carved_from_train(

@@ -148,4 +148,4 @@ def test_a_plan_is_shown_kept_and_held_against_what_came(tiny_params: Params, mo
     assert list(found["stages"]) == ["pretrain@mlp"] and found["ratio"] == pytest.approx(2)
     assert found["stages"]["pretrain@mlp"]["peak"] == 5e8
     said = run("--check")
-    assert "100% too much planned, more than the 25%" in said and "other work on the machine" in said
+    assert "100 % too much planned, more than the 25 %" in said and "other work on the machine" in said

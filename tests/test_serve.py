@@ -514,7 +514,7 @@ def test_upload_caption_question_and_a_broken_file(page, model, photos, tmp_path
     expect(page.locator("#answers")).to_be_hidden()
     Image.effect_noise((300, 200), 200).save(tmp_path / "noise.png")  # unlike all that is known
     page.set_input_files("#file", tmp_path / "noise.png")
-    expect(page.locator("#names-strange")).to_contain_text("unlike those that mlp was trained on")
+    expect(page.locator("#names-strange")).to_contain_text("unlike the pictures that mlp was trained on for this")
     expect(page.locator("#fault")).to_be_hidden()
 
 

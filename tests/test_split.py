@@ -161,7 +161,7 @@ def test_folders_of_classes_keep_their_test_part_and_hold_out_blocks(capsys: pyt
     for part, least in (("val", 4), ("test", 6)):
         held = numbers(table, part, "train/fig")
         assert least <= len(held) <= least + 1, "of 45"
-    assert "val is 10% of train, by blocks; test is 15% of train, by blocks" in capsys.readouterr().err
+    assert "val is 10 % of train, by blocks; test is 15 % of train, by blocks" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("project")

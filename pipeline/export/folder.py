@@ -68,6 +68,8 @@ def new_folder(to: Path) -> Iterator[Path]:
     try:
         with atomic_folder(to) as folder:
             yield folder
+            for file in folder.rglob("*.*"):  # safetensors leaves its files to their owner alone
+                file.chmod(folder.stat().st_mode & 0o666)
     except FileExistsError:
         raise taken from None
 

@@ -159,4 +159,4 @@ def _of_val(named: Named) -> str:
         rule: np.mean([named.names[int(np.argmax(p))] == own for p, own in zip(rows[rule], rows["label"], strict=True)])
         for rule in RULES
     }
-    return ", ".join(f"{rule} {share:.1%}" for rule, share in right.items()) + " of the validation pictures"
+    return ", ".join(f"{rule} {100 * share:.1f} %" for rule, share in right.items()) + " of the validation pictures"

@@ -15,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from pipeline.answers.best import NAMES_ALONE, finetuned, namers, pretrained, taught_names_alone
+from pipeline.answers.familiar import unlike
 from pipeline.answers.model import Answer, Ask, Model
 from pipeline.config import Params
 from pipeline.errors import UserError
@@ -210,7 +211,8 @@ def checked(content: bytes) -> Image.Image:
 def as_json(answer: Answer) -> Event:
     return {
         "text": answer.text, "adapter": answer.adapter, "recipe": answer.recipe, "names": list(answer.names.items()),
-        "strangeness": answer.strangeness, "strange": answer.is_strange,
+        "strangeness": answer.strangeness,
+        "warning": unlike(answer.adapter, answer.strangeness) if answer.is_strange else None,
     }  # fmt: skip
 
 

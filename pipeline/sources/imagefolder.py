@@ -127,7 +127,7 @@ def _parts(root: Path, keys: Iterable[str]) -> dict[str, str]:
 
 def _tell_parts(parts: dict[str, str], shares: dict[str, float], section: str, how: str) -> None:
     carved = [(part, size) for part, size in sorted(shares.items(), reverse=True) if part != "train"]
-    rest = "".join(f"; {part} is {size:.0%} of train, by {how}" for part, size in carved)
+    rest = "".join(f"; {part} is {100 * size:.0f} % of train, by {how}" for part, size in carved)
     print(f"{section}: the folders {', '.join(parts)} are taken as the parts{rest}", file=sys.stderr)
 
 

@@ -76,7 +76,7 @@ export function saysMore(box, rows) {
   new MutationObserver(count).observe(box, { childList: true, subtree: true });
 }
 
-export const percent = (share) => (share >= 0.995 || share < 0.0005 ? `${Math.round(share * 100)} %` : `${(share * 100).toFixed(1)} %`);
+export const percent = (share) => `${(share * 100).toFixed(1)} %`;
 
 /** Where a picture of the run is. */
 export const source = (picture, side) => `/picture?${new URLSearchParams({ data: picture.data, at: picture.at, side })}`;

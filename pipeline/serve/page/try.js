@@ -129,8 +129,8 @@ function part(event) {
   }
   const warning = by(`${event.event}-strange`);
   if (warning) {
-    warning.hidden = !event.strange;
-    warning.textContent = `Expect little of this: the picture is unlike those that ${event.adapter} was trained on for it, further from them than ${percent(event.strangeness)} of those held out.`;
+    warning.hidden = !event.warning;
+    warning.textContent = `The picture is ${event.warning}.`;
   }
   if (STAGES[event.event]) stage(event);
 }
