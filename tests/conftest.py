@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "passive"
@@ -62,6 +64,41 @@ def tiny_mistral(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     MistralForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+# As root there is no sandbox; a camera of Chromium's own shows a pattern.
+ARGUMENTS = ["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """A headless Chromium."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium here")
+    with playwright.sync_playwright() as started:
+        chromium = started.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def fits_screens(browser: Any) -> Callable[[Path], None]:
+    """What asserts that a page is no wider than a phone and a desktop, light and dark, and asks no other machine."""
+
+    def check(path: Path) -> None:
+        for width in (390, 1280):
+            for scheme in ("light", "dark"):
+                context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
+                page, asked = context.new_page(), list[str]()
+                page.on("request", lambda sent, asked=asked: asked.append(sent.url))
+                page.goto(path.resolve().as_uri())
+                assert page.evaluate("document.documentElement.scrollWidth") == width
+                assert all(url.startswith(("file:", "data:")) for url in asked)
+                context.close()
+
+    return check
 
 
 TinyProject = Callable[[Path, pytest.MonkeyPatch], Params]

@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -219,6 +220,10 @@ def test_page_needs_nothing_else(params: Params) -> None:
     assert len(shown.ids) == len(set(shown.ids)) and {"data-captions", "data-classes"} <= set(shown.ids)
     assert json.loads((BASE / "metrics.json").read_text()) == figures.flat_metrics(read_results(params))
     assert len(pd.read_csv(BASE / "report" / "convergence.csv")) == len(convergence.collect(params))
+
+
+def test_page_is_no_wider_than_a_screen(params: Params, fits_screens: Callable[[Path], None]) -> None:
+    fits_screens(page.write_report(read_results(params)))
 
 
 def test_page_escapes_and_names_what_is_missing(params: Params) -> None:

@@ -47,9 +47,6 @@ from pipeline.store.reader import CaptionTokens, ImageTokens
 from pipeline.vlm import VLM
 from stages.cli import app as cli
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-# As root there is no sandbox; a camera of Chromium's own shows a pattern.
-ARGUMENTS = ["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
 # One adapter, one recipe: what the page needs at least.
 STAGES = [
     "prepare captions", "extract-images captions", "extract-captions captions",
@@ -451,17 +448,6 @@ def test_ctrl_c_ends_it_at_once(served, photos, state):
 
 
 # In a browser.
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if CHROMIUM is None:
-        pytest.skip("no Chromium here")
-    with playwright.sync_playwright() as started:
-        chromium = started.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture

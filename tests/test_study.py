@@ -157,7 +157,9 @@ def made(folder, name, values):
     (folder / name).write_text(values if isinstance(values, str) else json.dumps(values))
 
 
-def test_the_page_has_means_over_the_seeds_and_who_wins(project, tmp_path, monkeypatch):
+@pytest.fixture
+def page(project, tmp_path, monkeypatch):
+    """The page of a study of which six trainings were run."""
     text = (project / "profiles/demo.yaml").read_text()
     study = parse_study(TEXT, "study.yaml")
     params = parse_params(json.dumps(parameters_of(study, read_yaml(text, "demo.yaml"))), "study")
@@ -186,21 +188,29 @@ def test_the_page_has_means_over_the_seeds_and_who_wins(project, tmp_path, monke
         made(
             run.evaluated(cell.name, "captions") / "captions", "pictures.csv", "id,cider,cider_over_nearest\n" + scored
         )
-    page = write_study(params, study).read_text()
-    assert "6 of 20 trainings" in page
+    return write_study(params, study)
+
+
+def test_the_page_is_no_wider_than_a_screen(page, fits_screens):
+    fits_screens(page)
+
+
+def test_the_page_has_means_over_the_seeds_and_who_wins(page):
+    text = page.read_text()
+    assert "6 of 20 trainings" in text
     # The mean of 2 and -1, with a standard error of 1.5: t is 12.7.
     assert (
-        "By how much emd is ahead of each, after 7 steps" in page
-        and "<td>+0.500<small>-18.559 to +19.559, 2 seeds</small></td>" in page
+        "By how much emd is ahead of each, after 7 steps" in text
+        and "<td>+0.500<small>-18.559 to +19.559, 2 seeds</small></td>" in text
     )
-    assert '<td class="yes">+0.100<small>+0.100 to +0.100, 2 seeds</small></td>' in page
-    assert "15.0 ± 7.1" in page  # the mean of 10 and 20 %, and their standard deviation
-    assert "100.0" in page  # ms a picture: 32 s for 10 steps of 32
-    assert "query has the lowest loss on captions by emd, 2.150" in page and "worse with 2 of 2 seeds" in page
-    own, unseen = page.split('<section id="unseen">')
+    assert '<td class="yes">+0.100<small>+0.100 to +0.100, 2 seeds</small></td>' in text
+    assert "15.0 ± 7.1" in text  # the mean of 10 and 20 %, and their standard deviation
+    assert "100.0" in text  # ms a picture: 32 s for 10 steps of 32
+    assert "query has the lowest loss on captions by emd, 2.150" in text and "worse with 2 of 2 seeds" in text
+    own, unseen = text.split('<section id="unseen">')
     assert "never captioned, named, %" in unseen and "(19 of captions)" in unseen and "never captioned" not in own
-    assert "captions: chance 20.0 %" in page and page.count("<img") == 4
-    rows = (run.base / "study.csv").read_text().splitlines()
+    assert "captions: chance 20.0 %" in text and text.count("<img") == 4
+    rows = page.with_name("study.csv").read_text().splitlines()
     assert len(rows) == 7 and "captions/captions/f1" in rows[0]
 
 
