@@ -1,7 +1,7 @@
 # make install  what follows needs, into .venv
-# make demo   install, run the whole graph of the active profile, print its main figures
+# make demo   install, run the whole graph of the demo, print its main figures
 # make test   what CI runs: linter, formatter, types, tests
-# make tutorial  every command of docs/tutorial.md, one after the other, on made-up pictures
+# make slow   tests of minutes: every command of docs/tutorial.md, one after the other, and all language models
 # make docs   the pages of docs/ as a site in site/; a broken link is an error
 # make clean  remove the demo's results and all caches: the features of every profile, and DVC's copies of results
 
@@ -18,7 +18,7 @@ IN_GIT := import sys, pathlib as p; sys.exit(not any((f / ".git").exists() for f
 # The git that DVC looks for is a program, which its library does without.
 export GIT_PYTHON_REFRESH := quiet
 
-.PHONY: install demo test tutorial docs clean
+.PHONY: install demo test slow docs clean
 
 install: .venv/.installed
 
@@ -33,8 +33,8 @@ test: .venv/.installed
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder  # two files at a time; else the longest come last, one alone
 
-tutorial: .venv/.installed
-	$(BIN)/pytest tests/test_tutorial.py -m slow
+slow: .venv/.installed
+	$(BIN)/pytest -m slow
 
 docs: .venv/.installed
 	$(INSTALL) -e '.[docs]'

@@ -119,10 +119,13 @@ def answer(
         from pipeline.answers.familiar import unlike
         from pipeline.answers.lean import transformers_for_answers
         from pipeline.answers.model import Model
+        from pipeline.llms.base import Loader
 
         model = Model(params)
         _ = model.encoder  # before: one of timm or open_clip imports torchvision, and torch's compiler with it
-        with transformers_for_answers() if by_llm else nullcontext():
+        # A network with towers for pictures or sound needs the rest of transformers, too.
+        is_lean = by_llm and not Loader.of(params.llm).has_towers()
+        with transformers_for_answers() if is_lean else nullcontext():
             asked: Ask = how(model)
         gc.freeze()
     finally:

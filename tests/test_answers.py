@@ -240,6 +240,43 @@ print("torch._dynamo.convert_frame" in sys.modules, torch._dynamo.is_compiling()
 """
 
 
+BUILT = """
+import sys
+from contextlib import nullcontext
+import torch
+from pipeline.answers.lean import transformers_for_answers
+how, *kinds = sys.argv[1:]
+with transformers_for_answers() if how == "lean" else nullcontext():
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as known
+    for kind in kinds or known:
+        try:
+            config = AutoConfig.for_model(kind)
+            if how == "whole" or not {"vision_config", "audio_config"} & set(config.to_dict()):
+                with torch.device("meta"):
+                    AutoModelForCausalLM.from_config(config)
+        except Exception:
+            print(kind)
+"""
+KINDS = "bloom falcon gemma3_text gemma4_text gpt2 gpt_neox llama mistral mpt olmo2 phi3 qwen3 smollm3"
+
+
+def not_built(how: str, kinds: str = "") -> list[str]:
+    """The kinds of causal language models, of these or of all, that transformers cannot build without weights."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    script = [sys.executable, "-c", BUILT, how, *kinds.split()]
+    return subprocess.run(script, check=True, capture_output=True, env=environment, text=True).stdout.split()
+
+
+def test_usual_language_models_are_built_for_answers() -> None:
+    assert not_built("lean", KINDS) == []
+
+
+@pytest.mark.slow
+def test_whichever_language_model_can_be_built_is_built_for_answers() -> None:
+    assert set(not_built("lean")) <= set(not_built("whole"))
+
+
 def test_answers_with_an_encoder_that_needs_torchvision(tmp_path: Path) -> None:
     _write_tiny(tmp_path / "tiny")
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}

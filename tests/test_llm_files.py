@@ -164,6 +164,12 @@ def test_no_end_of_turn(folder: Path) -> None:
         load_tokenizer(llm())
 
 
+def test_towers_beside_a_language_model_are_told(folder: Path) -> None:
+    assert not Loader.of(llm()).has_towers()
+    change(folder / "config.json", vision_config={"hidden_size": 8})
+    assert Loader.of(llm()).has_towers()
+
+
 @pytest.mark.parametrize("name", ["llm/", "./llm", "../{}/llm", "~/llm"])
 def test_ways_to_write_a_folder(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(folder.parent))

@@ -1,6 +1,6 @@
 """The tutorial: every command can be typed as it stands there, and the first look does what it says.
 
-`make tutorial` runs all of them, one after the other, with DVC and the real small models: minutes.
+`make slow` runs all of them, one after the other, with DVC and the real small models: minutes.
 """
 
 from __future__ import annotations

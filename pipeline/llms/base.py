@@ -50,6 +50,10 @@ class Loader(ABC):
         """Parameters, width and layers; None where only loading the model can tell."""
         return None
 
+    def has_towers(self) -> bool:
+        """Whether the model has parts for pictures or sound beside its language model."""
+        return False
+
     def remedy(self) -> str:
         """What to do when a library fails over files in which no fault is found."""
         return "its files may be of another version of transformers, or incomplete; copy the whole model again"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.files import Damaged
@@ -53,14 +54,9 @@ class HuggingFace(Loader):
 
     def shape(self) -> tuple[float, int, int] | None:
         """As its config.json has it; None where that is not there or not whole."""
-        own, folder = self.settings, self.folder()
-        if own.model in SHAPES:
-            return SHAPES[own.model]
-        path = folder / "config.json" if folder else cached(own.model, "config.json", own.revision)
-        try:
-            values = read_json(path) if path and path.is_file() else None
-        except Damaged:
-            values = None
+        if self.settings.model in SHAPES:
+            return SHAPES[self.settings.model]
+        values = self._config()
         if values is None:
             return None
         values = values.get("text_config") or values
@@ -69,6 +65,18 @@ class HuggingFace(Loader):
         inner = int(values.get("intermediate_size") or 4 * width)
         embedded = float(values.get("vocab_size", 32000)) * width
         return layers * (4 * width**2 + 3 * width * inner) + embedded, width, layers
+
+    def has_towers(self) -> bool:
+        return not {"vision_config", "audio_config"}.isdisjoint(self._config() or {})
+
+    def _config(self) -> dict[str, Any] | None:
+        """config.json; None where that is not there or not whole."""
+        own, folder = self.settings, self.folder()
+        path = folder / "config.json" if folder else cached(own.model, "config.json", own.revision)
+        try:
+            return read_json(path) if path and path.is_file() else None
+        except Damaged:
+            return None
 
     def remedy(self) -> str:
         if self.folder() is None:
