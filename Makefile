@@ -23,7 +23,8 @@ export GIT_PYTHON_REFRESH := quiet
 install: .venv/.installed
 
 demo: .venv/.installed
-	@grep -qs '^profile: demo$$' params.yaml || $(BIN)/terraalign profile use demo
+	@grep -qs '^profile: *"*demo\b' params.yaml || \
+		{ echo 'params.yaml is of another profile: `terraalign run` runs that, `terraalign profile use demo` is the demo'; exit 1; }
 	$(BIN)/terraalign run
 	$(BIN)/terraalign show
 

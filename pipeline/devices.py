@@ -1,4 +1,4 @@
-"""Where and in which precision frozen models compute."""
+"""Where and in which precision models compute."""
 
 from __future__ import annotations
 
@@ -67,14 +67,16 @@ def mixed_precision(device: torch.device) -> torch.autocast:
 
     Weights, gradients and optimizer stay float32 (Micikevicius et al. 2018, Mixed Precision Training).
     """
-    native = device.type == "cpu" and pick_dtype("auto", device) == torch.bfloat16
+    native = (
+        device.type == "cpu" and torch.backends.mkldnn.is_available() and pick_dtype("auto", device) == torch.bfloat16
+    )
     return torch.autocast("cpu", torch.bfloat16, enabled=native)
 
 
 def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
     """`auto` is bfloat16 where the hardware multiplies in it; elsewhere it is emulated, 4 to 25 times slower.
 
-    ATEN_CPU_CAPABILITY=avx2 has a newer CPU take float32, as one without AVX-512 does.
+    ATEN_CPU_CAPABILITY=avx2 has a newer x86 processor take float32, as one without AVX-512 does.
     """
     if wanted != "auto":
         return torch.float32 if wanted == "float32" else torch.bfloat16

@@ -123,8 +123,7 @@ def answer(
 
         model = Model(params)
         _ = model.encoder  # before: one of timm or open_clip imports torchvision, and torch's compiler with it
-        # A network with towers for pictures or sound needs the rest of transformers, too.
-        is_lean = by_llm and not Loader.of(params.llm).has_towers()
+        is_lean = by_llm and Loader.of(params.llm).is_text_alone()  # a tower for pictures needs all of transformers
         with transformers_for_answers() if is_lean else nullcontext():
             asked: Ask = how(model)
         gc.freeze()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +13,9 @@ from pipeline.config import Params, load_params
 from pipeline.runs import Run
 from stages import DATA
 from stages.profile import PARAMS, PROFILES, write_params
+
+if TYPE_CHECKING:
+    from pipeline.store.reader import ImageTokens
 
 
 def series(
@@ -23,7 +26,7 @@ def series(
         typer.Option(
             min=0,
             max=1,
-            help="How alike two pictures of a class are in one series: more finds fewer and shorter ones; 0.7.",
+            help="How alike two pictures of one series are, 0.7 where left out; the more, the shorter are series.",
         ),
     ] = None,
 ) -> None:
@@ -42,18 +45,20 @@ def series(
     from pipeline.store.reader import ImageTokens
 
     images = ImageTokens.open(run, data)
-    cosine = SERIES if cosine is None else cosine
-    groups, path = series_of(images, cosine), run.series(data)
+    groups, path = series_of(images, SERIES if cosine is None else cosine), run.series(data)
     with atomically(path) as file:
         file.write(pd.DataFrame({"id": images.ids, "group": groups}).to_csv(index=False).encode())
     found = f"{number(len(images), 'picture', 'pictures')} in {len(set(groups))} series"
     print(f"{path}: {found}")
-    whole = _one_series(images.rows["label"].tolist(), groups)
-    if whole:
+    again = f"terraalign series {data}"
+    if whole := _one_series(images, groups):
+        closer = f"{(1 + (SERIES if cosine is None else cosine)) / 2:.2f}"
+        shorter = f"; `{again} --cosine {closer}` finds shorter ones" if float(closer) > (cosine or SERIES) else ""
         print(
-            f"{number(len(whole), 'class is', 'classes are')} one series each, so validation would have none of their "
-            f"pictures: {listed(whole)}; `--cosine {(1 + cosine) / 2:.2f}` finds shorter ones"
+            f"all pictures for training of {number(len(whole), 'class are', 'classes are')} one series, so validation "
+            f"would have none of them: {listed(whole)}{shorter}"
         )
+    again += "" if cosine is None else f" --cosine {cosine:g}"
     profile = PROFILES / f"{params.profile}.yaml"
     targets = [profile, PARAMS] if profile.is_file() else [PARAMS]
     lines, places = _lines(params, data), " and ".join(map(str, targets))
@@ -63,18 +68,16 @@ def series(
         print(f"{places} keep each on one side now; next: `terraalign run`")
         return
     wanted = " and ".join(f"data.{data}.{key}: {value}" for key, value in lines.items())
-    print(
-        f"to keep each on one side, have {wanted} in {places}: `terraalign series {data} --use`, then `terraalign run`"
-    )
+    print(f"to keep each on one side, have {wanted} in {places}: `{again} --use`, then `terraalign run`")
 
 
-def _one_series(labels: Sequence[str | None], groups: Sequence[str]) -> list[str]:
-    """The classes whose pictures are all of one series."""
-    found: defaultdict[str, set[str]] = defaultdict(set)
-    for label, group in zip(labels, groups, strict=True):
-        if label is not None:
-            found[label].add(group)
-    return sorted(label for label, series in found.items() if len(series) == 1)
+def _one_series(images: ImageTokens, groups: Sequence[str]) -> list[str]:
+    """The classes whose pictures that may be held out for validation, several, are all of one series."""
+    found: defaultdict[str, list[str]] = defaultdict(list)
+    for label, part, group in zip(images.rows["label"], images.rows["split"], groups, strict=True):
+        if isinstance(label, str) and part in ("train", "val"):
+            found[label].append(group)
+    return sorted(label for label, series in found.items() if len(series) > 1 == len(set(series)))
 
 
 def _lines(params: Params, data: str) -> dict[str, str]:

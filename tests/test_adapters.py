@@ -73,23 +73,55 @@ def test_attention_equals_torch_multihead():
     torch.testing.assert_close(ours(x, y), theirs(x, y, y)[0])
 
 
+@pytest.mark.parametrize("is_mixture", [False, True])
 @pytest.mark.parametrize("name", ["linear", "mlp", "self_attention", "query"])
-def test_training_in_mixed_precision_is_training_in_float32(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_in_mixed_precision_is_training_in_float32(
+    name: str, is_mixture: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What a CPU with bfloat16 arithmetic computes: tokens and gradients are those of float32, but for its rounding."""
-    torch.manual_seed(0)
     adapter, images = build_adapter(name, 32, 48), torch.randn(4, 9, 32)
+    if is_mixture:
+        adapter.mix(torch.randn(20, 48) + 3)  # a mean that is large beside what they differ by
 
     def trained(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         monkeypatch.setattr(devices, "pick_dtype", lambda *_: dtype)
         adapter.zero_grad()
-        with devices.mixed_precision(devices.CPU):
-            tokens = adapter(images)
-        tokens.float().square().sum().backward()
-        assert {one.grad.dtype for one in adapter.parameters()} == {torch.float32}
+        tokens = adapter.trained(images)
+        tokens.square().sum().backward()
+        assert {one.grad.dtype for one in adapter.parameters()} == {torch.float32} == {tokens.dtype}
         return tokens, torch.cat([one.grad.flatten() for one in adapter.parameters()])
 
     for exact, mixed in zip(trained(torch.float32), trained(torch.bfloat16), strict=True):
         assert 0 < (mixed - exact).norm() / exact.norm() < 0.02
+
+
+def test_attention_stays_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, attend = [], torch.nn.functional.scaled_dot_product_attention
+    spy = lambda *tensors: seen.append({one.dtype for one in tensors}) or attend(*tensors)  # noqa: E731
+    monkeypatch.setattr("pipeline.adapters.blocks.F.scaled_dot_product_attention", spy)
+    monkeypatch.setattr(devices, "pick_dtype", lambda *_: torch.bfloat16)
+    build_adapter("query", 32, 48).trained(torch.randn(2, 9, 32))
+    assert seen and all(types == {torch.float32} for types in seen)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "used", "dtype"),
+    [
+        ({"avx512_bf16": True}, "AVX512", torch.bfloat16),
+        ({"amx_bf16": True}, "AVX512", torch.bfloat16),
+        ({"avx512_bf16": True, "amx_bf16": True}, "AVX2", torch.float32),  # as ATEN_CPU_CAPABILITY=avx2 has it
+        ({"avx512_f": True}, "AVX512", torch.float32),
+        ({"bf16": True}, "DEFAULT", torch.bfloat16),  # ARM
+        ({}, "DEFAULT", torch.float32),
+    ],
+)
+def test_a_processors_own_arithmetic_is_taken(
+    capabilities: dict[str, bool], used: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: used)
+    assert devices.pick_dtype("auto", devices.CPU) == dtype
+    assert devices.mixed_precision(devices.CPU)._enabled == (dtype == torch.bfloat16)
 
 
 def test_pooling_averages_the_grid():

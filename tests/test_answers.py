@@ -241,22 +241,28 @@ print("torch._dynamo.convert_frame" in sys.modules, torch._dynamo.is_compiling()
 
 
 BUILT = """
-import sys
+import os, sys
 from contextlib import nullcontext
 import torch
 from pipeline.answers.lean import transformers_for_answers
+from pipeline.llms.huggingface import TOWERS
 how, *kinds = sys.argv[1:]
 with transformers_for_answers() if how == "lean" else nullcontext():
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as known
     for kind in kinds or known:
+        if child := os.fork():  # one process each, as one that has imported the compiler is not lean any more
+            if os.waitpid(child, 0)[1]:
+                print(kind, flush=True)
+            continue
         try:
             config = AutoConfig.for_model(kind)
-            if how == "whole" or not {"vision_config", "audio_config"} & set(config.to_dict()):
+            if how == "whole" or TOWERS.isdisjoint(config.to_dict()):
                 with torch.device("meta"):
                     AutoModelForCausalLM.from_config(config)
         except Exception:
-            print(kind)
+            os._exit(1)
+        os._exit(0)
 """
 KINDS = "bloom falcon gemma3_text gemma4_text gpt2 gpt_neox llama mistral mpt olmo2 phi3 qwen3 smollm3"
 

@@ -165,9 +165,11 @@ def test_no_end_of_turn(folder: Path) -> None:
 
 
 def test_towers_beside_a_language_model_are_told(folder: Path) -> None:
-    assert not Loader.of(llm()).has_towers()
+    assert Loader.of(llm()).is_text_alone()
     change(folder / "config.json", vision_config={"hidden_size": 8})
-    assert Loader.of(llm()).has_towers()
+    assert not Loader.of(llm()).is_text_alone()
+    (folder / "config.json").unlink()
+    assert not Loader.of(llm()).is_text_alone(), "as may be: it is not known"
 
 
 @pytest.mark.parametrize("name", ["llm/", "./llm", "../{}/llm", "~/llm"])

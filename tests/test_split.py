@@ -278,8 +278,12 @@ def test_classes_of_one_series_are_told_before_validation_lacks_them(monkeypatch
     def said(*options: str) -> str:
         return " ".join(CliRunner().invoke(cli.app, ["series", "classes", *options]).output.split())
 
-    assert "in 2 series 2 classes are one series each, so validation would have none of their pictures: fig" in said()
-    assert "`--cosine 0.85` finds shorter ones" in said() and "one series each" not in said("--cosine", "1")
+    told = "all pictures for training of 2 classes are one series, so validation would have none of them: fig, pear"
+    assert f"in 2 series {told}; `terraalign series classes --cosine 0.85` finds shorter ones" in said()
+    assert "`terraalign series classes --cosine 0.6 --use`" in said("--cosine", "0.6")
+    assert "one series" not in said("--cosine", "1")
+    images.rows["label"] = pd.Series([None] * 10 + ["pear"] * 10, dtype="str")  # as pictures with captions have none
+    assert "of 1 class are one series, so validation would have none of them: pear;" in said()
 
 
 @pytest.mark.usefixtures("project")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +50,7 @@ class Mixture(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[B, M, d_out] to the same."""
-        return self.weights(tokens) @ self.words
+        return in_float32(lambda tokens: self.weights(tokens) @ self.words, tokens)  # the softmax is sharp
 
     def weights(self, tokens: Tensor) -> Tensor:
         """How much of each word is in each token, [B, M, T]."""
@@ -115,15 +116,16 @@ class Attention(nn.Module):
             layer(y).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for layer, y in ((self.q, x), (self.k, context), (self.v, context))
         )
-        return self.out(_attended(q, k, v).transpose(1, 2).flatten(2))
+        attended = in_float32(F.scaled_dot_product_attention, q, k, v)  # whose kernel is 10 times as slow in bfloat16
+        return self.out(attended.transpose(1, 2).flatten(2))
 
 
-def _attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """In float32 where a CPU computes the rest in bfloat16: there torch's kernel is 10 times as slow in that."""
+def in_float32(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """A function of tensors where a CPU computes the rest in bfloat16."""
     if not torch.is_autocast_enabled("cpu"):
-        return F.scaled_dot_product_attention(q, k, v)
+        return function(*tensors)
     with torch.autocast("cpu", enabled=False):
-        return F.scaled_dot_product_attention(q.float(), k.float(), v.float())
+        return function(*(tensor.float() for tensor in tensors))
 
 
 def _bert_init(module: nn.Module) -> None:

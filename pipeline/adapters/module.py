@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from pipeline.adapters.base import Architecture
 from pipeline.adapters.blocks import Mixture
 from pipeline.config import components
+from pipeline.devices import mixed_precision
 from pipeline.errors import UserError, reason
 
 
@@ -45,6 +47,11 @@ class Adapter(nn.Module):
         if self.offset is not None:
             tokens = tokens + self.offset
         return tokens if self.mixture is None else self.mixture(tokens)
+
+    def trained(self, tokens: Tensor) -> Tensor:
+        """The same in training, float32 whatever it is computed in; a body of somebody's own may bear float32 alone."""
+        with mixed_precision(tokens.device) if not components.is_foreign(self.config["name"]) else nullcontext():
+            return self(tokens).float()
 
     def pooled(self, tokens: Tensor) -> Tensor:
         """What the body is given of image tokens [B, N, d_in]: [B, pool * pool, d_in], or all."""

@@ -67,7 +67,7 @@ class Familiar:
 
 def unlike(adapter: str, strangeness: float | None) -> str:
     """What is said of an answer about a strange picture."""
-    held_out = "any" if strangeness is None or strangeness == 1 else f"{100 * strangeness:.1f} %"
+    held_out = "any" if strangeness is None or strangeness > 0.9995 else f"{100 * strangeness:.1f} %"
     known = f"the pictures that {adapter} was trained on for this (further from them than {held_out} of those held out)"
     return f"unlike {known}: expect nothing of the answer"
 

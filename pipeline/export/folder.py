@@ -9,7 +9,7 @@ import inspect
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -68,8 +68,9 @@ def new_folder(to: Path) -> Iterator[Path]:
     try:
         with atomic_folder(to) as folder:
             yield folder
-            for file in folder.rglob("*.*"):  # safetensors leaves its files to their owner alone
-                file.chmod(folder.stat().st_mode & 0o666)
+            with suppress(OSError):  # on a disk without modes
+                for file in filter(Path.is_file, folder.rglob("*")):  # safetensors leaves its own to their owner alone
+                    file.chmod(folder.stat().st_mode & 0o666)
     except FileExistsError:
         raise taken from None
 

@@ -50,8 +50,8 @@ class Loader(ABC):
         """Parameters, width and layers; None where only loading the model can tell."""
         return None
 
-    def has_towers(self) -> bool:
-        """Whether the model has parts for pictures or sound beside its language model."""
+    def is_text_alone(self) -> bool:
+        """Whether the model is known to have no parts for pictures or sound beside its language model."""
         return False
 
     def remedy(self) -> str:

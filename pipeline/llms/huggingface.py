@@ -15,6 +15,7 @@ from pipeline.needs import Fault
 
 # Parameters, width and layers of the profiles' model, which may not be fetched yet.
 SHAPES = {"mistralai/Mistral-7B-Instruct-v0.2": (7.25e9, 4096, 32)}
+TOWERS = frozenset({"vision_config", "audio_config"})  # keys of a config.json
 
 
 class HuggingFace(Loader):
@@ -66,8 +67,9 @@ class HuggingFace(Loader):
         embedded = float(values.get("vocab_size", 32000)) * width
         return layers * (4 * width**2 + 3 * width * inner) + embedded, width, layers
 
-    def has_towers(self) -> bool:
-        return not {"vision_config", "audio_config"}.isdisjoint(self._config() or {})
+    def is_text_alone(self) -> bool:
+        values = self._config()
+        return values is not None and TOWERS.isdisjoint(values)
 
     def _config(self) -> dict[str, Any] | None:
         """config.json; None where that is not there or not whole."""

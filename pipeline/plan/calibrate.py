@@ -251,7 +251,6 @@ def _of_objective(params: Params, rows: dict[str, Rows], name: str, device: Any)
     import torch
 
     from pipeline.adapters.module import build_adapter
-    from pipeline.devices import mixed_precision
     from pipeline.objectives.base import Means
 
     settings = params.pretrain_for(name)
@@ -265,9 +264,7 @@ def _of_objective(params: Params, rows: dict[str, Rows], name: str, device: Any)
     batch = list(range(settings.batch))
 
     def step() -> None:
-        with mixed_precision(device):
-            tokens = adapter(pairs.tokens(batch))
-        objective.start(tokens.float(), batch).result().backward()
+        objective.start(adapter.trained(pairs.tokens(batch)), batch).result().backward()
 
     step()  # which compiles the solver where that was not done yet
     captions = [pairs.captions[at][0] for at in range(OTHERS)]

@@ -133,7 +133,11 @@ def _without(rows: Iterable[Row], parts: Mapping[str, str], shares: Shares) -> l
             found[row.label].add(parts[row.id])
             groups[row.label].add(row.group)
     without = sorted(label for label, there in found.items() if "val" in shares and "val" not in there)
-    whole = [label for label in without if len(groups[label]) == 1 and None not in groups[label]]
+    whole = [
+        label
+        for label in without
+        if found[label] == {"train"} and len(groups[label] - {None}) == 1 == len(groups[label])
+    ]
     kinds = (
         ([label for label in without if label not in whole], "too small for a validation block"),
         (whole, "one group each, which stays in training, so they have no validation pictures"),

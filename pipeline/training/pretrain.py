@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pipeline.adapters.module import Adapter, build_adapter
 from pipeline.config import Params, components
 from pipeline.config.schema import Pretrain
-from pipeline.devices import fast_products, keep_freed_memory, mixed_precision
+from pipeline.devices import fast_products, keep_freed_memory
 from pipeline.objectives.base import Keep, Means, Objective
 from pipeline.objectives.emd import EMD, EMDSettings
 from pipeline.objectives.pairs import Pairs
@@ -125,9 +125,7 @@ def _trainer(
 
     def loss(number: int) -> Started:
         positions = [pairs.train[i] for i in batch_at(number, settings.batch, len(pairs.train), params.seed)]
-        with mixed_precision(pairs.device):
-            tokens = adapter(pairs.drawn(positions))
-        return objective.start(tokens.float(), positions)
+        return objective.start(adapter.trained(pairs.drawn(positions)), positions)
 
     def validate(step: int) -> dict[str, float]:
         if "first" not in extras and step >= min(epoch, total):
