@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 from typer.testing import CliRunner
 
+from pipeline import devices
 from pipeline.adapters.module import load_adapter
 from pipeline.config import load_params
 from pipeline.config.schema import Pretrain
@@ -357,6 +358,15 @@ def test_no_step_at_all_leaves_the_start_as_the_result(features, monkeypatch):
     assert done.exit_code == 0, done.output
     _, history = pretrained_by(start, features, monkeypatch)
     assert history["val"].iloc[0] == pytest.approx(metrics["val"], rel=1e-5)  # where the steps begin
+
+
+def test_a_processor_with_bfloat16_trains_in_it_and_comes_as_far(features, monkeypatch):
+    held_out = []
+    for dtype in (torch.float32, torch.bfloat16):
+        monkeypatch.setattr(devices, "pick_dtype", lambda *_, dtype=dtype: dtype)
+        _, history = pretrained_by(PLAIN, features, monkeypatch)
+        held_out.append(history["val"].iloc[-1])
+    assert held_out[0] != held_out[1] == pytest.approx(held_out[0], rel=0.01)
 
 
 @pytest.mark.parametrize("name", ["mmd", "sinkhorn_divergence", "bag_of_words"])
