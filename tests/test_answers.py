@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from pipeline.config import Params, load_params
 from pipeline.errors import UserError, UserErrors
 from pipeline.extraction import near
 from pipeline.extraction.near import sample_of
+from pipeline.llms.gguf import GGUF
 from pipeline.media.pictures import decode
 from pipeline.runs import Run
 from pipeline.sources.folders import pictures_below
@@ -141,6 +143,22 @@ def test_what_is_to_be_known_of_many_answers_is_summed_up(
     ]
     assert told[3] == "warning: so are 2 more of the 9 pictures" + ("" if as_json else "; --json says which")
     assert told[4].startswith("note: the model was trained on 2 of these 9 pictures (4.jpg") and len(told) == 5
+
+
+@pytest.mark.parametrize(
+    ("is_text_alone", "by_llm", "is_lean"), [(True, True, True), (False, True, False), (True, False, False)]
+)
+def test_a_language_model_with_a_tower_for_pictures_gets_all_of_transformers(
+    demo: Params, monkeypatch: pytest.MonkeyPatch, is_text_alone: bool, by_llm: bool, is_lean: bool
+) -> None:
+    Image.new("RGB", (8, 8)).save("a.png")
+    entered = list[bool]()
+    lean = contextmanager(lambda: iter([entered.append(True)]))
+    monkeypatch.setattr("pipeline.answers.lean.transformers_for_answers", lean)
+    monkeypatch.setattr(GGUF, "is_text_alone", lambda self: is_text_alone)
+    monkeypatch.setattr(Model, "each", lambda *_: iter(()))
+    tell(demo, ["a.png"], lambda model: model.encode, False, None, by_llm=by_llm)  # type: ignore[arg-type, return-value]
+    assert bool(entered) == is_lean
 
 
 def test_a_question_without_quotes_is_told(project: Path) -> None:
