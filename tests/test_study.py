@@ -17,7 +17,7 @@ from pipeline.errors import UserError
 from pipeline.first.layout import recognise
 from pipeline.first.profile import written
 from pipeline.report.paired import compared, interval
-from pipeline.report.study import write_study
+from pipeline.report.study import winners, write_study
 from pipeline.runs import Run
 from stages import study as command
 
@@ -212,6 +212,14 @@ def test_the_page_has_means_over_the_seeds_and_who_wins(page):
     assert "captions: chance 20.0 %" in text and text.count("<img") == 4
     rows = page.with_name("study.csv").read_text().splitlines()
     assert len(rows) == 7 and "captions/captions/f1" in rows[0]
+
+
+def test_what_no_adapter_decides_has_no_winner():
+    runs = {"adapter": ["mlp"] * 4, "method": ["emd", "plain"] * 2, "seed": [1, 1, 2, 2]}
+    table = pd.DataFrame(runs | {"acc": [0.5, 0.4, 0.6, 0.3], "alike": [0.7, 0.7, 0.8, 0.8]})
+    [line] = winners(table, "acc", ("accuracy", 100.0, 1), "at last")
+    assert line == "at last: mlp has the highest accuracy by emd, 55.0; next is plain, 35.0, worse with 2 of 2 seeds"
+    assert not list(winners(table, "alike", ("probe", 100.0, 1), "at last"))
 
 
 def test_one_picture_in_common_has_no_interval():

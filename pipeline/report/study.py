@@ -223,6 +223,8 @@ def winners(table: pd.DataFrame, key: str, column: Column, title: str) -> Iterat
         if by_seed.empty or by_seed.shape[1] < 2:
             continue
         first, second = (sign * by_seed.mean()).nsmallest(2).index
+        if by_seed[first].equals(by_seed[second]):
+            continue  # no adapter decides it
         means_of = {method: f"{factor * by_seed[method].mean():.{digits}f}" for method in (first, second)}
         worse = (sign * by_seed[second] > sign * by_seed[first]).sum()
         yield (
