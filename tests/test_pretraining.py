@@ -365,7 +365,7 @@ def test_a_processor_with_bfloat16_trains_in_it_and_comes_as_far(features, monke
     for dtype in (torch.float32, torch.bfloat16):
         monkeypatch.setattr(devices, "pick_dtype", lambda *_, dtype=dtype: dtype)
         _, history = pretrained_by(
-            PLAIN | {"cost": "cosine"}, features, monkeypatch
+            PLAIN | {"word_weights": "idf"}, features, monkeypatch
         )  # keeps what no other test asks for
         held_out.append(history["val"].iloc[-1])
     assert held_out[0] != held_out[1] == pytest.approx(held_out[0], rel=0.01)
