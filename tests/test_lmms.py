@@ -30,9 +30,8 @@ COLOURS = [(200, 20, 20), (20, 200, 20), (20, 20, 200)]
 @pytest.fixture
 def model(tiny_mistral: Path, monkeypatch: pytest.MonkeyPatch) -> TerraAlign:
     """Pictures are four tokens of their mean colour."""
-    vlm = VLM(
-        build_adapter("linear", 3, 32), load_llm(LLM(loader="huggingface", model=str(tiny_mistral)), "cpu")
-    ).eval()
+    settings = LLM(loader="huggingface", model=str(tiny_mistral), dtype="float32")
+    vlm = VLM(build_adapter("linear", 3, 32), load_llm(settings, "cpu")).eval()
 
     def encode(images: list[Image.Image]) -> torch.Tensor:
         means = [torch.tensor(image.resize((1, 1)).getpixel((0, 0))) / 255 for image in images]
