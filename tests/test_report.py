@@ -294,6 +294,12 @@ def test_a_run_of_classes_alone_is_not_told_of_captions(params: Params) -> None:
     assert figures.gain_of(alone).startswith("by how much a class name is nearer to its own picture than to another")
 
 
+def test_names_stand_in_for_captions_in_whichever_order_the_data_sets_are(params: Params) -> None:
+    for data in (["captions", "classes"], ["classes", "captions"]):
+        of_both = params.model_copy(update={"pretrain": params.pretrain.model_copy(update={"data": data})})
+        assert "a caption held out (of a picture that has none, the name of its\nclass)" in report(of_both)
+
+
 def test_every_way_of_naming_is_beside_what_it_is_compared_with(params: Params) -> None:
     write_figures("query-classes/classes", [hits("acc", 90, "accuracy"), *by_rule("ranked", 40)])
     keep_speeds(Run.of(params), "evaluate@query-classes", {"classes": {"": 7.1, "ranked": 0.83}})
