@@ -1,10 +1,11 @@
-"""Low-rank adaptation (LoRA, Hu et al. 2022) of a frozen network, to answer with; PEFT trains it."""
+"""Low-rank adaptation (LoRA, Hu et al. 2022) of a frozen network: to answer with, and what PEFT trains it with."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -26,6 +27,22 @@ class LowRank:
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         added = F.linear(F.linear(inputs[0].to(self.down.dtype), self.down), self.up)
         return (output + added * self.scale).to(output.dtype)
+
+
+class Dropout(nn.Dropout):
+    """nn.Dropout that draws 16 bits for an entry: on a CPU, where torch's takes a seventh of a fine-tuning step for it.
+
+    The share that is dropped is p to 1/65536.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape."""
+        if not self.training or x.device.type != "cpu":
+            return super().forward(x)
+        lowest, dropped = -(2**15), round(self.p * 2**16)
+        drawn = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)  # None: all 64 bits
+        kept = drawn.view(torch.int16)[: x.numel()].view(x.shape) >= lowest + dropped
+        return x * kept.to(x.dtype).mul_(2**16 / max(1, 2**16 - dropped))
 
 
 def insert_lora(network: nn.Module, folder: Path) -> list[RemovableHandle]:

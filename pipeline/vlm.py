@@ -21,7 +21,7 @@ from pipeline.llms.load import LanguageModel, context_of, load_llm
 from pipeline.llms.ranking import Forest, Trie, best, grow, tree_reach
 from pipeline.llms.spliced import IGNORED, answered, read_on, read_once, splice
 from pipeline.llms.text import Texts
-from pipeline.lora import insert_lora
+from pipeline.lora import Dropout, insert_lora
 from pipeline.origin import check_llm
 from pipeline.progress import progress_bar
 
@@ -347,15 +347,20 @@ def add_lora(llm: LanguageModel, params: LoRA) -> Any:
     Raises UserError when a named module does not exist in the LLM.
     """
     from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import LoraLayer
 
     config = LoraConfig(
         r=params.r, lora_alpha=params.alpha, lora_dropout=params.dropout, target_modules=params.modules,
         task_type="CAUSAL_LM",
     )  # fmt: skip
     try:
-        return get_peft_model(llm.network, config)
+        lora = get_peft_model(llm.network, config)
     except ValueError as error:
         raise UserError(f"finetune.lora.modules {params.modules}", reason(error)) from None
+    for layer in lora.modules():
+        if isinstance(layer, LoraLayer) and params.dropout:
+            layer.lora_dropout.update({name: Dropout(params.dropout) for name in layer.lora_dropout})
+    return lora
 
 
 @contextmanager

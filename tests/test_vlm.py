@@ -19,6 +19,7 @@ from pipeline.errors import UserError
 from pipeline.llms import quantise as backbone
 from pipeline.llms.load import load_embedding, load_llm
 from pipeline.llms.spliced import splice
+from pipeline.lora import Dropout
 from pipeline.origin import Origin, Words
 from pipeline.vlm import VLM, add_lora, load_vlm, tuned
 
@@ -299,6 +300,38 @@ def test_full_size_mistral_has_the_thesis_share_of_lora():
         trained, everything = get_peft_model(network, config).get_nb_trainable_parameters()
     assert (trained, everything) == (3_407_872, 7_245_139_968)
     assert f"{100 * trained / everything:.4f}" == "0.0470"
+
+
+def test_dropout_drops_its_share_and_keeps_the_mean():
+    """As nn.Dropout does, in all places of the 64 bits that are drawn at a time, and whatever the size."""
+    dropout, x = Dropout(0.1), torch.full((399, 1001), 2.0, requires_grad=True)
+    torch.manual_seed(3)
+    dropped = dropout(x)
+    assert dropped.unique().tolist() == [0.0, pytest.approx(2 / 0.9, rel=1e-4)]
+    for place in range(4):
+        share = (dropped.flatten()[place::4] == 0).float().mean().item()
+        assert share == pytest.approx(0.1, abs=5 * (0.1 * 0.9 / (x.numel() / 4)) ** 0.5)
+    zero = (dropped == 0).float().flatten() - 0.1
+    assert abs((zero[1:] * zero[:-1]).mean().item()) < 5 * 0.09 / x.numel() ** 0.5  # neighbours are independent
+    torch.testing.assert_close(torch.autograd.grad(dropped.sum(), x)[0], dropped.detach() / 2)
+    assert not torch.equal(dropped, dropout(x))
+    torch.manual_seed(3)
+    assert torch.equal(dropped, dropout(x))
+    assert dropout.eval()(x) is x
+    assert dropout.train()(x.bfloat16()).dtype == torch.bfloat16 and dropout(x[:0]).shape == (0, 1001)
+
+
+def test_lora_drops_out_in_training_alone(params):
+    llm = load_llm(params)
+    lora = add_lora(llm, LoRA(dropout=0.4))
+    with torch.no_grad():
+        for name, parameter in lora.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.1)
+    ids = torch.arange(12)[None] + 3
+    kept = [lora.eval()(ids).logits for _ in range(2)]
+    drawn = [lora.train()(ids).logits for _ in range(2)]
+    assert torch.equal(*kept) and not torch.equal(*drawn)
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])

