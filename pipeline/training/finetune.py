@@ -52,7 +52,12 @@ class Examples:
                 name, f"{len(self.train)} train and {len(val)} val pictures with words", "both are needed: add pictures"
             )
         order = torch.randperm(len(val), generator=torch.Generator().manual_seed(seed)).tolist()
-        self.val = [val[i] for i in order[: settings.validation_images]]
+        # Those of one length together, so that little is padded.
+        self.val = sorted((val[i] for i in order[: settings.validation_images]), key=self._length)
+
+    def _length(self, position: int) -> int:
+        """Of what is behind a picture in the prompt and of its first answer, about."""
+        return len(self.answers[position][0]) + len(self.hints[position] if self.hints else "")
 
     def _answered(self, split: str) -> list[int]:
         """Positions of a split's pictures that have an answer."""
