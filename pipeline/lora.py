@@ -29,20 +29,20 @@ class LowRank:
         return (output + added * self.scale).to(output.dtype)
 
 
-class Dropout(nn.Dropout):
-    """nn.Dropout that draws 16 bits for an entry: on a CPU, where torch's takes a seventh of a fine-tuning step for it.
+class QuickDropout(nn.Dropout):
+    """nn.Dropout, but that on a CPU it draws 16 bits for an entry: torch's takes a sixth of a fine-tuning step there.
 
-    The share that is dropped is p to 1/65536.
+    The share that is dropped is p, rounded to 1/65536.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape."""
+        """Any shape and floating dtype to the same."""
         if not self.training or x.device.type != "cpu":
             return super().forward(x)
-        lowest, dropped = -(2**15), round(self.p * 2**16)
+        dropped = min(round(self.p * 2**16), 2**16 - 1)  # of 2**16 numbers that may be drawn
         drawn = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)  # None: all 64 bits
-        kept = drawn.view(torch.int16)[: x.numel()].view(x.shape) >= lowest + dropped
-        return x * kept.to(x.dtype).mul_(2**16 / max(1, 2**16 - dropped))
+        kept = drawn.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 2**15
+        return x * kept.to(x.dtype).mul_(2**16 / (2**16 - dropped))
 
 
 def insert_lora(network: nn.Module, folder: Path) -> list[RemovableHandle]:

@@ -21,7 +21,7 @@ from pipeline.llms.load import LanguageModel, context_of, load_llm
 from pipeline.llms.ranking import Forest, Trie, best, grow, tree_reach
 from pipeline.llms.spliced import IGNORED, answered, read_on, read_once, splice
 from pipeline.llms.text import Texts
-from pipeline.lora import Dropout, insert_lora
+from pipeline.lora import QuickDropout, insert_lora
 from pipeline.origin import check_llm
 from pipeline.progress import progress_bar
 
@@ -359,7 +359,7 @@ def add_lora(llm: LanguageModel, params: LoRA) -> Any:
         raise UserError(f"finetune.lora.modules {params.modules}", reason(error)) from None
     for layer in lora.modules():
         if isinstance(layer, LoraLayer) and params.dropout:
-            layer.lora_dropout.update({name: Dropout(params.dropout) for name in layer.lora_dropout})
+            layer.lora_dropout.update({name: QuickDropout(params.dropout) for name in layer.lora_dropout})
     return lora
 
 

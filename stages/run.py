@@ -55,21 +55,22 @@ def run_stages(
 ) -> list[UserError]:  # fmt: skip
     """Run stages side by side, given with those that each depends on; returns what failed, with its output.
 
-    The most urgent of those that wait is next, of equals the first of those given. After a failure none is begun any
-    more, or with `go_on` none that depends on it. Each has so many `threads`; default: its share of the cores.
+    The most urgent of those that wait is next; of equals one whose kind is not being run already: two of a kind may
+    prepare the same thing, such as an LLM's weights, at the same time. After a failure none is begun any more, or with
+    `go_on` none that depends on it. Each has so many `threads`; default: its share of the cores.
     """
     sorter = TopologicalSorter(stages)
     sorter.prepare()
     waiting: list[str] = []
     running: dict[Future[str], str] = {}
     faults: list[UserError] = []
-    order = {stage: number for number, stage in enumerate(stages)}
     with ThreadPoolExecutor(jobs) as pool, new_progress("stages") as progress:
         task = progress.add_task("stages", total=len(stages))
         while sorter.is_active():
             waiting += sorter.get_ready()
             while waiting and len(running) < jobs and (go_on or not faults):
-                stage = max(waiting, key=lambda stage: (urgency(stage), -order[stage]))
+                kinds = {_kind(other) for other in running.values()}
+                stage = max(waiting, key=lambda stage: (urgency(stage), _kind(stage) not in kinds))
                 waiting.remove(stage)
                 # One that nothing else can run beside has all cores: none becomes ready before it is done.
                 share = (os.cpu_count() or 1) // (jobs if running or waiting else 1)
@@ -86,6 +87,10 @@ def run_stages(
                 except UserError as fault:
                     faults.append(fault)
     return faults
+
+
+def _kind(stage: str) -> str:
+    return stage.partition("@")[0]
 
 
 def lengths(stages: dict[str, list[str]]) -> dict[str, int]:

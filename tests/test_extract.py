@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from pipeline import versions
 from pipeline.config import Params, Vision
+from pipeline.encoders import lite0
 from pipeline.encoders.vision import load_vision_encoder
 from pipeline.errors import UserError
 from pipeline.extraction.captions import extract_captions
@@ -90,6 +91,22 @@ def test_lite0_with_folded_norms_equals_the_package_itself():
     ours = load_vision_encoder(Vision(encoder="efficientnet_lite0", dtype="float32")).encode(pixels)
     theirs = reference.extract_features(pixels).flatten(2).transpose(1, 2)
     torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
+
+
+def test_lite0_spares_copies_and_changes_no_bit():
+    """No feature in anybody's store is another by it; only padding that is uneven stays a copy."""
+    from efficientnet_lite_pytorch import EfficientNet
+
+    network = EfficientNet.from_name("efficientnet-lite0").eval()
+    lite0.fold_batch_norms(network)
+    network.to(memory_format=torch.channels_last)
+    pixels = torch.randn(3, 3, 224, 224).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        before = network.extract_features(pixels)
+        lite0.spare_copies(network)
+        torch.testing.assert_close(network.extract_features(pixels), before, rtol=0, atol=0)
+    left = [m for m in network.modules() if isinstance(m, torch.nn.ZeroPad2d)]
+    assert len(left) == 5 and all(pad.padding[0] != pad.padding[1] for pad in left)
 
 
 def test_interrupted_extraction_loses_one_shard_and_ends_with_the_same_bytes(prepared):

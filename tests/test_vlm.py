@@ -19,7 +19,7 @@ from pipeline.errors import UserError
 from pipeline.llms import quantise as backbone
 from pipeline.llms.load import load_embedding, load_llm
 from pipeline.llms.spliced import splice
-from pipeline.lora import Dropout
+from pipeline.lora import QuickDropout
 from pipeline.origin import Origin, Words
 from pipeline.vlm import VLM, add_lora, load_vlm, tuned
 
@@ -304,7 +304,7 @@ def test_full_size_mistral_has_the_thesis_share_of_lora():
 
 def test_dropout_drops_its_share_and_keeps_the_mean():
     """As nn.Dropout does, in all places of the 64 bits that are drawn at a time, and whatever the size."""
-    dropout, x = Dropout(0.1), torch.full((399, 1001), 2.0, requires_grad=True)
+    dropout, x = QuickDropout(0.1), torch.full((399, 1001), 2.0, requires_grad=True)
     torch.manual_seed(3)
     dropped = dropout(x)
     assert dropped.unique().tolist() == [0.0, pytest.approx(2 / 0.9, rel=1e-4)]
@@ -318,12 +318,15 @@ def test_dropout_drops_its_share_and_keeps_the_mean():
     torch.manual_seed(3)
     assert torch.equal(dropped, dropout(x))
     assert dropout.eval()(x) is x
+    most = QuickDropout(0.999999)(x)
+    assert (most == 0).float().mean() > 0.9999
     assert dropout.train()(x.bfloat16()).dtype == torch.bfloat16 and dropout(x[:0]).shape == (0, 1001)
 
 
 def test_lora_drops_out_in_training_alone(params):
     llm = load_llm(params)
     lora = add_lora(llm, LoRA(dropout=0.4))
+    assert {type(module) for module in lora.modules() if isinstance(module, torch.nn.Dropout)} == {QuickDropout}
     with torch.no_grad():
         for name, parameter in lora.named_parameters():
             if "lora_B" in name:

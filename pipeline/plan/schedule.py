@@ -22,7 +22,6 @@ def times(
     """
     sorter = TopologicalSorter(graph)
     sorter.prepare()
-    order = {stage: number for number, stage in enumerate(graph)}
     waiting: list[str] = []
     running: list[tuple[float, str]] = []
     found: dict[str, float] = {}
@@ -30,7 +29,7 @@ def times(
     while sorter.is_active():
         waiting += sorter.get_ready()
         while waiting and len(running) < jobs:
-            stage = max(waiting, key=lambda stage: (urgency(stage), -order[stage]))
+            stage = max(waiting, key=urgency)
             waiting.remove(stage)
             own = wanted.get(stage)
             alone = jobs > 1 and not running and not waiting

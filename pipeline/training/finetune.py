@@ -56,7 +56,7 @@ class Examples:
         self.val = sorted((val[i] for i in order[: settings.validation_images]), key=self._length)
 
     def _length(self, position: int) -> int:
-        """Of what is behind a picture in the prompt and of its first answer, about."""
+        """Of what is behind a picture in the prompt and of its first answer, in characters: tokens, about."""
         return len(self.answers[position][0]) + len(self.hints[position] if self.hints else "")
 
     def _answered(self, split: str) -> list[int]:
