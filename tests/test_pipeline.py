@@ -59,6 +59,7 @@ def test_every_stage_of_the_graph(tiny_params, tiny_mistral):
     for name in ("self_attention", "query"):
         values["adapters"][name]["pretrain"] = {}  # as few epochs as the first
     values["pretrain"]["batch"] = 8  # some steps an epoch, of so few pictures
+    values["llm"]["dtype"] = "float32"  # in bfloat16 a random model's answers of one by one and of a batch may be two
     values["finetune"]["recipes"]["classes"]["hints"] = 2
     values["evaluate"] |= {
         "class_names": "ranked",
