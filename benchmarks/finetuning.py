@@ -4,7 +4,8 @@
 
 NF4 alone and beside a busy process. The OpenMP wait policy is passive, as the command line sets it;
 `OMP_WAIT_POLICY=active python benchmarks/finetuning.py` shows the difference. The demo takes NF4 where its busy step
-stays within 1.3 times the dense one. Dropout in turn; the floor is a step without any.
+stays within 1.3 times the dense one. Dropout in turn, LoRA in all linear layers; the floor is a
+step without any.
 """
 
 import argparse
@@ -27,13 +28,14 @@ from pipeline.llms.load import load_llm
 from pipeline.lora import QuickDropout
 from pipeline.vlm import VLM, add_lora
 
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # as the demo has it
 BUSY = "while True: sum(i * i for i in range(10000))"
 
 
-def model_of(params: LLM) -> VLM:
+def model_of(params: LLM, lora: LoRA) -> VLM:
     torch.manual_seed(0)
     llm = load_llm(params, expand=False)
-    add_lora(llm, LoRA())
+    add_lora(llm, lora)
     return VLM(build_adapter("mlp", 1280, llm.width, pool=3), llm).train()
 
 
@@ -53,8 +55,8 @@ def compare_nf4(dense: LLM, steps: int) -> None:
     for busy in (False, True):
         other = subprocess.Popen([sys.executable, "-c", BUSY]) if busy else None
         try:
-            plain = step_seconds(model_of(dense), steps)
-            nf4 = step_seconds(model_of(dense.model_copy(update={"quantization": "nf4"})), steps)
+            plain = step_seconds(model_of(dense, LoRA()), steps)
+            nf4 = step_seconds(model_of(dense.model_copy(update={"quantization": "nf4"}), LoRA()), steps)
         finally:
             if other is not None:
                 other.kill()
@@ -64,7 +66,7 @@ def compare_nf4(dense: LLM, steps: int) -> None:
 
 def compare_dropout(dense: LLM, steps: int) -> None:
     """The least of the rounds: what else the machine does only adds."""
-    model = model_of(dense)
+    model = model_of(dense, LoRA(modules=LINEAR))
     layers = [layer for layer in model.network.modules() if isinstance(layer, LoraLayer)]
     kinds = {"torch's": lambda: nn.Dropout(0.1), "ours": lambda: QuickDropout(0.1), "none": nn.Identity}
     seconds: dict[str, list[float]] = {name: [] for name in kinds}
