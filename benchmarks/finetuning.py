@@ -4,8 +4,8 @@
 
 NF4 alone and beside a busy process. The OpenMP wait policy is passive, as the command line sets it;
 `OMP_WAIT_POLICY=active python benchmarks/finetuning.py` shows the difference. The demo takes NF4 where its busy step
-stays within 1.3 times the dense one. Dropout in turn, LoRA in all linear layers; the floor is a
-step without any.
+stays within 1.3 times the dense one. Dropout in turn, in three rounds for each of
+--steps, LoRA in all linear layers; the floor is a step without any.
 """
 
 import argparse
